@@ -1,0 +1,49 @@
+# Ergon's face. Every target sets up what it needs; see README.md.
+SHELL := /bin/sh
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+RUN ?= deploy/runs/quickstart.toml
+ARGS ?=
+READY := $(VENV)/.ready
+
+.PHONY: setup run test check lint format bench chaos reference lock clean help
+
+help: ## this list
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(READY): requirements.lock pyproject.toml deploy/setup.sh
+	@deploy/setup.sh $(VENV)
+	@touch $@
+
+setup: $(READY) ## virtual environment, locked packages, system packages
+
+run: $(READY) ## the main job on this machine: RUN=file.toml ARGS="--set run.seed=1"
+	@$(PYTHON) -m deploy run $(RUN) $(ARGS)
+
+test: $(READY) ## unit, contract and integration tests
+	@$(PYTHON) -m pytest $(ARGS)
+
+check: $(READY) ## format, lint, types, import contracts, documentation tests
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+	@$(PYTHON) -m pytest tests/contract/test_documentation.py
+
+lint: check
+
+format: $(READY) ## rewrite the code in the house's format
+	@$(VENV)/bin/ruff format .
+	@$(VENV)/bin/ruff check --fix .
+
+chaos: $(READY) ## kill every process of a real run once, and count what was lost
+	@$(PYTHON) -m tests.chaos.kill_each $(ARGS)
+
+reference: $(READY) ## rewrite deploy/REFERENCE.md from the code
+	@$(PYTHON) -m tests.reference --write
+
+lock: $(READY) ## rewrite requirements.lock from the virtual environment
+	@deploy/lock.sh $(VENV) > requirements.lock.tmp && mv requirements.lock.tmp requirements.lock
+
+clean: ## remove what was built, not the runs
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

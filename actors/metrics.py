@@ -1,0 +1,47 @@
+"""The actor's own metrics, all in one place. vLLM's (`vllm:...`) are in the same registry and are served with them."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from broker.protocol.trajectory import Trajectory
+
+SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+
+episodes = Counter("ergon_actor_episodes", "Episodes run to their end", ["env", "mode", "outcome"])
+sends = Counter("ergon_actor_sends", "Trajectories handed to the broker, by its answer", ["status"])
+releases = Counter("ergon_actor_releases", "Leases given back without a trajectory", ["reason"])
+tokens_sampled = Counter("ergon_actor_tokens_sampled", "Tokens sampled by the policy", ["mode"])
+turns = Counter("ergon_actor_turns", "Turns completed", ["env", "mode"])
+tool_calls = Counter("ergon_actor_tool_calls", "Tool calls made", ["env", "mode"])
+malformed_turns = Counter("ergon_actor_malformed_turns", "Turns whose tool calls could not be parsed", ["env", "mode"])
+episode_seconds = Histogram("ergon_actor_episode_seconds", "Length of an episode", ["env", "mode"], buckets=SECONDS)
+model_seconds = Histogram("ergon_actor_model_seconds", "Sampling in one episode", ["env", "mode"], buckets=SECONDS)
+tool_seconds = Histogram(
+    "ergon_actor_tool_seconds", "Environment (tools, grading) in one episode", ["env", "mode"], buckets=SECONDS
+)
+running_episodes = Gauge("ergon_actor_running_episodes", "Episodes being run")
+waiting_for_version = Gauge("ergon_actor_waiting_for_version", "Leased tickets that wait for a newer policy version")
+policy_lineage = Gauge("ergon_actor_policy_lineage", "Lineage of the policy version being served")
+policy_version = Gauge("ergon_actor_policy_version", "Policy version being served")
+adoptions = Counter("ergon_actor_adoptions", "Attempts to adopt a policy version, by result", ["result"])
+adopt_seconds = Histogram(
+    "ergon_actor_adopt_seconds", "From the start of the fetch until the version is served", buckets=SECONDS
+)
+adopt_pause_seconds = Histogram(
+    "ergon_actor_adopt_pause_seconds", "Pause of sampling for one adoption", buckets=SECONDS
+)
+
+
+def observe_episode(trajectory: Trajectory) -> None:
+    """Count what an episode was."""
+    head = trajectory.head
+    env, mode = head.ticket.task.env, head.ticket.mode.value
+    episodes.labels(env, mode, head.outcome.value).inc()
+    tokens_sampled.labels(mode).inc(trajectory.num_sampled)
+    turns.labels(env, mode).inc(head.num_turns)
+    tool_calls.labels(env, mode).inc(head.num_tool_calls)
+    malformed_turns.labels(env, mode).inc(head.num_malformed)
+    episode_seconds.labels(env, mode).observe(head.timings_s["total"])
+    model_seconds.labels(env, mode).observe(head.timings_s["model"])
+    tool_seconds.labels(env, mode).observe(head.timings_s["tool"])

@@ -1,0 +1,145 @@
+"""Keeps the engine on the newest announced policy version: wait, fetch to staging, adopt, report; again.
+
+Owns the staging directory and the answer to "is this version being served yet?". A version that is superseded while it
+is fetched is skipped; whatever fails before the switch leaves the old version serving. Never verifies bytes (the
+subscriber has) and never touches the engine's internals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from actors import metrics
+from actors.engine import AdoptionError, Engine
+from broker.client.fetch import WeightsSupersededError
+from broker.client.sinks import WeightsCorruptError
+from broker.client.weights import WeightsTimeoutError
+from broker.process.lifecycle import ErgonError
+from broker.protocol.trajectory import PolicyVersion
+from broker.protocol.weights import Manifest
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+RETRY_S = 1.0
+FETCH_TIMEOUT_S = 600.0
+
+
+class Subscriber(Protocol):
+    """What adoption needs of broker.client.WeightSubscriber; its calls block."""
+
+    def wait_newer(self, than: PolicyVersion | None, timeout_s: float) -> PolicyVersion | None:
+        """The newest announced version if it is newer, else None after `timeout_s`."""
+        ...
+
+    def latest(self) -> PolicyVersion | None:
+        """The newest announced version."""
+        ...
+
+    def fetch(self, version: PolicyVersion, destination: Path, timeout_s: float) -> Manifest:
+        """Write the version to `destination`, whole and verified."""
+        ...
+
+    def close(self) -> None:
+        """End the connection and any fetch."""
+        ...
+
+
+class WeightAdopter:
+    """One per engine. `run` is the adoption loop; `at_least` is the gate that tickets wait at."""
+
+    def __init__(self, engine: Engine, subscriber: Subscriber, staging: Path) -> None:
+        """`staging`: a directory of this actor's own, made here and removed by `close`. It has the same name in every
+        process of the actor, so that a killed one's leftovers go with the next start. Raises ErgonError where it
+        cannot be made.
+        """
+        self._engine = engine
+        self._subscriber = subscriber
+        self._adopted: PolicyVersion | None = None
+        self._seen: PolicyVersion | None = None  # adopted or refused: only what is newer is worth a fetch
+        self._changed = asyncio.Condition()
+        # Its own thread: environments may fill the loop's default pool, and adoption must not queue behind tools.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._staging = staging
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            staging.mkdir(mode=0o700)
+        except OSError as error:
+            raise ErgonError(
+                f"actor.staging = {staging.parent} cannot be used ({error.strerror}); name an existing directory"
+            ) from error
+
+    @property
+    def adopted(self) -> PolicyVersion | None:
+        """The version being served, None before the first adoption."""
+        return self._adopted
+
+    async def at_least(self, version: PolicyVersion) -> None:
+        """Return once the engine serves an announced version that is not older than this one."""
+        if self._adopted is not None and self._adopted >= version:
+            return
+        with metrics.waiting_for_version.track_inprogress():
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._adopted is not None and self._adopted >= version)
+
+    async def run(self) -> None:
+        """Adopt for ever. Raises EngineDeadError, and ProtocolError where the relay refuses this peer for good."""
+        loop = asyncio.get_running_loop()
+        while True:
+            newest = await loop.run_in_executor(self._thread, self._subscriber.wait_newer, self._seen, POLL_S)
+            if newest is not None and not await self._adopt(newest):
+                await asyncio.sleep(RETRY_S)
+
+    async def close(self) -> None:
+        """End the connection and remove what was staged."""
+        await asyncio.to_thread(self._subscriber.close)
+        await asyncio.to_thread(self._thread.shutdown)
+        await asyncio.to_thread(shutil.rmtree, self._staging, ignore_errors=True)
+
+    async def _adopt(self, version: PolicyVersion) -> bool:
+        """Fetch and adopt one version; whether there is nothing to retry."""
+        started = time.monotonic()
+        path = self._staging / f"{version.lineage}.{version.version}.safetensors"
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._thread, self._subscriber.fetch, version, path, FETCH_TIMEOUT_S)
+            latest = self._subscriber.latest()
+            if latest is not None and latest > version:
+                metrics.adoptions.labels("superseded").inc()
+                return True
+            pause_s = await self._engine.adopt(version, path)
+        except WeightsSupersededError as error:
+            metrics.adoptions.labels("superseded").inc()
+            latest = self._subscriber.latest()
+            return latest is not None and latest >= error.newest  # else wait for its announcement
+        except AdoptionError as error:
+            # The same bytes would be refused again: wait for a newer version.
+            self._seen = version
+            metrics.adoptions.labels("refused").inc()
+            logger.error("weights refused version=%s reason=%s serving=%s", tuple(version), error, self._adopted)
+            return True
+        except (WeightsTimeoutError, WeightsCorruptError, ErgonError) as error:
+            metrics.adoptions.labels("failed").inc()
+            logger.warning("weights not fetched version=%s reason=%s serving=%s", tuple(version), error, self._adopted)
+            return False
+        finally:
+            path.unlink(missing_ok=True)
+        await self._serve(version, pause_s, time.monotonic() - started)
+        return True
+
+    async def _serve(self, version: PolicyVersion, pause_s: float, total_s: float) -> None:
+        self._adopted = self._seen = version
+        metrics.policy_lineage.set(version.lineage)
+        metrics.policy_version.set(version.version)
+        metrics.adoptions.labels("adopted").inc()
+        metrics.adopt_seconds.observe(total_s)
+        metrics.adopt_pause_seconds.observe(pause_s)
+        logger.info("adopted version=%s pause_s=%.3f total_s=%.3f", tuple(version), pause_s, total_s)
+        async with self._changed:
+            self._changed.notify_all()

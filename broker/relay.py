@@ -1,0 +1,140 @@
+"""The relay process: a subscriber of its upstream, a server to its downstream. Stateless; it can be killed at any time.
+
+The upstream is the learner's publisher, or another relay: it is only an address. The relay pulls each newest version
+whole, verifies it, then serves and announces it. It decides nothing about which version anybody should use.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+
+from broker import weight_metrics as metrics
+from broker.client.fetch import WeightsSupersededError
+from broker.client.sinks import WeightsCorruptError
+from broker.client.weights import WeightsTimeoutError, WeightSubscriber
+from broker.process.lifecycle import ErgonError, install_stop
+from broker.process.metrics import Health, start_metrics
+from broker.process.settings import Settings
+from broker.protocol.errors import ProtocolError
+from broker.protocol.trajectory import PolicyVersion
+from broker.weight_server import WeightServer
+from broker.weight_store import OutOfBudgetError, WeightStore
+
+logger = logging.getLogger(__name__)
+
+FETCH_TIMEOUT_S = 600.0  # a fetch that makes no headway for so long is begun anew, with the newest version
+RETRY_AFTER_S = 2.0
+WAIT_S = 0.5  # how soon a stop is noticed while nothing is announced
+
+
+class Relay:
+    """Fetches what `upstream` announces into `store` and lets `server` announce it; `step` by `step`."""
+
+    def __init__(self, upstream: WeightSubscriber, store: WeightStore, server: WeightServer) -> None:
+        self._upstream, self._store, self._server = upstream, store, server
+        self._problem = ""
+
+    @property
+    def newest(self) -> PolicyVersion | None:
+        """The version being served."""
+        snapshot = self._store.newest
+        return snapshot.version if snapshot else None
+
+    def health(self) -> Health:
+        """Fit once it is connected upstream or holds a version, unless it cannot take new ones."""
+        newest = self.newest
+        connected = self._upstream.connected
+        metrics.relay_connected.set(connected)
+        return Health(
+            ok=(connected or newest is not None) and not self._problem,
+            detail={
+                "newest": list(newest) if newest else None,
+                "announced": list(announced) if (announced := self._upstream.latest()) else None,
+                "upstream": self._upstream.endpoint,
+                "upstream_connected": connected,
+                "problem": self._problem or None,
+                "peers": self._server.num_peers,
+                "held_bytes": self._store.live_bytes,
+            },
+        )
+
+    def step(self, stop: threading.Event) -> None:
+        """Wait a moment for a newer version; fetch and serve it. Raises ProtocolError where the upstream refuses us."""
+        if self._server.failure is not None:
+            raise self._server.failure
+        version = self._upstream.wait_newer(self.newest, WAIT_S)
+        if version is None:
+            return
+        try:
+            snapshot = self._upstream.fetch_snapshot(version, self._store, FETCH_TIMEOUT_S)
+        except WeightsSupersededError as error:
+            logger.info("fetch superseded version=%s newest=%s", tuple(version), tuple(error.newest))
+            return
+        except (WeightsTimeoutError, WeightsCorruptError, OutOfBudgetError) as error:
+            if stop.is_set():
+                return
+            metrics.relay_failures.labels(type(error).__name__).inc()
+            self._problem = str(error)
+            logger.warning("fetch failed version=%s reason=%s", tuple(version), error)
+            stop.wait(RETRY_AFTER_S)
+            return
+        self._problem = ""
+        if self._store.put(snapshot):
+            self._server.announce()
+            metrics.relay_versions.inc()
+            logger.info("serving version=%s bytes=%d", tuple(version), snapshot.data.size)
+
+
+def serve_relay(settings: Settings) -> None:
+    """Run a relay until SIGTERM. Upstream [weights] host:port, downstream relay_host:relay_port.
+
+    Raises ErgonError where a port cannot be bound or the upstream refuses (another protocol version, another run).
+    """
+    stop = install_stop()
+    weights, run_id = settings.weights, settings.run.name
+    store = WeightStore(weights.max_mb << 20)
+    server = WeightServer(
+        f"tcp://{weights.relay_host}:{weights.relay_port}",
+        run_id,
+        store,
+        heartbeat_s=weights.heartbeat_s,
+        liveness=weights.liveness,
+    )
+    upstream = WeightSubscriber(
+        f"tcp://{weights.host}:{weights.port}",
+        run_id,
+        f"relay-{socket.gethostname()}-{os.getpid()}",
+        role="relay",
+        credit=weights.credit,
+        heartbeat_s=weights.heartbeat_s,
+        liveness=weights.liveness,
+        on_failure=lambda _error: stop.set(),
+    )
+    try:
+        relay = Relay(upstream, store, server)
+        http = start_metrics(settings.metrics.host, settings.metrics.relay_port, relay.health)
+        closer = threading.Thread(target=_close_at, args=(stop, upstream), name="relay-stop", daemon=True)
+        closer.start()
+        logger.info("relay serves endpoint=%s upstream=%s", server.endpoint, upstream.endpoint)
+        try:
+            while not stop.is_set():
+                relay.step(stop)
+        finally:
+            http.close()
+        if upstream.failure is not None:
+            raise upstream.failure
+    except ProtocolError as error:
+        raise ErgonError(f"the relay cannot pull from {upstream.endpoint}: {error.message}") from error
+    finally:
+        stop.set()
+        upstream.close()
+        server.close()
+
+
+def _close_at(stop: threading.Event, upstream: WeightSubscriber) -> None:
+    """End a fetch in progress when the process is told to stop."""
+    stop.wait()
+    upstream.close()

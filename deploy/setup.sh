@@ -1,0 +1,50 @@
+#!/bin/sh
+# Makes a working machine out of a bare one: system packages, virtual environment, locked dependencies.
+# Usage: deploy/setup.sh VENV_DIRECTORY. TORCH_INDEX may name the package index that serves PyTorch's CPU builds;
+# without it pip's own configuration decides, and may take a build with CUDA of several gigabytes.
+set -eu
+venv=$1
+root=$(cd "$(dirname "$0")/.." && pwd)
+lock="$root/requirements.lock"
+
+say() { printf '%s\n' "$*" >&2; }
+
+missing=
+command -v bwrap >/dev/null 2>&1 || missing="$missing bubblewrap"
+# The tools of sandboxed environments run on the system's own Python and awk.
+[ -x /usr/bin/python3 ] || missing="$missing python3-minimal"
+[ -x /usr/bin/awk ] || missing="$missing mawk"
+[ -x /usr/bin/setpriv ] || missing="$missing util-linux"
+ldconfig -p | grep -q libnuma.so.1 || missing="$missing libnuma1"
+ldconfig -p | grep -q libgomp.so.1 || missing="$missing libgomp1"
+ldconfig -p | grep -q libtcmalloc_minimal.so.4 || missing="$missing libtcmalloc-minimal4"
+python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
+if [ -n "$missing" ]; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+    say "installing system packages:$missing"
+    apt-get update -qq
+    # shellcheck disable=SC2086  one word per package
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+  else
+    say "ergon setup: error: system packages are missing; type: sudo apt-get install$missing"
+    exit 2
+  fi
+fi
+
+python=python3
+command -v python3.11 >/dev/null 2>&1 && python=python3.11
+"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
+  say "ergon setup: error: Python 3.11 is needed (the lock is made for it), found $("$python" --version)"
+  exit 2
+}
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip="$venv/bin/python -m pip --disable-pip-version-check"
+say "installing locked Python packages into $venv (a few minutes the first time)"
+$pip install -q "$(grep '^pip==' "$lock")" "$(grep '^setuptools==' "$lock")" "$(grep '^wheel==' "$lock")"
+# torch on its own and first: the CPU build must be there before anything asks for torch.
+$pip install -q ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --no-deps "$(grep '^torch==' "$lock")"
+# --no-deps: the lock is complete. Leaving pip to resolve would bring in torchvision and friends, which do not import
+# beside a CPU build of torch, and a C++ inference engine that one package wants and nothing here uses.
+$pip install -q --no-deps --no-build-isolation -r "$lock"
+$pip install -q --no-deps --no-build-isolation -e "$root"

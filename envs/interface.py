@@ -1,0 +1,163 @@
+"""What an environment is: tasks, tools, episodes, rewards. One screen; no I/O, nothing of actors or learners.
+
+An author subclasses `Environment` (procedural tasks, tools) and `Episode` (the single-use act of solving one task). The
+policy acts through tools only; a turn without a tool call is its final answer. Grading happens in `Episode.grade`, in
+the parent process, from what left the sandbox; what the policy can reach never holds the expected answer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Split = Literal["train", "heldout"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class ErgonEnvError(Exception):
+    """Base of what environments raise on purpose."""
+
+
+class UnknownEnvironmentError(ErgonEnvError):
+    """No environment of that name; the message lists the known ones."""
+
+
+class EnvironmentOptionsError(ErgonEnvError):
+    """The options given to an environment do not fit it; the message names the option and the allowed ones."""
+
+
+class EnvironmentFailureError(ErgonEnvError):
+    """The environment itself broke (outcome `env_failure`); the policy is not to blame."""
+
+
+class SandboxError(ErgonEnvError):
+    """The sandbox could not be made or died: infrastructure (outcome `infra_failure`), so the ticket is retried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool as the policy is told of it. `parameters` is a JSON schema of type object."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call the policy made."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of the conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One turn of the policy: its text, the calls parsed from it, and why a call could not be parsed, if so."""
+
+    text: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    malformed: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What answers a turn. `done` ends the episode."""
+
+    messages: tuple[Message, ...] = ()
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """The grade: a total and its named components."""
+
+    total: float
+    components: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One problem. `kind` is the class it is reported under; `secret` is for the grader only and never reaches the
+    sandbox or the policy."""
+
+    env: str
+    split: Split
+    index: int
+    kind: str
+    prompt: tuple[Message, ...]
+    secret: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+class Episode(ABC):
+    """One attempt at one task; single use. `start`, then `step` until done, then `grade`, then `close`, always."""
+
+    @abstractmethod
+    async def start(self) -> Sequence[Message]:
+        """Prepare (sandbox, files) and return the first messages, usually the task's prompt."""
+
+    @abstractmethod
+    async def step(self, action: Action) -> Observation:
+        """Run the action's tool calls, or end the episode. A bad call is an observation, never an exception."""
+
+    @abstractmethod
+    async def grade(self) -> Reward:
+        """Grade the state reached so far; also called for timeouts and truncations (partial state)."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release everything; idempotent."""
+
+
+class Environment(ABC):
+    """A family of tasks with tools. Shared by all episodes of a process, so stateless or locked."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def tools(self) -> Sequence[Tool]:
+        """The tools a policy may call."""
+
+    @abstractmethod
+    def task(self, split: Split, index: int) -> Task:
+        """The task of this split and index, deterministic across processes; splits never share a problem."""
+
+    @abstractmethod
+    def episode(self, task: Task) -> Episode:
+        """A fresh episode of the task."""
+
+    @abstractmethod
+    def reference(self, task: Task) -> ReferencePolicy:
+        """A policy that solves the task through the tools; used for tests and certificates."""
+
+    def demonstrator(self, task: Task) -> ReferencePolicy:
+        """The policy whose episodes a warm start imitates: the reference, unless the author has more realistic ones."""
+        return self.reference(task)
+
+    async def prepare(self) -> None:  # noqa: B027  most environments need nothing
+        """Optional, before the first episode: make what episodes will need ahead of time (warm sandboxes).
+
+        Raises SandboxError where the machine cannot run the environment's tools, so that a process can say so at once.
+        """
+
+    async def close(self) -> None:  # noqa: B027  most environments hold nothing
+        """Release pools."""
+
+
+class ReferencePolicy(ABC):
+    """Acts like a policy, without a model: sees the messages, returns the next action's tool calls or final text."""
+
+    @abstractmethod
+    def act(self, messages: Sequence[Message]) -> Action:
+        """The next action, given the whole conversation so far (assistant messages included as sent)."""

@@ -1,0 +1,100 @@
+"""Warm sandboxes, made ahead so that no episode waits for one. Each is used once; nothing is ever given back to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+
+from envs.interface import SandboxError
+from envs.sandbox.limits import Limits
+from envs.sandbox.session import Sandbox
+
+logger = logging.getLogger(__name__)
+
+
+class SandboxPool:
+    """Keeps up to `size` sandboxes ready, all with the same files and limits. Belongs to one event loop.
+
+    The taker owns what `acquire` returns and closes it. Refilling starts with the first `acquire` or `prepare` and
+    makes at most two at a time, since a start costs CPU that episodes need. When making one fails, refilling stops
+    until the next `acquire`, which then makes its own and so raises the reason.
+    """
+
+    def __init__(self, size: int, files: Mapping[str, bytes] | None = None, limits: Limits | None = None) -> None:
+        if size < 0:
+            raise ValueError(f"a sandbox pool of size {size} makes no sense; it must be 0 or more")
+        self._size = size
+        self._files = dict(files or {})
+        self._limits = limits or Limits()
+        self._ready: deque[Sandbox] = deque()
+        self._filler: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @property
+    def num_ready(self) -> int:
+        """Sandboxes that wait to be taken."""
+        return len(self._ready)
+
+    async def prepare(self) -> None:
+        """Fill the pool; returns when it is full. Raises SandboxError where no sandbox can be made."""
+        sandbox = await self.acquire()  # one in the foreground, for its error; also for a pool of size 0
+        if len(self._ready) < self._size:
+            self._ready.append(sandbox)
+        else:
+            await sandbox.close()
+        if self._filler is not None:
+            await asyncio.shield(self._filler)
+
+    async def acquire(self) -> Sandbox:
+        """A fresh sandbox: a warm one, or one made now. Raises SandboxError."""
+        if self._closed:
+            raise SandboxError("the sandbox pool is closed")
+        while self._ready:
+            sandbox = self._ready.popleft()
+            if sandbox.alive:
+                self._refill()
+                return sandbox
+            await sandbox.close()
+        sandbox = await self._create()
+        self._refill()
+        return sandbox
+
+    async def _create(self) -> Sandbox:
+        return await Sandbox.create(self._files, self._limits)
+
+    def _refill(self) -> None:
+        if not self._closed and (self._filler is None or self._filler.done()):
+            self._filler = asyncio.create_task(self._fill(), name="sandbox-pool-refill")
+
+    async def _fill(self) -> None:
+        while len(self._ready) < self._size:
+            want = min(2, self._size - len(self._ready))
+            made = await asyncio.gather(*(self._create() for _ in range(want)), return_exceptions=True)
+            self._ready.extend(sandbox for sandbox in made if isinstance(sandbox, Sandbox))
+            for error in made:
+                if isinstance(error, SandboxError):
+                    logger.warning("sandbox pool stopped refilling ready=%d error=%s", len(self._ready), error)
+                    return
+                if isinstance(error, BaseException):
+                    raise error
+
+    async def close(self) -> None:
+        """Close all that wait and make no more; those taken belong to their takers. Idempotent."""
+        self._closed = True
+        if self._filler is not None:
+            # Not cancelled: two starts are over in milliseconds, and a cancelled one could not be awaited to its end.
+            self._size = 0
+            await asyncio.wait([self._filler])
+        while self._ready:
+            await self._ready.popleft().close()
+
+    async def __aenter__(self) -> SandboxPool:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,267 @@
+"""One sandbox and the session in it: start, run commands, move files, end. Never more than one command at a time.
+
+The session loop (bubblewrap.SESSION_LOOP) is PID 1 of the sandbox. Three channels lead to it: a socket for commands
+and their statuses, which no command can reach, and one pipe each for stdout and stderr, which carry nothing but output.
+When a status arrives, all that the command wrote lies in the pipes already, so reading without waiting gets all of it.
+
+Known weakness: what a command leaves running in the background can write into, and read from, the output of later
+commands of its sandbox, as it can change their files. So grade in a fresh sandbox, or in the parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import secrets
+import select
+import shlex
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import PurePosixPath
+from types import TracebackType
+
+from envs.interface import SandboxError
+from envs.sandbox import bubblewrap
+from envs.sandbox.limits import ExecResult, Limits
+from envs.sandbox.spawn import Spawned, spawn
+
+MAX_COMMAND_BYTES = 96 << 10  # the kernel takes 128 KiB in one argument
+CHUNK_BYTES = 48 << 10  # of a file, encoded, in one command
+EXIT_TIMEOUT_S = 30.0
+
+
+async def _ended(pidfd: int) -> None:
+    """Wait until a killed process has ended. Raises SandboxError where it does not."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        async with asyncio.timeout(EXIT_TIMEOUT_S):
+            await ended.wait()
+    except TimeoutError:
+        raise SandboxError(f"a killed sandbox was still there after {EXIT_TIMEOUT_S} s") from None
+    finally:
+        loop.remove_reader(pidfd)
+
+
+class Sandbox:
+    """A place where untrusted commands run. Make it with `create`, close it always; closing kills all that runs in it.
+
+    Belongs to one event loop. Dies with the thread and the process that made it.
+    """
+
+    def __init__(self, spawned: Spawned, limits: Limits) -> None:
+        self._spawned = spawned
+        self._limits = limits
+        self._init_pidfd = -1  # the outer PID namespace's first process, once it is known to be there
+        self._lock = asyncio.Lock()
+        self._pending = b""
+        self._dead_because: str | None = None
+        self._exit: asyncio.Task[None] | None = None
+        self._released = False
+
+    @classmethod
+    async def create(cls, files: Mapping[str, bytes] | None = None, limits: Limits | None = None) -> Sandbox:
+        """Start a sandbox with these files: relative paths lie in /work, those elsewhere are immutable.
+
+        Takes 10-30 ms. Raises ValueError for a bad path, SandboxError where no sandbox can be made.
+        """
+        limits = limits or Limits()
+        contents = {"/etc/passwd": bubblewrap.PASSWD, "/etc/group": bubblewrap.GROUP}
+        contents |= {bubblewrap.check_path(path): data for path, data in (files or {}).items()}
+        sandbox = cls(spawn(contents, limits), limits)
+        try:
+            await sandbox._handshake()
+        except BaseException:
+            await sandbox.close()
+            raise
+        return sandbox
+
+    @property
+    def alive(self) -> bool:
+        """False once it was closed, killed, or has ended by itself."""
+        if self._dead_because is not None:
+            return False
+        events = select.poll()
+        for pidfd in (self._init_pidfd, self._spawned.pidfd):
+            events.register(pidfd, select.POLLIN)  # readable once the process has ended
+        return not events.poll(0)
+
+    async def exec(self, command: str, timeout_s: float | None = None, output_bytes: int | None = None) -> ExecResult:
+        """Run a command line with /bin/sh in /work, stdin empty; wait for its end, not for what it left in background.
+
+        Costs 1-2 ms more than the command. At `timeout_s`, or when it floods its output, the whole sandbox is killed.
+        Raises ValueError for a command that is too long or holds a NUL, SandboxError where the sandbox is dead.
+        """
+        script = command.encode()
+        if len(script) > MAX_COMMAND_BYTES or b"\0" in script:
+            raise ValueError(f"a sandbox command of {len(script)} bytes: at most {MAX_COMMAND_BYTES}, and no NUL")
+        async with self._lock:
+            if self._dead_because is not None:
+                raise self._died()
+            return await self._exec(
+                script,
+                self._limits.timeout_s if timeout_s is None else timeout_s,
+                self._limits.output_bytes if output_bytes is None else output_bytes,
+            )
+
+    async def _exec(self, script: bytes, timeout_s: float, output_bytes: int) -> ExecResult:
+        loop = asyncio.get_running_loop()
+        outputs = (self._spawned.stdout, self._spawned.stderr)
+        flooded = False
+
+        def on_flood() -> None:
+            nonlocal flooded
+            flooded = True
+            self._kill("a command flooded its output")
+
+        for output in outputs:
+            output.begin(loop, output_bytes, on_flood)
+        began = time.monotonic()
+        exit_code: int | None = None
+        timed_out = False
+        try:
+            async with asyncio.timeout(timeout_s):
+                exit_code = await self._run(script)
+        except TimeoutError:
+            timed_out = True
+            self._kill("a command ran past its time limit")
+            await self._exited()
+        except SandboxError:
+            if not flooded:
+                raise
+            await self._exited()
+        except BaseException:
+            self._kill("a command was abandoned")
+            raise
+        finally:
+            stdout, stderr = (output.end(loop) for output in outputs)
+        truncated = any(output.truncated for output in outputs)
+        return ExecResult(exit_code, stdout, stderr, truncated, timed_out, time.monotonic() - began)
+
+    async def write(self, path: str, data: bytes) -> None:
+        """Put a file where commands may write (relative: in /work). Raises OSError where the sandbox refuses."""
+        absolute = PurePosixPath(bubblewrap.check_path(path))
+        target = shlex.quote(str(absolute))
+        prefix = (
+            ""
+            if absolute.parent == PurePosixPath(bubblewrap.WORK_DIR)
+            else f"mkdir -p {shlex.quote(str(absolute.parent))} && "
+        )
+        quoted = shlex.quote(data.decode(errors="replace"))
+        if b"\0" not in data and quoted.isascii() and len(quoted) <= CHUNK_BYTES:
+            await self._succeed(f"{prefix}printf %s {quoted} > {target}")  # no process but the shell
+            return
+        await self._succeed(f"{prefix}: > {target}")
+        step = CHUNK_BYTES // 4 * 3
+        for start in range(0, len(data), step):
+            encoded = base64.b64encode(data[start : start + step]).decode()
+            await self._succeed(f"printf %s {encoded} | base64 -d >> {target}")
+
+    async def read(self, path: str, max_bytes: int = 1 << 20) -> bytes:
+        """A file's content. Raises OSError where it cannot be read or is larger than `max_bytes`."""
+        target = bubblewrap.check_path(path)
+        result = await self._succeed(f"exec head -c {max_bytes + 1} {shlex.quote(target)}", max_bytes + 1)
+        if len(result.stdout) > max_bytes:
+            raise OSError(f"{target} in the sandbox is larger than {max_bytes} bytes")
+        return result.stdout
+
+    async def close(self) -> None:
+        """Kill everything in the sandbox, wait until it is gone, release the descriptors. Idempotent."""
+        self._kill("it was closed")
+        await self._exited()
+        if not self._released:
+            self._released = True
+            self._spawned.release()
+            if self._init_pidfd >= 0:
+                os.close(self._init_pidfd)
+
+    async def __aenter__(self) -> Sandbox:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _handshake(self) -> None:
+        """Wait for the session's first word and take hold of its PID namespace."""
+        try:
+            async with asyncio.timeout(self._limits.start_timeout_s):
+                word = await self._line()
+        except TimeoutError:
+            raise SandboxError(f"a sandbox was not ready within {self._limits.start_timeout_s} s") from None
+        except SandboxError:
+            await self._exited()
+            raise bubblewrap.failure(self._spawned.stderr.leftover(4096).decode(errors="replace")) from None
+        if word != b"ready":
+            raise SandboxError(f"a sandbox began with {word[:80]!r} instead of `ready`")
+        self._init_pidfd = self._spawned.open_init()
+
+    async def _run(self, script: bytes) -> int:
+        """Send one command, return its exit status."""
+        nonce = secrets.token_hex(16).encode()
+        message = b"%s\n%d\n%s\n" % (nonce, script.count(b"\n") + 1, script)
+        try:
+            await asyncio.get_running_loop().sock_sendall(self._spawned.control, message)
+        except OSError as error:
+            raise self._died() from error
+        answer = await self._line()
+        got, _, status = answer.partition(b" ")
+        if got != nonce or not status.isdigit():
+            self._kill(f"its session broke the protocol with {answer[:80]!r}")
+            raise self._died()
+        return int(status)
+
+    async def _line(self) -> bytes:
+        """The next line from the session. Raises SandboxError at its end."""
+        loop = asyncio.get_running_loop()
+        while b"\n" not in self._pending:
+            try:
+                chunk = await loop.sock_recv(self._spawned.control, 4096)
+            except OSError as error:
+                raise self._died() from error
+            if not chunk:
+                raise self._died()
+            self._pending += chunk
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
+
+    async def _succeed(self, command: str, output_bytes: int | None = None) -> ExecResult:
+        """Run a command of our own that must exit with 0. Raises OSError with its complaint."""
+        result = await self.exec(command, output_bytes=output_bytes)
+        if not result.ok:
+            reason = "it timed out" if result.timed_out else result.stderr.decode(errors="replace").strip()
+            raise OSError(f"the sandbox refused: {reason}")
+        return result
+
+    def _died(self) -> SandboxError:
+        if self._dead_because is None:
+            self._dead_because = "its session ended unexpectedly"
+        return SandboxError(f"the sandbox is dead: {self._dead_because}")
+
+    def _kill(self, reason: str) -> None:
+        """Kill the whole PID namespace."""
+        if self._dead_because is None:
+            self._dead_because = reason
+        if self._released:
+            return
+        with suppress(ProcessLookupError):  # it has ended already, which is what is wanted
+            if self._init_pidfd >= 0:
+                signal.pidfd_send_signal(self._init_pidfd, signal.SIGKILL)
+            else:
+                signal.pidfd_send_signal(self._spawned.pidfd, signal.SIGKILL)  # the namespace follows by itself
+
+    async def _exited(self) -> None:
+        """Wait until all in the sandbox has ended: its first process does so last, and then ours that started it."""
+        if self._exit is None:
+            self._exit = asyncio.create_task(self._wait_exit(), name="sandbox-exit")
+        await asyncio.shield(self._exit)
+
+    async def _wait_exit(self) -> None:
+        for pidfd in (self._init_pidfd, self._spawned.pidfd):
+            if pidfd >= 0:
+                await _ended(pidfd)

@@ -1,0 +1,56 @@
+"""The usual episode: tool calls are answered in order, a turn without any is the final answer. Grades nothing."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from envs.interface import Action, EnvironmentFailureError, Episode, Message, Observation, Reward, Task, ToolCall
+from envs.tools.typed import ERROR_PREFIX, ToolOutput, ToolSet
+
+MAX_CALLS_PER_TURN = 8
+
+
+class ToolEpisode(Episode):
+    """An episode whose policy acts through a `ToolSet`. Subclasses grade, and may prepare and release.
+
+    `final_text`: the final answer, None until there is one. `num_tool_errors`: calls answered with an error so far.
+    """
+
+    def __init__(self, task: Task, tools: ToolSet) -> None:
+        self.task = task
+        self.final_text: str | None = None
+        self.num_tool_calls = 0
+        self.num_tool_errors = 0
+        self._tools = tools
+
+    async def start(self) -> Sequence[Message]:
+        """Nothing to prepare: the task's prompt."""
+        return self.task.prompt
+
+    async def step(self, action: Action) -> Observation:
+        """Answer a turn. Raises EnvironmentFailureError after the final answer, and SandboxError."""
+        if self.final_text is not None:
+            raise EnvironmentFailureError("the episode is over: it had its final answer already")
+        if action.malformed is not None:
+            self.num_tool_errors += 1
+            return Observation((Message("tool", ERROR_PREFIX + action.malformed),))
+        if not action.tool_calls:
+            self.final_text = action.text
+            return Observation(done=True)
+        outputs = [await self._answer(number, call) for number, call in enumerate(action.tool_calls)]
+        self.num_tool_errors += sum(output.error for output in outputs)
+        return Observation(tuple(Message("tool", output.text) for output in outputs))
+
+    async def _answer(self, number: int, call: ToolCall) -> ToolOutput:
+        if number >= MAX_CALLS_PER_TURN:
+            return ToolOutput(f"{ERROR_PREFIX}at most {MAX_CALLS_PER_TURN} calls in one turn", error=True)
+        self.num_tool_calls += 1
+        return await self._tools.call(self, call)
+
+    @abstractmethod
+    async def grade(self) -> Reward:
+        """Grade what was reached; `final_text` is None where the episode was cut short."""
+
+    async def close(self) -> None:
+        """Nothing to release."""

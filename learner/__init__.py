@@ -1,0 +1,1 @@
+"""The trainer: owns progress, turns trajectories into weights, publishes them."""

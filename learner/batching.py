@@ -1,0 +1,262 @@
+"""Trajectories -> groups -> batches. Owns what was received and not yet consumed; pure logic, no sockets, no torch.
+
+A group closes when each of its tickets has a trajectory or a dead letter. A closed group without variance has no
+gradient: it is consumed at once, counted as masked, and the curriculum may issue another. What was consumed leaves with
+the next batch and is acknowledged with the checkpoint that contains it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from broker.protocol.trajectory import Outcome, Segment, Trajectory, Verdict
+from learner.advantage import Baseline, group_advantages, has_variance
+from learner.engine import TrainSequence
+
+
+class DeadNotice(Protocol):
+    """A ticket that will never have a trajectory."""
+
+    @property
+    def ticket_id(self) -> str:
+        """Which one."""
+        ...
+
+    @property
+    def group_id(self) -> str:
+        """Its group, which closes without it."""
+        ...
+
+
+class Reason(StrEnum):
+    """Why a consumed trajectory did not reach the gradient; `trained` where it did."""
+
+    TRAINED = "trained"
+    ZERO_VARIANCE = "zero_variance"
+    SCREENED = "screened"
+    ENV_FAILURE = "env_failure"
+    STALE = "stale"
+    SURPLUS = "surplus"
+    NOT_FINITE = "not_finite"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Consumed:
+    """One trajectory that left the batcher, and what became of it."""
+
+    trajectory: Trajectory
+    reason: Reason
+
+    @property
+    def trained(self) -> bool:
+        """Whether it contributed to a gradient."""
+        return self.reason is Reason.TRAINED
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """What one optimiser step consumes. Without sequences there is nothing to train: the step is skipped.
+
+    staleness_N: learner version minus sampling version of every trained token. num_stale_tokens: tokens masked because
+    theirs was beyond the bound. dead_ids: dead letters of the consumed groups, to be acknowledged with them.
+    """
+
+    sequences: tuple[TrainSequence, ...]
+    consumed: tuple[Consumed, ...]
+    dead_ids: tuple[str, ...]
+    num_groups: int
+    num_zero_variance_groups: int
+    num_stale_tokens: int
+    staleness_N: npt.NDArray[np.int32]
+
+    @property
+    def ids(self) -> list[str]:
+        """Everything to acknowledge once a checkpoint contains this batch."""
+        return [item.trajectory.ticket.ticket_id for item in self.consumed] + list(self.dead_ids)
+
+
+@dataclass(slots=True)
+class _Group:
+    size: int
+    trajectories: list[Trajectory] = field(default_factory=list)
+    dead_ids: list[str] = field(default_factory=list)
+
+    @property
+    def closed(self) -> bool:
+        return len(self.trajectories) + len(self.dead_ids) >= self.size
+
+
+class Batcher:
+    """Gathers trajectories of mode `train`. Every id is admitted once; a second one is refused and counted."""
+
+    def __init__(
+        self, *, groups_per_step: int, max_groups_per_step: int, group_size: int, max_staleness: int, baseline: Baseline
+    ) -> None:
+        self._groups_per_step = groups_per_step
+        self._max_groups_per_step = max(max_groups_per_step, groups_per_step)
+        self._group_size = group_size
+        self._max_staleness = max_staleness
+        self._baseline: Baseline = baseline
+        self._open: dict[str, _Group] = {}
+        self._ready: deque[_Group] = deque()
+        self._flat: list[_Group] = []
+        self._held_ids: set[str] = set()
+        self.num_refused = 0
+
+    @property
+    def num_held(self) -> int:
+        """Trajectories and dead letters received and not yet in a batch."""
+        return len(self._held_ids)
+
+    @property
+    def num_without_gradient(self) -> int:
+        """Those of them that lie in closed groups without variance: they fill no batch, so others may be issued."""
+        return sum(len(group.trajectories) + len(group.dead_ids) for group in self._flat)
+
+    @property
+    def num_ready_groups(self) -> int:
+        """Closed groups with variance."""
+        return len(self._ready)
+
+    def add(self, trajectory: Trajectory) -> bool:
+        """Admit a trajectory; False (and nothing happens) where its ticket is already here."""
+        ticket = trajectory.ticket
+        if not self._admit(ticket.ticket_id):
+            return False
+        group = self._open.setdefault(ticket.group_id, _Group(ticket.group_size))
+        group.trajectories.append(trajectory)
+        self._close(ticket.group_id, group)
+        return True
+
+    def add_dead(self, notice: DeadNotice) -> bool:
+        """Admit a dead letter: its group closes without that episode."""
+        if not self._admit(notice.ticket_id):
+            return False
+        group = self._open.setdefault(notice.group_id, _Group(self._group_size))
+        group.dead_ids.append(notice.ticket_id)
+        self._close(notice.group_id, group)
+        return True
+
+    def next(self, version: int) -> Batch | None:
+        """The next batch as of this learner version, or None while too few groups are closed."""
+        num_closed = len(self._ready) + len(self._flat)
+        if len(self._ready) < self._groups_per_step and num_closed < self._max_groups_per_step:
+            return None
+        # Not more than groups_per_step: what is left over is the start of the next batch.
+        taken = [self._ready.popleft() for _ in range(min(self._groups_per_step, len(self._ready)))]
+        flat, self._flat = self._flat, []
+        return self._batch(taken, flat, version)
+
+    def drain(self) -> Batch:
+        """Everything still held, as surplus: consumed without a gradient when training is over."""
+        groups = [*self._ready, *self._flat, *self._open.values()]
+        self._ready.clear()
+        self._flat, self._open = [], {}
+        self._held_ids.clear()
+        consumed = [Consumed(trajectory, Reason.SURPLUS) for group in groups for trajectory in group.trajectories]
+        dead_ids = tuple(ticket_id for group in groups for ticket_id in group.dead_ids)
+        return Batch((), tuple(consumed), dead_ids, len(groups), 0, 0, np.zeros(0, dtype=np.int32))
+
+    def _admit(self, ticket_id: str) -> bool:
+        if ticket_id in self._held_ids:
+            self.num_refused += 1
+            return False
+        self._held_ids.add(ticket_id)
+        return True
+
+    def _close(self, group_id: str, group: _Group) -> None:
+        if not group.closed:
+            return
+        del self._open[group_id]
+        rewards_G, counted_G, _ = judge(group.trajectories)
+        (self._ready.append if has_variance(rewards_G, counted_G) else self._flat.append)(group)
+
+    def _batch(self, taken: Sequence[_Group], flat: Sequence[_Group], version: int) -> Batch:
+        sequences: list[TrainSequence] = []
+        consumed: list[Consumed] = []
+        staleness: list[npt.NDArray[np.int32]] = [np.zeros(0, dtype=np.int32)]
+        num_stale = 0
+        for group in flat:
+            _, _, reasons = judge(group.trajectories)
+            for trajectory, reason in zip(group.trajectories, reasons, strict=True):
+                consumed.append(Consumed(trajectory, Reason.ZERO_VARIANCE if reason is Reason.TRAINED else reason))
+        for group in taken:
+            rewards_G, counted_G, reasons = judge(group.trajectories)
+            advantages_G = group_advantages(rewards_G, counted_G, self._baseline)
+            for trajectory, advantage, reason in zip(group.trajectories, advantages_G, reasons, strict=True):
+                fate: Reason = reason
+                if reason is Reason.TRAINED:
+                    made = [
+                        train_sequence(segment, float(advantage), version, self._max_staleness)
+                        for segment in trajectory.segments
+                    ]
+                    num_stale += sum(int((s.staleness_T > self._max_staleness).sum()) for s in made)
+                    made = [s for s in made if s.loss_mask_T[1:].any()]
+                    staleness.extend(s.staleness_T[s.loss_mask_T] for s in made)
+                    sequences.extend(made)
+                    fate = Reason.TRAINED if made else Reason.STALE
+                consumed.append(Consumed(trajectory, fate))
+        groups = [*flat, *taken]
+        dead_ids = tuple(ticket_id for group in groups for ticket_id in group.dead_ids)
+        batch = Batch(
+            tuple(sequences), tuple(consumed), dead_ids, len(groups), len(flat), num_stale, np.concatenate(staleness)
+        )
+        self._held_ids.difference_update(batch.ids)
+        return batch
+
+
+def judge(
+    trajectories: Sequence[Trajectory],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], list[Reason]]:
+    """Rewards, which of them count in the group's statistics, and why the others do not."""
+    reasons = [_reason(trajectory) for trajectory in trajectories]
+    rewards_G = np.asarray([trajectory.head.reward for trajectory in trajectories], dtype=np.float64)
+    counted_G = np.asarray([reason is Reason.TRAINED for reason in reasons], dtype=np.bool_)
+    return rewards_G, counted_G, reasons
+
+
+def _reason(trajectory: Trajectory) -> Reason:
+    head = trajectory.head
+    if head.integrity.verdict is not Verdict.CLEAN or head.outcome is Outcome.EXPLOIT:
+        return Reason.SCREENED
+    if head.outcome in (Outcome.ENV_FAILURE, Outcome.INFRA_FAILURE):
+        return Reason.ENV_FAILURE
+    return Reason.TRAINED
+
+
+def train_sequence(segment: Segment, advantage: float, version: int, max_staleness: int) -> TrainSequence:
+    """A segment as the loss sees it. Tokens more than `max_staleness` versions old are masked.
+
+    Staleness compares version numbers across lineages too (a resume goes on counting from its checkpoint); a token from
+    a history that was lost may carry a newer number, which counts as 0.
+    """
+    staleness_T = np.zeros(segment.token_ids_T.shape, dtype=np.int32)
+    runs = segment.version_runs
+    if runs:
+        behind = np.maximum(version - np.asarray([run.version for run in runs], dtype=np.int64), 0).astype(np.int32)
+        staleness_T[segment.loss_mask_T] = np.repeat(behind, [run.num_tokens for run in runs])
+    return TrainSequence(
+        token_ids_T=segment.token_ids_T,
+        loss_mask_T=segment.loss_mask_T & (staleness_T <= max_staleness),
+        logprobs_T=segment.logprobs_T,
+        advantage=advantage,
+        staleness_T=staleness_T,
+    )
+
+
+def rewards_by_kind(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Mean reward of each kind of task (its environment's name where it has no kinds)."""
+    sums: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for trajectory in trajectories:
+        kind = trajectory.head.kind or trajectory.ticket.task.env
+        sums[kind] += trajectory.head.reward  # type: ignore[assignment]  # a Counter of floats
+        counts[kind] += 1
+    return {kind: sums[kind] / counts[kind] for kind in sorted(counts)}

@@ -1,0 +1,63 @@
+"""The learner's Prometheus metrics, all of them; other modules only set them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+from prometheus_client import Counter, Gauge, Histogram
+
+STEP = Gauge("ergon_learner_step", "Reinforcement-learning steps taken")
+VERSION = Gauge("ergon_learner_policy_version", "Optimiser steps in the weights being trained")
+LINEAGE = Gauge("ergon_learner_lineage", "Lineage of this learner process")
+REWARD = Gauge("ergon_learner_reward", "Mean reward of the newest batch's episodes", ["env", "kind"])
+EVAL_REWARD = Gauge("ergon_learner_eval_reward", "Mean held-out reward of the newest evaluation", ["phase", "style"])
+STALENESS = Histogram(
+    "ergon_learner_staleness_versions",
+    "Versions between sampling and training, per token",
+    buckets=(0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32),
+)
+TRAINED_TOKENS = Counter("ergon_learner_trained_tokens_total", "Tokens that contributed to a gradient")
+MASKED_TOKENS = Counter("ergon_learner_stale_tokens_total", "Tokens masked for being too stale")
+TRAJECTORIES = Counter("ergon_learner_trajectories_total", "Trajectories consumed, by what became of them", ["reason"])
+GROUPS = Counter("ergon_learner_groups_total", "Groups consumed, by whether they had a gradient", ["variance"])
+SKIPPED = Counter("ergon_learner_skipped_batches_total", "Batches without a step: no gradient, or not a finite one")
+STEP_SECONDS = Histogram(
+    "ergon_learner_step_seconds",
+    "Seconds of one step by activity",
+    ["activity"],
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320),
+)
+GRAD_NORM = Gauge("ergon_learner_grad_norm", "Gradient norm before clipping")
+MISMATCH_KL = Gauge("ergon_learner_mismatch_kl", "KL of the behaviour to the target policy per token (k3 estimate)")
+ESS = Gauge("ergon_learner_effective_sample_size_ratio", "Effective sample size over the number of tokens")
+CLIP_FRACTION = Gauge("ergon_learner_clip_fraction_ratio", "Share of tokens whose ratio was clipped")
+LOSS_MASKED = Gauge("ergon_learner_loss_masked_ratio", "Share of tokens outside the token window or sequence guard")
+ENTROPY = Gauge("ergon_learner_entropy_nats", "Mean entropy of the policy per trained token")
+HELD = Gauge("ergon_learner_held_trajectories", "Trajectories received and not yet in a batch")
+OUTSTANDING = Gauge("ergon_learner_outstanding_tickets", "Training tickets issued and not yet consumed")
+UNACKED = Gauge("ergon_learner_unacked_trajectories", "Trajectories consumed and not yet in a checkpoint")
+
+_FROM_STATS = {
+    "grad_norm": GRAD_NORM,
+    "mismatch_kl": MISMATCH_KL,
+    "ess": ESS,
+    "clip_fraction": CLIP_FRACTION,
+    "loss_masked_fraction": LOSS_MASKED,
+    "entropy": ENTROPY,
+}
+
+
+def observe_step(stats: Mapping[str, float]) -> None:
+    """Set the gauges of one optimiser step."""
+    for name, gauge in _FROM_STATS.items():
+        if name in stats:
+            gauge.set(stats[name])
+    TRAINED_TOKENS.inc(stats.get("num_trained_tokens", 0))
+
+
+def observe_staleness(staleness_N: npt.NDArray[np.int32]) -> None:
+    """Count every token's staleness."""
+    for versions in staleness_N.tolist():
+        STALENESS.observe(versions)

@@ -1,0 +1,101 @@
+"""metrics.jsonl and the gauges: one line for every step, supervised step, evaluation and phase. Decides nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from learner import metrics
+from learner.audit import LineFile
+from learner.batching import Batch, rewards_by_kind
+from learner.engine import TrainEngine
+from learner.evaluation import STYLES, Evaluation
+from learner.state import TrainerState
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Writes lines that all carry: event, time (Unix), phase, step, version, lineage."""
+
+    def __init__(self, path: Path, state: TrainerState, engine: TrainEngine, lineage: Callable[[], int]) -> None:
+        self._file = LineFile(path)
+        self._state = state
+        self._engine = engine
+        self._lineage = lineage
+
+    def step(self, batch: Batch, stats: Mapping[str, float] | None, seconds: Mapping[str, float]) -> None:
+        """A reinforcement-learning step; event `skipped` where the batch had no (finite) gradient."""
+        trajectories = [item.trajectory for item in batch.consumed]
+        rewards = np.asarray([trajectory.head.reward for trajectory in trajectories] or [0.0])
+        kinds = rewards_by_kind(trajectories)
+        for trajectory in trajectories:
+            kind = trajectory.head.kind or trajectory.ticket.task.env
+            metrics.REWARD.labels(trajectory.ticket.task.env, kind).set(kinds[kind])
+        for activity, value in seconds.items():
+            metrics.STEP_SECONDS.labels(activity).observe(value)
+        metrics.STEP.set(self._state.step)
+        num_tokens = (stats or {}).get("num_trained_tokens", 0)
+        self._write(
+            "step" if stats is not None else "skipped",
+            reward_mean=float(rewards.mean()),
+            reward_std=float(rewards.std()),
+            reward_by_kind=kinds,
+            trajectories=len(trajectories),
+            reasons=dict(Counter(item.reason.value for item in batch.consumed)),
+            groups=batch.num_groups,
+            zero_variance_groups=batch.num_zero_variance_groups,
+            staleness_mean=float(batch.staleness_N.mean()) if batch.staleness_N.size else 0.0,
+            staleness_max=int(batch.staleness_N.max(initial=0)),
+            stale_tokens=batch.num_stale_tokens,
+            tokens_sampled=sum(trajectory.num_sampled for trajectory in trajectories),
+            tokens_per_s=num_tokens / max(1e-9, sum(seconds.values())),
+            seconds={name: round(value, 4) for name, value in seconds.items()},
+            **(stats or {}),
+        )
+
+    def warm_start(self, number: int, total: int, stats: Mapping[str, float]) -> None:
+        """A supervised step."""
+        metrics.VERSION.set(self._engine.policy_version)
+        self._write("warm_start", number=number, of=total, **stats)
+
+    def phase(self, detail: str) -> None:
+        """The beginning of something long."""
+        logger.info("phase=%s detail=%s version=%d", self._state.phase, detail, self._engine.policy_version)
+        self._write("phase", detail=detail)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """A complete evaluation."""
+        result: dict[str, Any] = {"evaluation": evaluation.phase, "tasks": evaluation.num_tasks}
+        for style in STYLES:
+            mean = evaluation.mean(style)
+            if mean is not None:
+                metrics.EVAL_REWARD.labels(evaluation.phase, style).set(mean)
+            result[style] = mean
+            result[f"{style}_by_kind"] = evaluation.mean_by_kind(style)
+        self._write("evaluation", **result)
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """The run is complete."""
+        self._write("summary", summary=summary)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, event: str, **fields: Any) -> None:
+        place = {
+            "event": event,
+            "time": time.time(),
+            "phase": self._state.phase,
+            "step": self._state.step,
+            "version": self._engine.policy_version,
+            "lineage": self._lineage(),
+        }
+        self._file.append([place | fields], durable=False)

@@ -1,0 +1,65 @@
+"""Trajectories and tickets for the learner's unit tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from broker.protocol.trajectory import (
+    Integrity,
+    Mode,
+    Outcome,
+    Segment,
+    TaskRef,
+    Ticket,
+    Trajectory,
+    TrajectoryHead,
+    Verdict,
+    VersionRun,
+)
+
+
+def make_ticket(group: int = 0, member: int = 0, size: int = 2, mode: Mode = Mode.TRAIN, run: str = "run") -> Ticket:
+    """A training ticket, named as the curriculum names them."""
+    return Ticket(
+        ticket_id=f"{run}/{mode}/{group}/{member}",
+        group_id=f"{run}/{mode}/{group}",
+        group_size=size,
+        task=TaskRef(env="shop", split="train", index=group),
+        mode=mode,
+    )
+
+
+def make_segment(
+    prompt: Sequence[int] = (1, 2), sampled: Sequence[int] = (3, 4, 5), versions: Sequence[int] | None = None
+) -> Segment:
+    """A prompt and sampled tokens; `versions` of the sampled ones, one each (0 by default)."""
+    token_ids_T = np.asarray([*prompt, *sampled], dtype=np.int32)
+    loss_mask_T = np.asarray([False] * len(prompt) + [True] * len(sampled))
+    logprobs_T = np.where(loss_mask_T, -1.0, 0.0).astype(np.float32)
+    runs = tuple(VersionRun(1, version, 1) for version in versions or [0] * len(sampled))
+    return Segment(token_ids_T, loss_mask_T, logprobs_T, runs)
+
+
+def make_trajectory(
+    ticket: Ticket | None = None,
+    reward: float = 1.0,
+    *,
+    outcome: Outcome = Outcome.COMPLETED,
+    verdict: Verdict = Verdict.CLEAN,
+    segment: Segment | None = None,
+    kind: str = "plain",
+) -> Trajectory:
+    """A finished episode."""
+    head = TrajectoryHead(
+        ticket=ticket or make_ticket(),
+        kind=kind,
+        outcome=outcome,
+        reward=reward,
+        integrity=Integrity(verdict=verdict),
+        num_turns=1,
+        actor_id="actor-0",
+        finished_at=0.0,
+    )
+    return Trajectory(head, (segment or make_segment(),))

@@ -1,0 +1,29 @@
+"""Small snapshots for the weight channel's unit tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from broker.protocol.trajectory import PolicyVersion
+from broker.protocol.weights import DTYPES, Bytes, Manifest, describe, lay_out
+
+VERSION = PolicyVersion(3, 17)
+CHUNK = 4096
+
+
+def snapshot(
+    num_bytes: int = 50_000, version: PolicyVersion = VERSION, seed: int = 0, run_id: str = "run"
+) -> tuple[Manifest, Bytes]:
+    """A snapshot of one bf16 matrix, one fp32 vector and an odd tail of bytes, random, with its manifest."""
+    wide = num_bytes // 2 // 4
+    specs = lay_out(
+        [
+            ("layers.0.weight", "bfloat16", (2, wide)),
+            ("norm.weight", "float32", (wide // 2,)),
+            ("tail", "uint8", (num_bytes - 2 * wide * 2 - (wide // 2) * 4,)),
+        ]
+    )
+    data = np.random.default_rng(seed).integers(0, 256, num_bytes, np.uint8)
+    assert specs[-1].offset + specs[-1].num_bytes == num_bytes
+    assert {spec.dtype for spec in specs} <= DTYPES.keys()
+    return describe(run_id, version, specs, data, CHUNK, 1.75e9), data

@@ -1,0 +1,260 @@
+"""Chunk plan, fetch and sinks without a network: whatever the other side does, the bytes are right or refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from broker.client.fetch import Announced, ChunkPlan, Fetch, Reconnected, Verdict, WeightsSupersededError
+from broker.client.sinks import FileSink, MemorySink, WeightsCorruptError
+from broker.process.lifecycle import ErgonError
+from broker.protocol import weight_messages as messages
+from broker.protocol.commands import error_message
+from broker.protocol.errors import ErrorCode, ProtocolError
+from broker.protocol.frames import Message
+from broker.protocol.trajectory import PolicyVersion
+from broker.protocol.weights import Bytes, Manifest, safetensors_header
+from broker.weight_store import OutOfBudgetError, WeightStore
+from tests.unit.weights.samples import CHUNK, VERSION, snapshot
+
+NEWER = PolicyVersion(3, 18)
+NOT_HELD = error_message(ProtocolError(ErrorCode.NOT_FOUND, "gone"), messages.version_text(VERSION))
+
+
+class Harness:
+    """A fetch whose messages are caught, and which is answered by hand."""
+
+    def __init__(self, sink: FileSink | MemorySink, credit: int = 4, version: PolicyVersion = VERSION) -> None:
+        self.sent: list[Message] = []
+        self.fetch = Fetch(version, "run", sink, credit, self.sent.append)
+        self.fetch.start()
+
+    def take(self) -> list[Message]:
+        sent, self.sent = self.sent, []
+        self.fetch._send = self.sent.append
+        return sent
+
+
+def serve(message: Message, manifest: Manifest, data: Bytes) -> Message:
+    if message.command == "MANIFEST":
+        return messages.manifest_reply(manifest)
+    assert message.command == "CHUNK"
+    index = messages.read_chunk_request(message)[1]
+    start, end = manifest.chunk_range(index)
+    return messages.chunk_reply(manifest.version, index, data[start:end])
+
+
+def run_to_end(harness: Harness, manifest: Manifest, data: Bytes) -> None:
+    while not harness.fetch.complete:
+        sent = harness.take()
+        assert sent, "the fetch waits although everything was answered"
+        for message in sent:
+            harness.fetch.handle(serve(message, manifest, data))
+    harness.fetch.finish()
+
+
+def test_plan_keeps_to_its_credit() -> None:
+    manifest, data = snapshot(num_bytes=10 * CHUNK)
+    plan = ChunkPlan(manifest, credit=3)
+    assert plan.next_requests() == [0, 1, 2]
+    assert plan.next_requests() == []
+    assert plan.accept(1, data[CHUNK : 2 * CHUNK]) is Verdict.STORE
+    assert plan.next_requests() == [3]
+    plan.forget_requests()
+    assert plan.num_requested == 0
+    assert plan.next_requests() == [0, 2, 3]
+
+
+def test_plan_takes_a_late_answer_to_a_forgotten_request() -> None:
+    manifest, data = snapshot(num_bytes=2 * CHUNK)
+    plan = ChunkPlan(manifest, credit=1)
+    assert plan.next_requests() == [0]
+    plan.forget_requests()
+    assert plan.accept(0, data[:CHUNK]) is Verdict.STORE
+    assert plan.accept(0, data[:CHUNK]) is Verdict.DUPLICATE
+    assert plan.accept(9, data[:CHUNK]) is Verdict.DUPLICATE
+    assert plan.next_requests() == [1]
+
+
+@given(data=st.data(), num_bytes=st.integers(1, 12 * CHUNK), credit=st.integers(1, 5))
+@settings(max_examples=120, deadline=None)
+def test_corrupted_truncated_reordered_duplicated_chunks(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, num_bytes: int, credit: int
+) -> None:
+    """The network misbehaves at will: the file is bit-identical, or the fetch is refused and there is no file."""
+    manifest, weights = snapshot(num_bytes=num_bytes)
+    directory = tmp_path_factory.mktemp("fetch")
+    destination = directory / "w.safetensors"
+    sink = FileSink(destination)
+    harness = Harness(sink, credit)
+    in_flight: list[Message] = []
+    try:
+        while not harness.fetch.complete:
+            in_flight += [serve(message, manifest, weights) for message in harness.take()]
+            if not in_flight:
+                harness.fetch.handle(Reconnected())
+                continue
+            position = data.draw(st.integers(0, len(in_flight) - 1))
+            what = data.draw(st.sampled_from(["deliver", "deliver", "deliver", "duplicate", "lose", "flip", "cut"]))
+            message = in_flight[position] if what == "duplicate" else in_flight.pop(position)
+            if message.command == "CHUNK_REPLY" and what in ("flip", "cut"):
+                body = message.arrays[0].copy()
+                if what == "flip":
+                    body[data.draw(st.integers(0, body.size - 1))] ^= 1 << data.draw(st.integers(0, 7))
+                else:
+                    body = body[: data.draw(st.integers(0, body.size - 1))]
+                message = replace(message, arrays=(body,))
+            if what != "lose":
+                harness.fetch.handle(message)
+        harness.fetch.finish()
+    except WeightsCorruptError:
+        sink.abort()
+        assert list(directory.iterdir()) == []
+        return
+    assert destination.read_bytes() == safetensors_header(manifest) + weights.tobytes()
+    assert list(directory.iterdir()) == [destination]
+
+
+def test_file_is_what_safetensors_reads(tmp_path: Path) -> None:
+    manifest, data = snapshot()
+    destination = tmp_path / "w.safetensors"
+    run_to_end(Harness(FileSink(destination)), manifest, data)
+    tensors = dict(safetensors.deserialize(destination.read_bytes()))
+    assert tensors["layers.0.weight"]["dtype"] == "BF16"
+    for spec in manifest.tensors:
+        assert bytes(tensors[spec.name]["data"]) == data[spec.offset : spec.offset + spec.num_bytes].tobytes()
+
+
+def test_the_third_wrong_answer_ends_the_fetch(tmp_path: Path) -> None:
+    manifest, data = snapshot()
+    harness = Harness(FileSink(tmp_path / "w.safetensors"), credit=1)
+    harness.fetch.handle(serve(harness.take()[0], manifest, data))
+    wrong = messages.chunk_reply(VERSION, 0, np.zeros(CHUNK, np.uint8))
+    for _ in range(2):
+        assert [messages.read_chunk_request(message)[1] for message in harness.take()] == [0]
+        harness.fetch.handle(wrong)
+    with pytest.raises(WeightsCorruptError, match="chunk 0 of version"):
+        harness.fetch.handle(wrong)
+
+
+def test_a_manifest_that_contradicts_itself_is_refused_at_the_end(tmp_path: Path) -> None:
+    manifest, data = snapshot()
+    manifest = replace(manifest, total_hash=bytes(16))
+    sink = FileSink(tmp_path / "w.safetensors")
+    with pytest.raises(WeightsCorruptError, match="contradicts itself"):
+        run_to_end(Harness(sink), manifest, data)
+    sink.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_file_at_the_destination_survives_a_failed_fetch(tmp_path: Path) -> None:
+    destination = tmp_path / "w.safetensors"
+    destination.write_bytes(b"old")
+    manifest, data = snapshot()
+    sink = FileSink(destination)
+    harness = Harness(sink)
+    harness.fetch.handle(serve(harness.take()[0], manifest, data))
+    harness.fetch.handle(serve(harness.take()[0], manifest, data))
+    sink.abort()
+    assert destination.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [destination]
+
+
+def test_a_restarted_relay_is_waited_for_and_held_chunks_count(tmp_path: Path) -> None:
+    manifest, data = snapshot(num_bytes=6 * CHUNK)
+    harness = Harness(FileSink(tmp_path / "w.safetensors"), credit=2)
+    harness.fetch.handle(serve(harness.take()[0], manifest, data))
+    for message in harness.take():
+        harness.fetch.handle(serve(message, manifest, data))  # chunks 0 and 1 are held, 2 and 3 requested
+    harness.take()
+    harness.fetch.handle(Reconnected())
+    harness.take()
+    harness.fetch.handle(NOT_HELD)
+    harness.fetch.handle(Announced(None))
+    assert harness.take() == []
+    harness.fetch.handle(Announced(VERSION))
+    assert [message.command for message in harness.take()] == ["MANIFEST"]
+    harness.fetch.handle(messages.manifest_reply(manifest))
+    assert [messages.read_chunk_request(message)[1] for message in harness.sent] == [2, 3]
+    run_to_end(harness, manifest, data)
+
+
+def test_other_bytes_under_the_same_version_begin_anew(tmp_path: Path) -> None:
+    first, data = snapshot(num_bytes=6 * CHUNK)
+    second, other = snapshot(num_bytes=6 * CHUNK, seed=1)
+    destination = tmp_path / "w.safetensors"
+    harness = Harness(FileSink(destination), credit=2)
+    harness.fetch.handle(serve(harness.take()[0], first, data))
+    harness.fetch.handle(serve(harness.take()[0], first, data))
+    harness.take()
+    harness.fetch.handle(NOT_HELD)
+    harness.fetch.handle(Announced(VERSION))
+    run_to_end(harness, second, other)
+    assert destination.read_bytes().endswith(other.tobytes())
+
+
+def test_superseded_only_when_something_newer_is_announced(tmp_path: Path) -> None:
+    harness = Harness(FileSink(tmp_path / "w.safetensors"))
+    harness.fetch.handle(Announced(PolicyVersion(3, 16)))
+    harness.fetch.handle(NOT_HELD)
+    with pytest.raises(WeightsSupersededError) as caught:
+        harness.fetch.handle(Announced(NEWER))
+    assert caught.value.newest == NEWER
+    harness = Harness(FileSink(tmp_path / "w.safetensors"))
+    harness.fetch.handle(Announced(NEWER))
+    with pytest.raises(WeightsSupersededError):
+        harness.fetch.handle(NOT_HELD)
+
+
+def test_answers_to_another_fetch_are_ignored(tmp_path: Path) -> None:
+    manifest, data = snapshot()
+    other, other_data = snapshot(version=NEWER)
+    harness = Harness(FileSink(tmp_path / "w.safetensors"))
+    harness.fetch.handle(messages.manifest_reply(other))
+    harness.fetch.handle(messages.chunk_reply(NEWER, 0, other_data[:CHUNK]))
+    harness.fetch.handle(error_message(ProtocolError(ErrorCode.NOT_FOUND, "gone"), messages.version_text(NEWER)))
+    harness.fetch.handle(Announced(NEWER))
+    run_to_end(harness, manifest, data)
+
+
+@pytest.mark.parametrize("change", [{"run_id": "other"}, {"parent": PolicyVersion(3, 16)}])
+def test_a_manifest_of_another_run_or_a_delta_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    manifest, _ = snapshot()
+    harness = Harness(FileSink(tmp_path / "w.safetensors"))
+    with pytest.raises(ProtocolError):
+        harness.fetch.handle(messages.manifest_reply(replace(manifest, **change)))  # type: ignore[arg-type]
+
+
+def test_other_refusals_are_raised(tmp_path: Path) -> None:
+    harness = Harness(FileSink(tmp_path / "w.safetensors"))
+    with pytest.raises(ProtocolError, match="too many"):
+        harness.fetch.handle(error_message(ProtocolError(ErrorCode.BAD_STATE, "too many"), "CHUNK"))
+
+
+def test_a_directory_that_cannot_take_it_is_named(tmp_path: Path) -> None:
+    manifest, _ = snapshot()
+    with pytest.raises(ErgonError, match=r"nowhere/w\.safetensors.*actor\.staging"):
+        FileSink(tmp_path / "nowhere" / "w.safetensors").begin(manifest)
+
+
+def test_memory_sink_accounts_for_its_bytes_and_gives_them_back() -> None:
+    manifest, data = snapshot()
+    store = WeightStore(max_bytes=2 * data.size)
+    sink = MemorySink(store)
+    run_to_end(Harness(sink), manifest, data)
+    assert sink.snapshot is not None
+    assert sink.snapshot.data.tobytes() == data.tobytes()
+    assert not sink.snapshot.data.flags.writeable
+    assert store.live_bytes == data.size
+    second = MemorySink(store)
+    second.begin(manifest)
+    with pytest.raises(OutOfBudgetError):
+        MemorySink(store).begin(manifest)
+    second.abort()
+    assert store.live_bytes == data.size
