@@ -7,6 +7,8 @@ optimiser step, exactly as if the whole batch had been one forward pass.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import os
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 # A shared-memory kernel that only inference uses; building it takes the better part of a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-# Memory reports on stdout and progress bars: noise in a log.
+# Progress reports: noise in a log.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 transformers_logging.disable_progress_bar()
 
@@ -91,7 +93,8 @@ class DeepSpeedEngine:
         dtype = getattr(torch, learner.dtype)
         policy = PackedPolicy(_load_causal_lm(settings.model.path, dtype), settings.sampling.temperature)
         _init_process_group(learner.master_port)
-        engine, *_ = deepspeed.initialize(model=policy, config=deepspeed_config(settings), dist_init_required=False)
+        with _quiet():
+            engine, *_ = deepspeed.initialize(model=policy, config=deepspeed_config(settings), dist_init_required=False)
         self._engine: Any = engine
         self._device = torch.device(engine.device)
         self._world_size = torch.distributed.get_world_size()
@@ -146,6 +149,10 @@ class DeepSpeedEngine:
                 self._forward(micro).logprobs_N.cpu().numpy() for micro in pack(sequences, self._micro_batch_tokens)
             ]
 
+    def use_threads(self, num_threads: int) -> None:
+        """See TrainEngine.use_threads."""
+        torch.set_num_threads(num_threads)
+
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The state dict's tensors under their Hugging Face names, tied ones once; valid until the next step."""
         seen: set[int] = set()
@@ -172,7 +179,8 @@ class DeepSpeedEngine:
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, bit for bit, with the same number of ranks."""
-        path, client_state = self._engine.load_checkpoint(str(directory), tag=_TAG)
+        with _quiet():
+            path, client_state = self._engine.load_checkpoint(str(directory), tag=_TAG)
         if path is None:
             raise ErgonError(f"the checkpoint {directory} holds no engine state; remove it to resume from an older one")
         self._policy_version = int(client_state["ergon_policy_version"])
@@ -237,6 +245,13 @@ def deepspeed_config(settings: Settings) -> dict[str, Any]:
         "zero_optimization": {"stage": stage},
         "steps_per_print": 10**9,
     }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep DeepSpeed's printed memory reports out of the terminal; what it logs or raises still shows."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def _load_causal_lm(path: str, dtype: torch.dtype) -> torch.nn.Module:

@@ -96,6 +96,8 @@ class WarmStartSection(Section):
     """First supervised steps over which the learning rate rises linearly."""
     decay: float = Field(default=1 / 3, ge=0, le=1)
     """Share of the supervised steps, the last ones, over which the learning rate falls linearly to zero."""
+    threads: int = Field(default=1, ge=1)
+    """Threads of the trainer on a CPU during the warm start, when actors on the same machine are idle."""
     min_reward: float | None = None
     """Only demonstrations with at least this reward are imitated; all completed ones where it is not set."""
 

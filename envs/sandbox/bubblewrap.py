@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from envs.interface import SandboxError
 from envs.sandbox.limits import Limits
 
-WORK_DIR = "/work"
+WORK_DIR = "/workspace"
 SESSION = "/session"
 SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin"
 OLDEST_BUBBLEWRAP = (0, 8)  # the first with --disable-userns
@@ -149,7 +149,7 @@ def _limits_prefix(limits: Limits) -> list[str]:
 
 
 def check_path(path: str) -> str:
-    """The absolute path of a file of the sandbox; relative ones are under /work. Raises ValueError."""
+    """The absolute path of a file of the sandbox; relative ones are under /workspace. Raises ValueError."""
     pure = PurePosixPath(WORK_DIR, path)
     if "\0" in path or ".." in pure.parts or pure == PurePosixPath(WORK_DIR):
         raise ValueError(f"{path!r} is no file path of a sandbox: it must name a file, without `..`")
@@ -160,7 +160,7 @@ def command_line(limits: Limits, file_fds: Mapping[str, int]) -> Sequence[str]:
     """The whole argument vector of a sandbox whose PID 1 is the session loop.
 
     file_fds: absolute path in the sandbox -> descriptor with its content; must hold SESSION (the shell that runs the
-    loop). Files outside /work and /tmp are immutable in the sandbox.
+    loop). Files outside /workspace and /tmp are immutable in the sandbox.
 
     Two PID namespaces: bubblewrap alone, killed while it starts, leaves a child that waits for it forever. So it starts
     as the first process of an outer namespace, and with that one the kernel kills whatever there is. `--pdeathsig` and

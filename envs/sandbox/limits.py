@@ -19,7 +19,7 @@ class Limits:
     file_bytes: int = 8 << 20
     """Largest file a process may write."""
     work_bytes: int = 16 << 20
-    """Size of /work, which lives in memory."""
+    """Size of /workspace, which lives in memory."""
     tmp_bytes: int = 8 << 20
     """Size of /tmp, which lives in memory."""
     open_files: int = 64

@@ -65,7 +65,7 @@ class Sandbox:
 
     @classmethod
     async def create(cls, files: Mapping[str, bytes] | None = None, limits: Limits | None = None) -> Sandbox:
-        """Start a sandbox with these files: relative paths lie in /work, those elsewhere are immutable.
+        """Start a sandbox with these files: relative paths lie in /workspace, those elsewhere are immutable.
 
         Takes 10-30 ms. Raises ValueError for a bad path, SandboxError where no sandbox can be made.
         """
@@ -91,7 +91,7 @@ class Sandbox:
         return not events.poll(0)
 
     async def exec(self, command: str, timeout_s: float | None = None, output_bytes: int | None = None) -> ExecResult:
-        """Run a command line with /bin/sh in /work, stdin empty; wait for its end, not for what it left in background.
+        """Run a command line with /bin/sh in /workspace, stdin empty; wait for its end, not for what it left behind.
 
         Costs 1-2 ms more than the command. At `timeout_s`, or when it floods its output, the whole sandbox is killed.
         Raises ValueError for a command that is too long or holds a NUL, SandboxError where the sandbox is dead.
@@ -143,7 +143,7 @@ class Sandbox:
         return ExecResult(exit_code, stdout, stderr, truncated, timed_out, time.monotonic() - began)
 
     async def write(self, path: str, data: bytes) -> None:
-        """Put a file where commands may write (relative: in /work). Raises OSError where the sandbox refuses."""
+        """Put a file where commands may write (relative: in /workspace). Raises OSError where the sandbox refuses."""
         absolute = PurePosixPath(bubblewrap.check_path(path))
         target = shlex.quote(str(absolute))
         prefix = (

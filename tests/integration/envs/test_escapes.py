@@ -85,7 +85,7 @@ async def test_no_file_of_the_host(sandbox: Sandbox, tmp_path: Path) -> None:
         b"session",
         b"tmp",
         b"usr",
-        b"work",
+        b"workspace",
     }
     etc = (await sandbox.exec("ls /etc")).stdout.split()
     assert {b"passwd", b"group"} <= set(etc) <= {b"alternatives", b"group", b"ld.so.cache", b"passwd"}
@@ -149,7 +149,7 @@ async def test_no_writing_outside_work_and_tmp(sandbox: Sandbox) -> None:
     ):
         assert (await sandbox.exec(command)).exit_code not in (0, None), command
     assert (await sandbox.exec("sh /opt/tool.sh")).stdout == b"genuine\n"
-    assert (await sandbox.exec("echo x > /tmp/x && echo x > /work/x")).ok
+    assert (await sandbox.exec("echo x > /tmp/x && echo x > /workspace/x")).ok
 
 
 async def test_a_fork_bomb_is_small_and_is_killed(sandbox: Sandbox) -> None:
@@ -187,7 +187,7 @@ async def test_a_disk_bomb_meets_its_bounds(sandbox: Sandbox) -> None:
     one_file = await sandbox.exec("head -c 3000000 /dev/zero > big; stat -c %s big")
     assert int(one_file.stdout) == LIMITS.file_bytes
     many_files = "for n in 1 2 3 4 5 6 7 8 9; do head -c 900000 /dev/zero > {place}/f$n; done; du -sb {place} | cut -f1"
-    for place, bound in (("/work", LIMITS.work_bytes), ("/tmp", LIMITS.tmp_bytes)):
+    for place, bound in (("/workspace", LIMITS.work_bytes), ("/tmp", LIMITS.tmp_bytes)):
         result = await sandbox.exec(many_files.format(place=place))
         assert 0 < int(result.stdout) <= bound + (16 << 10)
         assert b"No space left" in result.stderr

@@ -36,9 +36,9 @@ async def test_a_command_gives_its_status_and_both_streams(sandbox: Sandbox) -> 
 
 
 async def test_commands_share_files_but_not_shells(sandbox: Sandbox) -> None:
-    assert (await sandbox.exec("x=1; cd /tmp; echo kept > /work/kept")).ok
+    assert (await sandbox.exec("x=1; cd /tmp; echo kept > /workspace/kept")).ok
     result = await sandbox.exec('pwd; cat kept; echo "x=$x"')
-    assert result.stdout == b"/work\nkept\nx=\n"
+    assert result.stdout == b"/workspace\nkept\nx=\n"
 
 
 async def test_a_command_may_have_many_lines_and_quotes(sandbox: Sandbox) -> None:
@@ -60,7 +60,7 @@ async def test_concurrent_commands_take_turns(sandbox: Sandbox) -> None:
 )
 async def test_files_survive_a_round_trip(sandbox: Sandbox, data: bytes) -> None:
     await sandbox.write("deep/er/file 'x'", data)
-    assert await sandbox.read("/work/deep/er/file 'x'") == data
+    assert await sandbox.read("/workspace/deep/er/file 'x'") == data
 
 
 async def test_files_given_at_creation_are_there_and_tools_cannot_be_changed(sandbox: Sandbox) -> None:
@@ -78,7 +78,7 @@ async def test_reading_refuses_what_is_missing_or_too_large(sandbox: Sandbox) ->
     assert await sandbox.read("hello.txt", max_bytes=5) == b"hello"
 
 
-@pytest.mark.parametrize("path", ["../etc/x", "a/../../x", ".", "", "/work", "a\0b"])
+@pytest.mark.parametrize("path", ["../etc/x", "a/../../x", ".", "", "/workspace", "a\0b"])
 async def test_paths_that_are_no_files_are_refused(sandbox: Sandbox, path: str) -> None:
     with pytest.raises(ValueError, match="no file path"):
         await sandbox.write(path, b"")

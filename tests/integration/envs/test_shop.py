@@ -112,7 +112,7 @@ async def test_calc_refuses_hostile_input(shop: ShopEnvironment) -> None:
     hostile = {
         "9**9**9": "error: only integers, + - * and parentheses",
         "__import__('os').system('id')": "error: only integers, + - * and parentheses",
-        "open('/work/prices.tsv').read()": "error: only integers, + - * and parentheses",
+        "open('/workspace/prices.tsv').read()": "error: only integers, + - * and parentheses",
         "1'; id; '": "error: only integers, + - * and parentheses",
         "$(id)": "error: only integers, + - * and parentheses",
         "1+`id`": "error: only integers, + - * and parentheses",
@@ -147,7 +147,7 @@ async def test_the_answer_is_nowhere_in_the_sandbox(shop: ShopEnvironment) -> No
     episode = await started(shop, 3)
     sandbox = episode._sandbox
     assert sandbox is not None
-    files = await sandbox.exec("cat /work/* /opt/shop/* /tmp/* /proc/*/environ /proc/*/cmdline 2>/dev/null")
+    files = await sandbox.exec("cat /workspace/* /opt/shop/* /tmp/* /proc/*/environ /proc/*/cmdline 2>/dev/null")
     assert str(episode.task.secret["prices"]["plate"]).encode() in files.stdout
     assert str(episode.task.secret["answer"]).encode() not in files.stdout
     await episode.close()
