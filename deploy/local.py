@@ -13,8 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from broker.process.lifecycle import EXIT_USER_ERROR, ErgonError
@@ -32,7 +32,6 @@ class Child:
     name: str
     command: tuple[str, ...]
     log: Path
-    environ: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     restart_at: float = 0.0
@@ -47,7 +46,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environ, "ERGON_DIE_WITH_PARENT": "1", "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "ERGON_DIE_WITH_PARENT": "1", "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
         self.started_at = now
@@ -77,18 +76,8 @@ def children_of(settings: Settings, config: Path) -> list[Child]:
     for index in range(settings.actor.count):
         name = f"actor-{index}"
         command = (*python, "actors", *with_config, "--index", str(index))
-        children.append(Child(name, command, logs / f"{name}.log", actor_environ()))
+        children.append(Child(name, command, logs / f"{name}.log"))
     return children
-
-
-def actor_environ() -> dict[str, str]:
-    """LD_PRELOAD of a faster allocator and OpenMP for a CPU engine, where the machine has them.
-
-    Measured on a CPU: about a fifth more tokens per CPU-second. The engine works without.
-    """
-    candidates = [*Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"), Path(sys.prefix) / "lib" / "libiomp5.so"]
-    found = [str(path) for path in candidates if path.exists()]
-    return {"LD_PRELOAD": ":".join(found)} if found else {}
 
 
 def check_ports(settings: Settings) -> None:

@@ -141,7 +141,8 @@ def draw(name: str, progress: Progress, now: float) -> Group:
         ("ergon ", "bold"), (name, "bold cyan"), f"  {progress.phase}  {clock(now - progress.started_at)}"
     )
     left = progress.seconds_left(now)
-    head.append(f"  about {clock(left)} of training left" if left is not None else "")
+    if left is not None and done < progress.num_steps:
+        head.append(f"  about {clock(left)} of training left")
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
@@ -157,9 +158,10 @@ def draw(name: str, progress: Progress, now: float) -> Group:
         table.add_row("staleness", f"mean {last['staleness_mean']:.1f}  max {last['staleness_max']}")
     for record in progress.evaluations:
         table.add_row("held out", evaluation_line(record))
-    table.add_row("tokens/s", f"actor {progress.sampled_rate:.0f}  learner {progress.trained_rate:.0f}")
-    table.add_row("tickets", "  ".join(f"{state} {count}" for state, count in progress.queue.items()))
-    table.add_row("processes", "  ".join(f"{child}: {state}" for child, state in progress.children.items()))
+    if progress.children:
+        table.add_row("tokens/s", f"actor {progress.sampled_rate:.0f}  learner {progress.trained_rate:.0f}")
+        table.add_row("tickets", "  ".join(f"{state} {count}" for state, count in progress.queue.items()))
+        table.add_row("processes", "  ".join(f"{child}: {state}" for child, state in progress.children.items()))
     return Group(head, table)
 
 
@@ -192,6 +194,6 @@ def picture(run_dir: Path, settings: Settings, target: Path) -> None:
     progress = Progress(settings.learner.num_steps, records[0]["time"])
     for record in records:
         progress.take(record)
-    console = Console(record=True, width=110, file=sys.stderr)
+    console = Console(record=True, width=124, file=sys.stderr)
     console.print(draw(settings.run.name, progress, records[-1]["time"]))
     target.write_text(console.export_svg(title=f"ergon run: {settings.run.name}"), encoding="utf-8")

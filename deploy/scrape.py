@@ -73,9 +73,13 @@ class Scraper:
 
     def _run(self) -> None:
         while not self._stop.wait(INTERVAL_S):
-            fresh = {name: samples for name, url in self._urls.items() if (samples := scrape(url)) is not None}
-            with self._lock:
-                self._samples = dict(fresh)
+            self.scrape_once()
+
+    def scrape_once(self) -> None:
+        """Ask every process now."""
+        fresh = {name: samples for name, url in self._urls.items() if (samples := scrape(url)) is not None}
+        with self._lock:
+            self._samples = dict(fresh)
 
 
 def scrape(url: str) -> Samples | None:
