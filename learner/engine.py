@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:  # so that what only handles sequences (batching) needs no torch
+    import torch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +45,7 @@ class TokenBatch:
     sequence_ids_N: torch.Tensor  # int64: which sequence of the micro-batch a token belongs to
 
 
-LossFn = Callable[[TokenBatch], tuple[torch.Tensor, dict[str, float]]]
+LossFn: TypeAlias = "Callable[[TokenBatch], tuple[torch.Tensor, dict[str, float]]]"
 """Returns the SUM over tokens of the loss and sums of statistics; the engine divides by the global token count."""
 
 

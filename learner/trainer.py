@@ -80,7 +80,8 @@ class Trainer:
     def _train(self) -> None:
         """The reinforcement-learning loop."""
         room, learner = self._room, self._settings.learner
-        while room.state.step < learner.num_steps:
+        num_skipped = 0  # in a row
+        while room.state.step < learner.num_steps and num_skipped < learner.max_skipped_batches:
             started = time.monotonic()
             batch = self._gather()
             waited = time.monotonic()
@@ -88,7 +89,8 @@ class Trainer:
             trained = time.monotonic()
             room.publish()
             published = time.monotonic()
-            if stats is not None and room.state.step % learner.checkpoint_every == 0:
+            num_skipped = 0 if stats is not None else num_skipped + 1
+            if stats is None or room.state.step % learner.checkpoint_every == 0:
                 room.checkpoint_and_ack()
             seconds = {
                 "waiting": waited - started,
@@ -99,6 +101,12 @@ class Trainer:
             room.report.step(batch, stats, seconds)
             if stats is not None:
                 self._evaluate_during()
+        if num_skipped:
+            logger.warning(
+                "training ends early step=%d of=%d: no group of the last %d batches had any variance of reward, so "
+                "nothing can be learnt; if the reward is low: easier tasks, larger groups or a longer warm start",
+                *(room.state.step, learner.num_steps, num_skipped),
+            )
 
     def _gather(self) -> Batch:
         """Receive until a batch is full, issuing tickets as groups close."""

@@ -126,6 +126,8 @@ class LearnerSection(Section):
     """Groups with a gradient (non-zero variance) that make a batch; groups without one are replaced by further ones."""
     max_groups_per_step: int = Field(default=16, ge=1)
     """Groups consumed at most before a step is taken with what there is."""
+    max_skipped_batches: int = Field(default=10, ge=1)
+    """Batches in a row without any gradient (no group had variance) after which training ends early."""
     group_size: int = Field(default=8, ge=2)
     """Episodes of one task that are compared with each other."""
     max_staleness: int = Field(default=8, ge=0)

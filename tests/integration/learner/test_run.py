@@ -7,11 +7,10 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from broker.client import ActorClient
 from broker.protocol.trajectory import Mode, Outcome, Segment, Ticket, Trajectory, TrajectoryHead, VersionRun
+from tests.ports import free_ports
 from tests.tiny_model import make_tiny_model
 
 NUM_STEPS = 6
@@ -30,18 +30,11 @@ PROMPT = [5, 6, 7, 8]
 GOOD = 60
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
 class Policy:
     """Samples one token after the prompt from the model that the run starts with; answer 60..67 are the arms."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, flat_every: int = 3) -> None:
+        self._flat_every = flat_every  # every such group has no variance
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([PROMPT])).logits[0, -1]
@@ -57,7 +50,7 @@ class Policy:
             np.asarray([0.0] * len(PROMPT) + [logprob], dtype=np.float32),
             (VersionRun(ticket.min_version.lineage, ticket.min_version.version, 1),),
         )
-        flat = ticket.mode is Mode.TRAIN and ticket.task.index % 3 == 0  # every third group has no variance
+        flat = ticket.mode is Mode.TRAIN and ticket.task.index % self._flat_every == 0
         head = TrajectoryHead(
             ticket=ticket,
             kind="even" if ticket.task.index % 2 == 0 else "odd",
@@ -170,10 +163,10 @@ async def exit_code(learner: subprocess.Popen[bytes], timeout_s: float = 120.0) 
 
 
 @contextlib.asynccontextmanager
-async def actor(values: dict[str, Any], model_path: Path):
+async def actor(values: dict[str, Any], model_path: Path, flat_every: int = 3) -> AsyncIterator[None]:
     stop = asyncio.Event()
     endpoint = f"tcp://127.0.0.1:{values['broker']['port']}"
-    task = asyncio.create_task(act(endpoint, values["run"]["name"], Policy(model_path), stop))
+    task = asyncio.create_task(act(endpoint, values["run"]["name"], Policy(model_path, flat_every), stop))
     try:
         yield
     finally:
@@ -230,6 +223,23 @@ async def test_killed_and_stopped_the_run_ends_with_every_trajectory_once(
     evaluations = [line["evaluation"] for line in lines(metrics) if line["event"] == "evaluation"]
     assert evaluations.count("before") == 1  # its results were in a checkpoint
     assert {"after-warm-start", "after"} <= set(evaluations)
+
+
+async def test_training_without_any_variance_ends_early_and_says_so(
+    values: dict[str, Any], processes: Processes, model_path: Path, tmp_path: Path
+) -> None:
+    values["learner"] |= {"max_skipped_batches": 2, "warm_start": {"episodes": 0}}
+    values["eval"] = {"tasks": 2}
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
+    processes.start("broker", "serve")
+    async with actor(values, model_path, flat_every=1):
+        assert await exit_code(processes.start("learner")) == 0
+    run_dir = Path(values["run"]["directory"]) / "learning"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] == summary["trajectories"]["trained"] == 0
+    assert summary["trajectories"]["masked"] == summary["trajectories"]["delivered"] > 0
+    assert summary["reward_after"] is not None
+    assert [line["event"] for line in lines(run_dir / "metrics.jsonl")].count("skipped") == 2
 
 
 async def test_a_missing_model_ends_with_one_sentence(values: dict[str, Any], tmp_path: Path) -> None:
