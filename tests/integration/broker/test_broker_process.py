@@ -22,7 +22,7 @@ from broker.process.lifecycle import ErgonError
 from broker.process.settings import BrokerSection, RunSection, Settings
 from broker.protocol.commands import ErrorBody, Role, TicketState, parse_body
 from broker.protocol.frames import Message, decode, encode
-from broker.protocol.trajectory import Mode, Trajectory
+from broker.protocol.trajectory import Mode, Ticket, Trajectory
 from broker.server import Server
 from tests.integration.broker.conftest import HEARTBEAT_S, LIVENESS, RUN_ID, BrokerProcess, free_port
 from tests.unit.broker.samples import make_ticket, make_trajectory
@@ -38,6 +38,7 @@ class Actors(threading.Thread):
         self.error: BaseException | None = None
         self._loop = asyncio.new_event_loop()
         self._finish = asyncio.Event()
+        self._sends: set[asyncio.Task[None]] = set()
 
     def run(self) -> None:
         try:
@@ -57,7 +58,8 @@ class Actors(threading.Thread):
         await asyncio.wait([stopped, *workers], return_when=asyncio.FIRST_COMPLETED)
         for worker in workers:
             worker.cancel()
-        results = await asyncio.gather(*workers, return_exceptions=True)
+        # What is being sent is waited for: its answer may come after the learner has the trajectory.
+        results = await asyncio.gather(*workers, *self._sends, return_exceptions=True)
         await asyncio.gather(*(client.close() for client in clients))
         for result in results:
             if isinstance(result, Exception):
@@ -67,7 +69,13 @@ class Actors(threading.Thread):
         while True:
             ticket = await client.tickets.lease()
             await asyncio.sleep(self.pause_s)
-            self.statuses[await client.sender.send(make_trajectory(ticket, client.actor_id))] += 1
+            send = asyncio.create_task(self._send(client, ticket))
+            self._sends.add(send)
+            send.add_done_callback(self._sends.discard)
+            await asyncio.shield(send)
+
+    async def _send(self, client: ActorClient, ticket: Ticket) -> None:
+        self.statuses[await client.sender.send(make_trajectory(ticket, client.actor_id))] += 1
 
     def finish(self) -> Counter[str]:
         self._loop.call_soon_threadsafe(self._finish.set)
