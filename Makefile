@@ -6,7 +6,7 @@ RUN ?= deploy/runs/quickstart.toml
 ARGS ?=
 READY := $(VENV)/.ready
 
-.PHONY: setup run test check lint format bench chaos reference lock clean help
+.PHONY: setup run test check lint format bench fuzz chaos chaos-real reference lock clean help
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,7 +36,22 @@ format: $(READY) ## rewrite the code in the house's format
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
 
-chaos: $(READY) ## kill every process of a real run once, and count what was lost
+bench: bench-broker ## all benchmarks
+
+bench-broker: ## the broker against Redis Streams and bare pyzmq; ARGS=--quick for a short run
+
+bench-exactness: ## the actor's log-probs against a Hugging Face forward pass of the same weights
+
+bench-%: $(READY) ## one benchmark: tests/bench/%.py
+	@$(PYTHON) -m tests.bench.$* $(ARGS)
+
+fuzz: $(READY) ## a million hostile messages against live processes; ARGS="--messages 20000"
+	@$(PYTHON) -m tests.fuzz.broker $(ARGS)
+
+chaos: $(READY) ## the kill matrix: 200 faults on real processes, nothing lost, nothing twice: ARGS="--seed 1"
+	@$(PYTHON) -m tests.chaos.matrix $(ARGS)
+
+chaos-real: $(READY) ## kill every process of a real vLLM and DeepSpeed run once
 	@$(PYTHON) -m tests.chaos.kill_each $(ARGS)
 
 reference: $(READY) ## rewrite deploy/REFERENCE.md from the code

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from actors import metrics
 from actors.engine import Engine, EngineDeadError
@@ -28,6 +28,8 @@ from envs.interface import Environment
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 POLL_S = 0.2
 HEALTH_POLL_S = 1.0
 
@@ -37,6 +39,10 @@ class Tickets(Protocol):
 
     async def lease(self) -> Ticket:
         """Wait for a ticket; its lease is renewed until it is sent or released."""
+        ...
+
+    async def withdrawn(self, ticket_id: str) -> None:
+        """Wait until the result of a leased ticket is not wanted any more."""
         ...
 
     async def release(self, ticket_id: str, reason: ReleaseReason, error: str = "") -> None:
@@ -104,7 +110,7 @@ class Actor:
                 if ticket.mode is not Mode.REFERENCE:
                     with self._interruptible():
                         await self._weights.at_least(ticket.min_version)
-                trajectory = await self._episode(ticket)
+                trajectory = await self._while_wanted(ticket)
             except InfraFailureError as error:
                 await self._give_back(ticket, "infra_failure", str(error))
             except EngineDeadError as error:
@@ -114,7 +120,24 @@ class Actor:
                 await self._give_back(ticket, "drain" if self._draining else "infra_failure", "the actor stopped")
                 raise
             else:
-                await self._send(trajectory)
+                if trajectory is not None:
+                    await self._send(trajectory)
+
+    async def _while_wanted(self, ticket: Ticket) -> Trajectory | None:
+        """The ticket's episode; None where the broker withdrew the ticket, which stops the episode."""
+        episode = self._spawn(self._episode(ticket))
+        withdrawn = self._spawn(self._tickets.withdrawn(ticket.ticket_id))
+        try:
+            await asyncio.wait({episode, withdrawn}, return_when=asyncio.FIRST_COMPLETED)
+            if episode.done():
+                return episode.result()
+        finally:
+            episode.cancel()
+            withdrawn.cancel()
+            await asyncio.gather(episode, withdrawn, return_exceptions=True)  # the sandbox closes before the next lease
+        metrics.withdrawn_episodes.inc()
+        logger.info("episode stopped ticket=%s reason=its result is not wanted any more", ticket.ticket_id)
+        return None
 
     async def _episode(self, ticket: Ticket) -> Trajectory:
         environment = self._environments.get(ticket.task.env)
@@ -176,7 +199,7 @@ class Actor:
             self._waiting.discard(task)
 
     @staticmethod
-    def _spawn(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         return asyncio.create_task(work)
 
 

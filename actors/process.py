@@ -18,8 +18,10 @@ from actors.renderer import Renderer
 from actors.vllm_engine import VllmEngine, checkpoint_shapes
 from actors.weights import WeightAdopter
 from broker.client import ActorClient, WeightSubscriber
+from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError, install_stop
 from broker.process.metrics import Health, start_metrics
+from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.errors import ProtocolError
 from envs.interface import Environment, ErgonEnvError
@@ -85,12 +87,14 @@ async def _serve(
 ) -> None:
     actor_id = f"{socket.gethostname()}-{index}"
     run_id, links = settings.run.name, settings.weights
+    security = load_security(settings, Identity.ACTOR)
     client = ActorClient(
         f"tcp://{settings.broker.host}:{settings.broker.port}",
         run_id,
         actor_id,
         heartbeat_s=settings.broker.heartbeat_s,
         liveness=settings.broker.liveness,
+        security=security,
     )
     subscriber = WeightSubscriber(
         f"tcp://{links.relay_host}:{links.relay_port}",
@@ -99,6 +103,7 @@ async def _serve(
         credit=links.credit,
         heartbeat_s=links.heartbeat_s,
         liveness=links.liveness,
+        security=security,
     )
     async with contextlib.AsyncExitStack() as stack:
         for environment in environments.values():

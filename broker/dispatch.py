@@ -1,7 +1,7 @@
 """One function per command: a peer's message -> the ledger's event and the reply that it will get.
 
 Owns what is checked on the way in. Touches neither socket nor store, but for the look-up of ended tickets it is given.
-HELLO and STATUS are the server's own and not here.
+HELLO, STATUS and INSPECT are the server's own and not here.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple, Protocol
 
 from broker import ledger_types as ledger
-from broker.ledger_types import Event, Reply, Settled
+from broker.ledger_types import Event, Finish, Reply, Settled
 from broker.peers import Peer
 from broker.protocol import commands as wire
 from broker.protocol.codec import trajectory_from_message
 from broker.protocol.commands import parse_body
+from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
+from broker.protocol.trajectory import Outcome
 
 
 class Request(NamedTuple):
@@ -49,15 +51,23 @@ def on_lease(peer: Peer, message: Message, _ended: Ended) -> Request:
 
 
 def on_trajectory(peer: Peer, message: Message, ended: Ended) -> Request:
-    """A finished episode; refused where it is not well-formed."""
-    ticket_id = trajectory_from_message(message).ticket.ticket_id
+    """A finished episode; refused where it is not well-formed, or is none."""
+    head = trajectory_from_message(message).head
+    ticket_id = head.ticket.ticket_id
+    if head.outcome is Outcome.INFRA_FAILURE:
+        raise ProtocolError(
+            ErrorCode.BAD_MESSAGE,
+            f"TRAJECTORY: head.outcome of ticket {ticket_id} is infra_failure, which is no result: "
+            "send RELEASE with reason infra_failure, so that the ticket is tried again",
+        )
+    finish = Finish(head.outcome, head.reward, head.timings_s.get("total", 0.0))
 
     def reply(result: Reply) -> Message:
         if result.status is None:
             raise AssertionError("the ledger answered a result without a status")
         return wire.Durable(ticket_id=ticket_id, status=result.status).pack()
 
-    return Request(ledger.Result(peer.session, ticket_id, ended.settled(ticket_id)), reply)
+    return Request(ledger.Result(peer.session, ticket_id, ended.settled(ticket_id), finish=finish), reply)
 
 
 def on_release(peer: Peer, message: Message, _ended: Ended) -> Request:
@@ -89,14 +99,16 @@ def on_issue(_peer: Peer, message: Message, ended: Ended) -> Request:
 
 def on_credit(peer: Peer, message: Message, _ended: Ended) -> Request:
     """The learner is ready for trajectories."""
-    return Request(ledger.Credit(peer.session, parse_body(message, wire.Credit).credit))
+    body = parse_body(message, wire.Credit)
+    peer.outflow.allow(body.credit_bytes)
+    return Request(ledger.Credit(peer.session, body.credit))
 
 
 def on_ack(_peer: Peer, message: Message, _ended: Ended) -> Request:
     """These are in a complete checkpoint."""
     body = parse_body(message, wire.Ack)
     return Request(
-        ledger.Ack(body.ticket_ids),
+        ledger.Ack(body.ticket_ids, frozenset(body.dropped)),
         lambda done: wire.Acked(request_id=body.request_id, count=done.count).pack(),
     )
 
@@ -105,9 +117,38 @@ def on_cancel(_peer: Peer, message: Message, _ended: Ended) -> Request:
     """Withdraw what has no result."""
     body = parse_body(message, wire.Cancel)
     return Request(
-        ledger.Cancel(),
+        ledger.Cancel(body.ticket_ids or (), body.group_ids or (), body.ticket_ids is None and body.group_ids is None),
         lambda done: wire.Cancelled(request_id=body.request_id, count=done.count).pack(),
     )
+
+
+def on_requeue(_peer: Peer, message: Message, ended: Ended) -> Request:
+    """The operator issues dead tickets again."""
+    body = parse_body(message, wire.Requeue)
+    return Request(
+        ledger.Requeue(*_letters_of(body, ended)),
+        lambda done: wire.Requeued(request_id=body.request_id, count=done.count, refused=_refusals(done)).pack(),
+    )
+
+
+def on_purge(_peer: Peer, message: Message, ended: Ended) -> Request:
+    """The operator gives dead letters up."""
+    body = parse_body(message, wire.Purge)
+    return Request(
+        ledger.Purge(*_letters_of(body, ended)),
+        lambda done: wire.Purged(request_id=body.request_id, count=done.count, refused=_refusals(done)).pack(),
+    )
+
+
+def _letters_of(body: wire.Requeue | wire.Purge, ended: Ended) -> tuple[tuple[str, ...], bool, Mapping[str, Settled]]:
+    if body.all_dead == bool(body.ticket_ids):
+        raise ProtocolError(ErrorCode.BAD_MESSAGE, f"{body.COMMAND}: either ticket_ids or all_dead, and not both")
+    settled = {key: known for key in body.ticket_ids if (known := ended.settled(key)) is not None}
+    return body.ticket_ids, body.all_dead, settled
+
+
+def _refusals(done: Reply) -> tuple[wire.Refusal, ...]:
+    return tuple(wire.Refusal(ticket_id=ticket_id, reason=reason) for ticket_id, reason in done.refused)
 
 
 HANDLERS: Final[Mapping[str, Callable[[Peer, Message, Ended], Request]]] = {
@@ -120,6 +161,8 @@ HANDLERS: Final[Mapping[str, Callable[[Peer, Message, Ended], Request]]] = {
     wire.Credit.COMMAND: on_credit,
     wire.Ack.COMMAND: on_ack,
     wire.Cancel.COMMAND: on_cancel,
+    wire.Requeue.COMMAND: on_requeue,
+    wire.Purge.COMMAND: on_purge,
 }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from broker.ledger_types import Count
 from broker.protocol.commands import Role, StatusReply
 
 tickets = Gauge(
@@ -27,12 +29,41 @@ leases = Counter(
     "Leases by what happened: granted, reclaimed by a heartbeat, expired, given back for drain or infra_failure.",
     ["event"],
 )
+outcomes = Counter(
+    "ergon_broker_outcomes_total",
+    "Results taken, by environment and outcome. An infra_failure is no result: see ergon_broker_leases_total.",
+    ["env", "outcome"],
+)
+groups = Counter(
+    "ergon_broker_groups_closed_total",
+    "Groups of which no ticket is open any more: complete, or short (with dead letters in the place of results).",
+    ["env", "end"],
+)
+drift = Gauge(
+    "ergon_broker_drift",
+    "Kolmogorov-Smirnov distance, 0 to 1, of what was trained on from what was run: duration of an episode, difficulty "
+    "(1 - the mean reward of its group). Above 0 the learner drops results, and not at random.",
+    ["env", "quantity"],
+)
+drift_alarm = Gauge("ergon_broker_drift_alarm", "1 while any ergon_broker_drift is at least broker.drift_alarm.")
 issued = Counter("ergon_broker_issued_total", "Tickets issued.")
 acked = Counter("ergon_broker_acked_total", "Trajectories and dead letters acked by the learner.")
 cancelled = Counter("ergon_broker_cancelled_total", "Tickets cancelled.")
 dead = Counter("ergon_broker_dead_total", "Tickets that used up their attempts.")
+requeued = Counter("ergon_broker_requeued_total", "Dead tickets that an operator issued again.")
+purged = Counter("ergon_broker_purged_total", "Dead letters that an operator gave up.")
 messages = Counter("ergon_broker_messages_total", "Messages received, by command.", ["command"])
 refused = Counter("ergon_broker_refused_total", "Messages answered with ERROR, by code.", ["code"])
+refused_handshakes = Counter(
+    "ergon_broker_handshakes_refused_total",
+    "Connections not let in: unknown_key, wrong_role (no business on this channel), not_encrypted (or sealed for "
+    "another server), broken_off.",
+    ["reason"],
+)
+damaged = Counter(
+    "ergon_broker_damaged_total",
+    "Stored trajectories found damaged when they were to be delivered; their tickets were issued again.",
+)
 received_bytes = Counter("ergon_broker_received_bytes_total", "Bytes of all frames received.")
 sent_bytes = Counter("ergon_broker_sent_bytes_total", "Bytes of all frames handed to the network.")
 store_bytes = Gauge("ergon_broker_store_bytes", "Size of the journal's file.")
@@ -57,8 +88,29 @@ COUNTS: Final = {
     "acked": acked,
     "cancelled": cancelled,
     "dead": dead,
+    "damaged": damaged,
+    "requeued": requeued,
+    "purged": purged,
 }
 """The counter of each total that the ledger reports in a `Count`."""
+
+
+def count(action: Count) -> None:
+    """Add to the counter of a `Count`."""
+    family, _, name = action.name.partition("_")
+    if family == "outcome":
+        outcomes.labels(action.env, name).inc(action.num)
+    elif family == "group":
+        groups.labels(action.env, name).inc(action.num)
+    else:
+        COUNTS[action.name].inc(action.num)
+
+
+def observe_drift(drifts: Mapping[tuple[str, str], float], threshold: float) -> None:
+    """Set the gauges of the monitor."""
+    for (env, quantity), value in drifts.items():
+        drift.labels(env, quantity).set(value)
+    drift_alarm.set(any(value >= threshold for value in drifts.values()))
 
 
 def observe(status: StatusReply, on_hold: bool, file_bytes: int) -> None:

@@ -1,47 +1,51 @@
-"""The durable store of tickets, results and learner sessions: one SQLite file in WAL mode, one writer, group commit.
+"""The durable store of tickets, results and learner sessions: a SQLite file in WAL mode, one writer, group commit.
 
-Everything written between two `commit` calls becomes durable together, or not at all. Owns the file and its format;
+Everything written between two `commit` calls becomes durable together, or not at all. Owns what is written and read;
 never decides anything: it carries out the ledger's journal actions and answers what became of an ended ticket. What is
-not written: leases and assignments, which peers name again when they reconnect (see `ledger_types.Restored`). Ended
-tickets keep a row with their end and its time, for audit and for refusing a second life; their trajectory is deleted.
+not written: leases and assignments, which peers name again when they reconnect (see `ledger_types.Restored`). The
+trajectories are in the hands of `results.py`. Of the ended tickets the newest keep a row, for audit and for refusing a
+second life; their trajectories are deleted.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NoReturn
 
 import msgpack
 
-from broker.ledger_types import JournalAttempt, JournalEnd, JournalResult, JournalTicket, Restored, Settled
-from broker.process.lifecycle import ErgonError
+from broker.database import FILE_NAME, RESERVE_BYTES, Reserve, open_database
+from broker.ledger_types import (
+    JournalAttempt,
+    JournalEnd,
+    JournalPurge,
+    JournalRecall,
+    JournalResult,
+    JournalTicket,
+    Restored,
+    Settled,
+)
+from broker.letters import PURGED
 from broker.protocol.commands import TicketState
-from broker.protocol.frames import PREAMBLE, Frame, Message, decode
+from broker.protocol.frames import Frame, Message
 from broker.protocol.trajectory import Mode, Ticket
+from broker.results import Results
 
 log = logging.getLogger(__name__)
 
-FORMAT: Final = 1
-FILE_NAME: Final = "journal.db"
 SYNC_INTERVAL_S: Final = 1.0
-LOCK_TIMEOUT_S: Final = 1.0
-_SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS sessions (session TEXT PRIMARY KEY, lineage INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS tickets (
-    ticket_id TEXT PRIMARY KEY, seq INTEGER NOT NULL, mode TEXT NOT NULL, state TEXT NOT NULL,
-    ticket BLOB, attempt INTEGER NOT NULL, result_seq INTEGER NOT NULL DEFAULT 0,
-    source TEXT NOT NULL DEFAULT '', error TEXT NOT NULL DEFAULT '', ended REAL) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS live ON tickets (seq) WHERE ended IS NULL;
-CREATE TABLE IF NOT EXISTS results (ticket_id TEXT PRIMARY KEY, envelope BLOB NOT NULL, arrays BLOB NOT NULL);
-"""
+KEEP_SESSIONS: Final = 1024  # newest learner sessions remembered
+TRIM_BATCH: Final = 2048  # rows of ended tickets forgotten in one commit at most
+VACUUM_PAGES: Final = 2048  # pages (of 4 KiB) given back to the file system in one `compact` at most
 
-JournalAction = JournalTicket | JournalResult | JournalAttempt | JournalEnd
+JournalAction = JournalTicket | JournalResult | JournalAttempt | JournalEnd | JournalRecall | JournalPurge
 
 
 class StoreFullError(Exception):
@@ -52,7 +56,8 @@ class Journal:
     """The store in `directory`. Single-threaded. Raises ErgonError where it is another run's or not a store at all.
 
     `fsync` "always": `commit` returns when the disk has it. "interval": the caller calls `sync` every SYNC_INTERVAL_S.
-    `max_pages` bounds the file, in SQLite pages (4 KiB); None for no bound.
+    `max_pages` bounds the database, in pages of 4 KiB; None for no bound. A result whose arrays have more than
+    `blob_bytes` in all is stored in a file of its own. The newest `keep_ended` ended tickets are remembered.
     """
 
     def __init__(
@@ -61,42 +66,34 @@ class Journal:
         run_id: str,
         fsync: Literal["always", "interval"] = "always",
         max_pages: int | None = None,
+        blob_bytes: int = 65_536,
+        keep_ended: int = 1_000_000,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / FILE_NAME
         self._always = fsync == "always"
-        try:
-            self._db = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-            self._prepare(run_id, max_pages)
-        except sqlite3.DatabaseError as error:
-            raise ErgonError(
-                f"the broker's store {self.path} cannot be opened ({error}); "
-                "end the other broker of this run, restore the file, or give the run another name"
-            ) from error
+        self._keep_ended = keep_ended
+        self._db = open_database(self.path, run_id, self._always, max_pages)
+        self._results = Results(self._db, directory / "blobs", self._always, blob_bytes, self._write)
+        self._reserve = Reserve(directory)
+        self._ends: Counter[tuple[str, str]] = Counter()  # by state and mode, in the open transaction
         self._open = False
-
-    def _prepare(self, run_id: str, max_pages: int | None) -> None:
-        self._db.execute("PRAGMA locking_mode=EXCLUSIVE")  # a second broker on the same store is refused at once
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute(f"PRAGMA synchronous={'FULL' if self._always else 'NORMAL'}")
-        self._db.execute("PRAGMA journal_size_limit=67108864")
-        if max_pages is not None:
-            self._db.execute(f"PRAGMA max_page_count={max_pages:d}")
-        self._db.executescript(_SCHEMA)
-        self._db.execute("BEGIN IMMEDIATE")
-        for key, value in (("format", str(FORMAT)), ("run_id", run_id)):
-            self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
-            found = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
-            if found != value:
-                self._db.execute("ROLLBACK")
-                raise ErgonError(
-                    f"the broker's store {self.path} has {key} {found!r}, not {value!r}; give the run another name"
-                )
-        self._db.execute("COMMIT")
+        self._needed_bytes = 0  # of blobs, in the transactions that found the disk full
+        self._next_seq, self._end_seq = self._counters()
+        try:
+            self._reserve.hold()
+        except OSError as error:
+            log.error("No room for the store's reserve. store=%s error=%s", self.path, error)
 
     def close(self) -> None:
         """Close the store; what was not committed is discarded."""
+        self._results.close()
         self._db.close()
+
+    @property
+    def reserved(self) -> bool:
+        """Whether there is room to go on; False only on a disk that is full already."""
+        return self._reserve.held
 
     # --- writing
 
@@ -109,40 +106,58 @@ class Journal:
                     "INSERT INTO tickets (ticket_id, seq, mode, state, ticket, attempt) VALUES (?, ?, ?, ?, ?, ?)",
                     (ticket.ticket_id, seq, ticket.mode.value, "issued", packed, ticket.attempt),
                 )
+                self._next_seq = max(self._next_seq, seq + 1)
             case JournalResult(seq, ticket_id, source):
-                arrays = b"".join(frames[2:])
-                self._write("INSERT INTO results VALUES (?, ?, ?)", (ticket_id, bytes(frames[1]), arrays))
+                try:
+                    self._results.put(ticket_id, frames)
+                except OSError as error:
+                    self._rollback(error)
                 self._write(
                     "UPDATE tickets SET state = 'delivered', result_seq = ?, source = ? WHERE ticket_id = ?",
                     (seq, source, ticket_id),
                 )
+                self._next_seq = max(self._next_seq, seq + 1)
             case JournalAttempt(ticket_id, attempt, error, dead, seq):
                 self._write(
                     "UPDATE tickets SET state = ?, attempt = ?, error = ?, result_seq = ? WHERE ticket_id = ?",
                     ("dead" if dead else "issued", attempt, error, seq, ticket_id),
                 )
-            case JournalEnd(ticket_id, state):
-                self._write("DELETE FROM results WHERE ticket_id = ?", (ticket_id,))
+                self._next_seq = max(self._next_seq, seq + 1)
+            case JournalRecall(ticket_id):
+                self._results.drop(ticket_id)
                 self._write(
-                    "UPDATE tickets SET state = ?, ticket = NULL, ended = ? WHERE ticket_id = ?",
-                    (state.value, time.time(), ticket_id),
+                    "UPDATE tickets SET state = 'issued', result_seq = 0, source = '' WHERE ticket_id = ?", (ticket_id,)
                 )
+            case JournalPurge(ticket_id, error):
+                self._write("UPDATE tickets SET source = ?, error = ? WHERE ticket_id = ?", (PURGED, error, ticket_id))
+            case JournalEnd(ticket_id, state):
+                self._end(ticket_id, state)
+
+    def _end(self, ticket_id: str, state: TicketState) -> None:
+        self._results.drop(ticket_id)
+        self._end_seq += 1
+        rows = self._write(
+            "UPDATE tickets SET state = ?, ticket = NULL, ended = ?, end_seq = ? WHERE ticket_id = ? RETURNING mode",
+            (state.value, time.time(), self._end_seq, ticket_id),
+        )
+        self._ends.update((state.value, mode) for (mode,) in rows)
 
     def lineage(self, session: str) -> int:
         """The lineage of this learner session: the stored one, or the next number of the durable counter."""
         row = self._db.execute("SELECT lineage FROM sessions WHERE session = ?", (session,)).fetchone()
         if row is None:
-            highest = self._db.execute("SELECT COALESCE(MAX(lineage), 0) FROM sessions").fetchone()[0]
-            self._write("INSERT INTO sessions VALUES (?, ?)", (session, highest + 1))
-            return int(highest) + 1
+            lineage = int(self._db.execute("SELECT COALESCE(MAX(lineage), 0) FROM sessions").fetchone()[0]) + 1
+            self._write("INSERT INTO sessions VALUES (?, ?)", (session, lineage))
+            self._write("DELETE FROM sessions WHERE lineage <= ?", (lineage - KEEP_SESSIONS,))
+            return lineage
         return int(row[0])
 
-    def _write(self, statement: str, parameters: tuple[object, ...]) -> None:
+    def _write(self, statement: str, parameters: tuple[object, ...]) -> sqlite3.Cursor:
         try:
             if not self._open:
                 self._db.execute("BEGIN IMMEDIATE")
                 self._open = True
-            self._db.execute(statement, parameters)
+            return self._db.execute(statement, parameters)
         except sqlite3.OperationalError as error:
             self._rollback(error)
 
@@ -150,39 +165,92 @@ class Journal:
         """Make durable what was written since the last call; whether there was anything. Raises StoreFullError."""
         if not self._open:
             return False
+        self._write("UPDATE meta SET value = ? WHERE key = 'next_seq'", (str(self._next_seq),))
+        for (state, mode), num in self._ends.items():
+            self._write(
+                "INSERT INTO ends VALUES (?, ?, ?) ON CONFLICT (state, mode) DO UPDATE SET num = num + excluded.num",
+                (state, mode, num),
+            )
+        self._ends.clear()
+        self._trim()
         try:
+            self._results.settle()  # first: a row never names a file that is not there
             self._db.execute("COMMIT")
-        except sqlite3.OperationalError as error:
+        except (sqlite3.OperationalError, OSError) as error:
             self._rollback(error)
         self._open = False
+        self._results.committed()
+        if self._always:
+            self._results.collect()
         return True
 
-    def _rollback(self, error: sqlite3.OperationalError) -> None:
+    def _rollback(self, error: Exception) -> NoReturn:
         self._open = False
+        self._ends.clear()
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
+        self._needed_bytes = max(self._needed_bytes, self._results.tried_bytes)
+        self._results.rolled_back()
+        self._next_seq, self._end_seq = self._counters()
+        self._reserve.release()
         raise StoreFullError(f"{self.path}: {error}") from error
 
+    def _trim(self) -> None:
+        """Forget the oldest ended tickets beyond `keep_ended`, a batch at a time."""
+        bound = self._end_seq - self._keep_ended
+        if bound <= 0:
+            return
+        oldest = self._db.execute("SELECT MIN(end_seq) FROM tickets WHERE end_seq IS NOT NULL").fetchone()[0]
+        if oldest is not None and oldest <= bound:
+            self._write("DELETE FROM tickets WHERE end_seq <= ?", (min(bound, oldest + TRIM_BATCH - 1),))
+
+    # --- the disk
+
     def probe(self) -> None:
-        """Write 64 KiB, durably, and take them back. Raises StoreFullError while the store is full."""
-        self._write("INSERT INTO results VALUES ('', ?, x'')", (bytes(65_536),))
+        """Raise StoreFullError unless the store takes writes again, as large ones as those that it refused last."""
+        needed_bytes = self._needed_bytes + (0 if self._reserve.held else RESERVE_BYTES)
+        free_bytes = shutil.disk_usage(self.path.parent).free
+        if free_bytes < needed_bytes:  # the reserve stays with the acks until there is room for all
+            raise StoreFullError(f"{self.path}: {needed_bytes} bytes are needed, {free_bytes} are free")
+        try:
+            self._reserve.hold()
+        except OSError as error:
+            raise StoreFullError(f"{self.path}: {error}") from error
+        self._write("INSERT INTO results VALUES ('', ?, x'', x'', NULL)", (bytes(65_536),))
         self._write("DELETE FROM results WHERE ticket_id = ''", ())
         self.commit()
+        self._needed_bytes = 0
 
     def sync(self) -> None:
-        """With fsync "interval": make durable what has been committed."""
+        """With fsync "interval": make durable what has been committed, blobs before the rows that name them."""
+        if self._always:
+            return
         wal = self.path.with_name(self.path.name + "-wal")
-        if not self._always and wal.exists():
+        self._results.sync()
+        if wal.exists():
             descriptor = os.open(wal, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+        self._results.collect()  # not before: a lost ack must find its result
+
+    def compact(self) -> int:
+        """Give free pages of the database back to the file system, a batch at a time; returns how many were free."""
+        free_pages = int(self._db.execute("PRAGMA freelist_count").fetchone()[0])
+        num_pages = int(self._db.execute("PRAGMA page_count").fetchone()[0])
+        # What was freed will be used again soon: only a file that is mostly air is cut.
+        if not self._open and free_pages > VACUUM_PAGES and free_pages > num_pages // 2:
+            try:
+                self._db.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES:d})").fetchall()
+            except sqlite3.OperationalError as error:
+                self._rollback(error)
+        return free_pages
 
     # --- reading
 
     def settled(self, ticket_id: str) -> Settled | None:
-        """How a ticket that is not live ended, or None for an unknown one."""
+        """How a ticket that is not live ended, or None for an unknown or long forgotten one."""
         row = self._db.execute("SELECT state, source FROM tickets WHERE ticket_id = ?", (ticket_id,)).fetchone()
         return None if row is None else Settled(TicketState(row[0]), row[1])
 
@@ -191,43 +259,33 @@ class Journal:
         return frozenset(key for key in ticket_ids if self.settled(key) is not None)
 
     def load(self, ticket_id: str) -> Message | None:
-        """The stored TRAJECTORY of a ticket, its arrays views of one buffer; None where the ticket has ended."""
-        row = self._db.execute("SELECT envelope, arrays FROM results WHERE ticket_id = ?", (ticket_id,)).fetchone()
-        if row is None:
-            return None
-        envelope, arrays = row
-        return decode([PREAMBLE, envelope, *_split(envelope, memoryview(arrays))])
+        """The stored TRAJECTORY of a ticket, its arrays views of one buffer or file; None where the ticket has ended.
+
+        Raises DamagedError where it is not what was written.
+        """
+        return self._results.load(ticket_id)
 
     def live(self) -> Iterator[Restored]:
         """Every live ticket, in the order of issue."""
         rows = self._db.execute(
             "SELECT seq, ticket, state, attempt, result_seq, source, error FROM tickets"
-            " WHERE ended IS NULL ORDER BY seq"
+            " WHERE end_seq IS NULL ORDER BY seq"
         )
         for seq, packed, state, attempt, result_seq, source, error in rows:
             ticket = Ticket.model_validate(msgpack.unpackb(packed) | {"attempt": attempt})
             yield Restored(seq, ticket, TicketState(state), result_seq, source, error)
 
     def ended(self) -> dict[tuple[TicketState, Mode], int]:
-        """Number of ended tickets by state and mode."""
-        rows = self._db.execute(
-            "SELECT state, mode, COUNT(*) FROM tickets WHERE ended IS NOT NULL GROUP BY state, mode"
-        )
+        """Number of ended tickets by state and mode, forgotten ones included."""
+        rows = self._db.execute("SELECT state, mode, num FROM ends")
         return {(TicketState(state), Mode(mode)): num for state, mode, num in rows}
 
     def next_seq(self) -> int:
         """A number above every seq and result_seq in use."""
-        highest = self._db.execute("SELECT MAX(MAX(seq, result_seq)) FROM tickets").fetchone()[0]
-        return int(highest or 0) + 1
+        return self._next_seq
 
-
-def _split(envelope: bytes, arrays: memoryview) -> list[memoryview]:
-    """The stored buffer as one frame per array, by the shapes in the envelope."""
-    frames, offset = [], 0
-    for dtype, shape in msgpack.unpackb(envelope)["a"]:
-        num_bytes = int(dtype[2:])
-        for extent in shape:
-            num_bytes *= extent
-        frames.append(arrays[offset : offset + num_bytes])
-        offset += num_bytes
-    return frames
+    def _counters(self) -> tuple[int, int]:
+        """The next free seq, and the number of the last end."""
+        next_seq = self._db.execute("SELECT value FROM meta WHERE key = 'next_seq'").fetchone()[0]
+        end_seq = self._db.execute("SELECT MAX(end_seq) FROM tickets WHERE end_seq IS NOT NULL").fetchone()[0]
+        return int(next_seq), int(end_seq or 0)

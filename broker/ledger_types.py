@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from broker.protocol.commands import ReleaseReason, SendStatus, TicketState
-from broker.protocol.trajectory import Mode, Ticket
+from broker.protocol.trajectory import Mode, Outcome, Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,15 @@ class Settled:
 
     state: TicketState
     source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """What a result says of its episode, for the counts and the monitor."""
+
+    outcome: Outcome
+    reward: float
+    duration_s: float
 
 
 # --- events
@@ -58,6 +68,7 @@ class Result:
     session: str
     ticket_id: str
     settled: Settled | None = None
+    finish: Finish = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +114,46 @@ class Credit:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """These are in a complete checkpoint."""
+    """These are in a complete checkpoint. `dropped`: those of them that the learner threw away unused."""
 
     ticket_ids: tuple[str, ...]
+    dropped: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Withdraw every ticket without a result."""
+    """Withdraw the tickets without a result: these, those of these groups, or `everything`."""
+
+    ticket_ids: tuple[str, ...] = ()
+    group_ids: tuple[str, ...] = ()
+    everything: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """The stored trajectory of a ticket that was to be delivered to `session` is not what was written."""
+
+    session: str
+    ticket_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """The operator issues dead tickets again: these, or `everything`. `settled`: what became of those of them that the
+    ledger does not know, by the journal's word."""
+
+    ticket_ids: tuple[str, ...] = ()
+    everything: bool = False
+    settled: Mapping[str, Settled] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Purge:
+    """The operator gives dead letters up; fields as in Requeue."""
+
+    ticket_ids: tuple[str, ...] = ()
+    everything: bool = False
+    settled: Mapping[str, Settled] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +181,9 @@ Event = (
     | Credit
     | Ack
     | Cancel
+    | Damaged
+    | Requeue
+    | Purge
     | Hold
     | Tick
 )
@@ -183,11 +229,34 @@ class JournalEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class JournalRecall:
+    """Write that a ticket is issued again, its attempt unchanged; its trajectory, which is damaged, is deleted."""
+
+    ticket_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class JournalPurge:
+    """Write that a dead letter was given up: its error now says so. The learner is still to be told."""
+
+    ticket_id: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
     """Send the ticket to this actor."""
 
     session: str
     ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Tell this actor that the results of these tickets are not wanted any more."""
+
+    session: str
+    ticket_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,23 +280,56 @@ class AnnounceDead:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Answer the event's sender once the journal is durable: a count (with `returned` for a Resume), or a result's
-    status."""
+    """Answer the event's sender once the journal is durable: a count (with `returned` for a Resume, and (ticket id,
+    reason) of what was `refused` to an operator), or a result's status."""
 
     count: int = 0
     returned: int = 0
     status: SendStatus | None = None
+    refused: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Add to a total, see `metrics.py`."""
+    """Add to a total, see `experience_metrics.py`; `env` where it is counted by environment."""
 
     name: str
     num: int = 1
+    env: str = ""
 
 
-Action = JournalTicket | JournalResult | JournalAttempt | JournalEnd | Grant | Deliver | AnnounceDead | Reply | Count
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The first result of a ticket was taken; for the monitor."""
+
+    ticket: Ticket
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """The learner is done with a trajectory: `consumed`, or thrown away; for the monitor."""
+
+    ticket_id: str
+    consumed: bool
+
+
+Action = (
+    JournalTicket
+    | JournalResult
+    | JournalAttempt
+    | JournalEnd
+    | JournalRecall
+    | JournalPurge
+    | Grant
+    | Withdraw
+    | Deliver
+    | AnnounceDead
+    | Reply
+    | Count
+    | Finished
+    | Settle
+)
 
 
 @dataclass(frozen=True, slots=True)

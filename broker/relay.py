@@ -15,8 +15,10 @@ from broker import weight_metrics as metrics
 from broker.client.fetch import WeightsSupersededError
 from broker.client.sinks import WeightsCorruptError
 from broker.client.weights import WeightsTimeoutError, WeightSubscriber
-from broker.process.lifecycle import ErgonError, install_stop
+from broker.process.keys import Identity
+from broker.process.lifecycle import ErgonError, install_stop, raise_file_limit
 from broker.process.metrics import Health, start_metrics
+from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.errors import ProtocolError
 from broker.protocol.trajectory import PolicyVersion
@@ -94,7 +96,9 @@ def serve_relay(settings: Settings) -> None:
     Raises ErgonError where a port cannot be bound or the upstream refuses (another protocol version, another run).
     """
     stop = install_stop()
+    raise_file_limit()
     weights, run_id = settings.weights, settings.run.name
+    security = load_security(settings, Identity.RELAY)
     store = WeightStore(weights.max_mb << 20)
     server = WeightServer(
         f"tcp://{weights.relay_host}:{weights.relay_port}",
@@ -102,6 +106,7 @@ def serve_relay(settings: Settings) -> None:
         store,
         heartbeat_s=weights.heartbeat_s,
         liveness=weights.liveness,
+        security=security,
     )
     upstream = WeightSubscriber(
         f"tcp://{weights.host}:{weights.port}",
@@ -112,6 +117,8 @@ def serve_relay(settings: Settings) -> None:
         heartbeat_s=weights.heartbeat_s,
         liveness=weights.liveness,
         on_failure=lambda _error: stop.set(),
+        security=security,
+        server=Identity(settings.security.upstream),
     )
     try:
         relay = Relay(upstream, store, server)

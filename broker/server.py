@@ -17,40 +17,58 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import zmq
 
 from broker import experience_metrics as metrics
+from broker.admission import Admission
+from broker.blobs import DamagedError
 from broker.dispatch import HANDLERS, Request, about
+from broker.drift import DriftMonitor
+from broker.fresh import FreshResults
+from broker.inspection import inspect, stored_bytes
 from broker.journal import SYNC_INTERVAL_S, Journal, StoreFullError
 from broker.ledger import Ledger
 from broker.ledger_types import (
     ActorJoined,
     AnnounceDead,
     Count,
+    Damaged,
     Deliver,
+    Finished,
     Grant,
     Hold,
+    JournalAttempt,
+    JournalResult,
+    JournalTicket,
     LearnerJoined,
     PeerGone,
     Reply,
+    Settle,
     Settled,
     Tick,
+    Withdraw,
 )
 from broker.peers import Peer, Peers
-from broker.process.lifecycle import install_stop
+from broker.process.keys import Identity
+from broker.process.lifecycle import install_stop, raise_file_limit
 from broker.process.metrics import Health, start_metrics
+from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol import commands as wire
 from broker.protocol.commands import COMMANDS, Role, error_message, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
-from broker.protocol.frames import Frame, Message, decode
+from broker.protocol.frames import DEFAULT_LIMITS, Frame, Message, decode
 
 log = logging.getLogger(__name__)
 
 ROUND_MESSAGES = 512
 ROUND_BYTES = 64 << 20
+VIEWED_BYTES = 4096  # frames of this size are not copied on their way in
+WARN_S = 1.0  # between warnings of refused messages: a flood is counted, not logged
 POLL_MAX_S = 0.25
+BLOCKED_PAUSE_S = 0.005  # while a result waits for the network
 CHECK_S = 1.0  # between looks at the disk
 EXPECTED_CODES = frozenset({ErrorCode.UNKNOWN_PEER, ErrorCode.DISK_FULL})  # every restart or full disk brings them
 GRACE_HEARTBEATS = 2  # after a restart, for actors to name the leases they still hold
@@ -61,16 +79,30 @@ class Server:
 
     def __init__(self, settings: Settings, max_store_pages: int | None = None) -> None:
         self._settings, self._broker, self._run_id = settings, settings.broker, settings.run.name
-        self._journal = Journal(settings.run_dir / "broker", self._run_id, self._broker.fsync, max_store_pages)
+        broker = self._broker
+        self._journal = Journal(
+            settings.run_dir / "broker",
+            self._run_id,
+            broker.fsync,
+            max_store_pages,
+            broker.blob_bytes,
+            broker.keep_ended,
+        )
+        self._limits = replace(DEFAULT_LIMITS, max_message_bytes=broker.max_message_mb << 20)
+        self._max_queued_bytes = broker.max_inflight_mb << 20
+        self._admission = Admission(self._max_queued_bytes)
         try:
-            broker = self._broker
-            self._peers = Peers(broker.host, broker.port, broker.heartbeat_s, broker.liveness)
+            security = load_security(settings, Identity.BROKER)
+            self._peers = Peers(broker.host, broker.port, broker.heartbeat_s, broker.liveness, security)
         except BaseException:
             self._journal.close()
             raise
-        self._outbox: list[tuple[bytes, Message | Deliver]] = []
+        self._outbox: list[tuple[bytes, Message]] = []
+        self._fresh = FreshResults()
+        self._warned_at = float("-inf")
         self._totals: Counter[str] = Counter()
-        self._full = self._on_hold = False
+        self._drift = DriftMonitor()
+        self._full, self._on_hold = not self._journal.reserved, False
         self._ledger = self._restore()
         self._checked_at = self._synced_at = float("-inf")
         self._health = Health(True, {})
@@ -99,8 +131,13 @@ class Server:
         poller.register(self._peers.socket, zmq.POLLIN)
         pause_s = min(POLL_MAX_S, self._broker.heartbeat_s / 2, self._broker.lease_s / 2)
         while not stop.is_set():
-            poller.poll(int(pause_s * 1000) + 1)
+            poller.poll(int((BLOCKED_PAUSE_S if self._blocked() else pause_s) * 1000) + 1)
             self.round()
+
+    def _blocked(self) -> bool:
+        """Whether a result waits for the network, which does not wake the loop when it is ready."""
+        learner = self._peers.learner()
+        return learner is not None and learner.outflow.blocked(self._max_queued_bytes)
 
     def round(self) -> None:
         """Take what has arrived, make it durable, answer."""
@@ -108,15 +145,24 @@ class Server:
         try:
             self._receive()
             self._keep_time(time.monotonic())
-            started = time.perf_counter()
-            if self._journal.commit():
-                metrics.commit_seconds.observe(time.perf_counter() - started)
+            self._commit()
+            for routing, ticket_id in self._admission.clear(self._knows):
+                self._outbox.append((routing, wire.Clear(ticket_id=ticket_id).pack()))
+            outbox, self._outbox = self._outbox, []
+            for routing, message in outbox:
+                self._send(routing, message)
+            self._deliver()
+            self._commit()  # tickets that were recalled on the way out
         except StoreFullError as error:
             self._suspend(error)
-            return
-        outbox, self._outbox = self._outbox, []
-        for routing, item in outbox:
-            self._send(routing, item)
+
+    def _knows(self, routing: bytes) -> bool:
+        return self._peers.get(routing) is not None
+
+    def _commit(self) -> None:
+        started = time.perf_counter()
+        if self._journal.commit():
+            metrics.commit_seconds.observe(time.perf_counter() - started)
 
     def close(self) -> None:
         """Close socket and store."""
@@ -132,40 +178,46 @@ class Server:
     def _receive(self) -> None:
         num_bytes = 0
         for _ in range(ROUND_MESSAGES):
-            try:
-                parts = self._peers.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            if not (parts := self._peers.receive()):
                 return
-            routing, frames = parts[0].bytes, [part.buffer for part in parts[1:]]
-            size = sum(len(frame) for frame in frames)
+            # A copy of a small frame costs less than a view of it.
+            frames = [part.bytes if len(part) < VIEWED_BYTES else part.buffer for part in parts[1:]]
+            size = sum(map(len, frames))
             metrics.received_bytes.inc(size)
-            self._take(routing, frames)
+            self._take(parts[0].bytes, frames, parts[0])
             num_bytes += size
             if num_bytes >= ROUND_BYTES:
                 return
 
-    def _take(self, routing: bytes, frames: Sequence[Frame]) -> None:
-        """Handle one message; whatever is wrong with it is answered with ERROR."""
+    def _take(self, routing: bytes, frames: Sequence[Frame], envelope: zmq.Frame) -> None:
+        """Handle one message; whatever is wrong with it is answered with ERROR. `envelope` knows the sender's key."""
         message: Message | None = None
         try:
-            message = decode(frames)
-            self._handle(routing, message, frames)
+            message = decode(frames, self._limits)
+            self._handle(routing, message, frames, envelope)
         except ProtocolError as error:
             metrics.refused.labels(error.code.value).inc()
-            level = logging.DEBUG if error.code in EXPECTED_CODES else logging.WARNING
-            log.log(level, "Message refused. code=%s reason=%s", error.code.value, error.message)
+            self._warn(error)
             self._outbox.append((routing, error_message(error, "" if message is None else about(message))))
             peer = self._peers.get(routing)
             if error.fatal and peer is not None:
                 self._drop(peer, error.code.value)
 
-    def _handle(self, routing: bytes, message: Message, frames: Sequence[Frame]) -> None:
+    def _warn(self, error: ProtocolError) -> None:
+        level = logging.DEBUG
+        if error.code not in EXPECTED_CODES and (now := time.monotonic()) - self._warned_at >= WARN_S:
+            level, self._warned_at = logging.WARNING, now
+        log.log(level, "Message refused. code=%s reason=%s", error.code.value, error.message)
+
+    def _handle(self, routing: bytes, message: Message, frames: Sequence[Frame], envelope: zmq.Frame) -> None:
         spec = COMMANDS.get(message.command)
         metrics.messages.labels(message.command if spec else "unknown").inc()
         if spec is None or spec.sender == "broker":
             raise ProtocolError(ErrorCode.UNKNOWN_COMMAND, f"{message.command!r:.40} is no command for the broker")
         if message.command == wire.Hello.COMMAND:
-            self._hello(routing, parse_body(message, wire.Hello))
+            hello = parse_body(message, wire.Hello)
+            self._peers.check_key(hello, envelope)
+            self._hello(routing, hello)
             return
         peer = self._peers.get(routing)
         if peer is None:
@@ -176,9 +228,16 @@ class Server:
             raise ProtocolError(ErrorCode.WRONG_ROLE, f"{message.command} from {peer.role}; it is for {roles}")
         if message.command == wire.Status.COMMAND:
             self._outbox.append((routing, self._status(parse_body(message, wire.Status).request_id).pack()))
+        elif message.command == wire.Offer.COMMAND:
+            offer = parse_body(message, wire.Offer)
+            self._admission.offer(routing, offer.ticket_id, offer.num_bytes)
+        elif message.command == wire.Inspect.COMMAND:
+            self._outbox.append((routing, self._inspect(parse_body(message, wire.Inspect)).pack()))
         else:
+            if message.command == wire.TrajectoryBody.COMMAND:
+                self._admission.arrived(routing, about(message))
             request = HANDLERS[message.command](peer, message, self)
-            self._execute(request, routing, frames)
+            self._execute(request, routing, frames, message)
 
     def _hello(self, routing: bytes, hello: wire.Hello) -> None:
         if hello.run_id != self._run_id:
@@ -240,7 +299,9 @@ class Server:
 
     # --- the ledger's actions
 
-    def _execute(self, request: Request, routing: bytes = b"", frames: Sequence[Frame] = ()) -> None:
+    def _execute(
+        self, request: Request, routing: bytes = b"", frames: Sequence[Frame] = (), message: Message | None = None
+    ) -> None:
         for action in self._ledger.handle(request.event, time.monotonic()):
             match action:
                 case Reply():
@@ -248,36 +309,66 @@ class Server:
                         self._outbox.append((routing, request.reply(action)))
                 case Count(name, num):
                     self._totals[name] += num
-                    metrics.COUNTS[name].inc(num)
-                case Grant() | Deliver() | AnnounceDead():
+                    metrics.count(action)
+                case Grant() | Withdraw() | Deliver() | AnnounceDead():
                     self._post(action)
+                case Finished() | Settle():
+                    self._drift.observe(action)
                 case _:
                     self._journal.apply(action, frames)
+                    if isinstance(action, JournalResult) and message is not None:
+                        self._fresh.add(action.ticket_id, message)
+                    elif not isinstance(action, JournalTicket | JournalAttempt):
+                        self._fresh.discard(action.ticket_id)
 
-    def _post(self, action: Grant | Deliver | AnnounceDead) -> None:
+    def _post(self, action: Grant | Withdraw | Deliver | AnnounceDead) -> None:
         peer = self._peers.by_session(action.session)
         if peer is None:
             raise AssertionError(f"the ledger serves session {action.session}, which is not connected")
         match action:
             case Grant(_, ticket):
                 self._outbox.append((peer.routing, wire.TicketBody(ticket=ticket).pack()))
-            case Deliver():
-                self._outbox.append((peer.routing, action))
+            case Withdraw(_, ticket_ids):
+                self._outbox.append((peer.routing, wire.Withdrawn(ticket_ids=ticket_ids).pack()))
+            case Deliver(_, ticket_id):
+                peer.outflow.add(ticket_id)
             case AnnounceDead(_, ticket_id, group_id, mode, error):
                 letter = wire.Dead(ticket_id=ticket_id, group_id=group_id, mode=mode, error=error)
-                self._outbox.append((peer.routing, letter.pack()))
+                peer.outflow.add(letter.pack())
 
     # --- out
 
-    def _send(self, routing: bytes, item: Message | Deliver) -> None:
-        if isinstance(item, Deliver):
-            stored = self._journal.load(item.ticket_id)
-            if stored is None:  # acked in the very round that assigned it
-                return
-            item = Message(wire.Deliver.COMMAND, stored.body, stored.arrays)
+    def _send(self, routing: bytes, message: Message) -> bool:
         peer = self._peers.get(routing)
-        if not self._peers.send(routing, item) and peer is not None:
+        sent = self._peers.send(routing, message)
+        if not sent and peer is not None:
             self._drop(peer, "it cannot be reached, or takes nothing")
+        return sent
+
+    def _deliver(self) -> None:
+        """Send the learner what waits for it, as far as its credit and the network allow."""
+        learner = self._peers.learner()
+        while learner is not None and (item := learner.outflow.next(self._max_queued_bytes)) is not None:
+            message = self._load(learner, item) if isinstance(item, str) else item
+            if message is None:
+                continue
+            if not self._send(learner.routing, message):
+                return
+            learner.outflow.sent(message)
+
+    def _load(self, learner: Peer, ticket_id: str) -> Message | None:
+        """The DELIVER of a ticket; None where it was acked meanwhile, or is damaged, and so issued again."""
+        if (fresh := self._fresh.take(ticket_id)) is not None:
+            return fresh
+        try:
+            stored = self._journal.load(ticket_id)
+        except DamagedError as error:
+            log.error(
+                "A stored trajectory is damaged; its ticket is issued again. ticket=%s error=%s", ticket_id, error
+            )
+            self._execute(Request(Damaged(learner.session, ticket_id)))
+            return None
+        return None if stored is None else Message(wire.Deliver.COMMAND, stored.body, stored.arrays)
 
     def _drop(self, peer: Peer, reason: str) -> None:
         if self._peers.drop(peer):
@@ -293,12 +384,15 @@ class Server:
         if now - self._synced_at >= SYNC_INTERVAL_S:
             self._synced_at = now
             self._journal.sync()
+            if not self._full:
+                self._journal.compact()
 
     def _suspend(self, error: StoreFullError) -> None:
         """The store took nothing of this round: forget it, and everybody who waits for an answer."""
         log.error("The store refuses writes; actors are refused until there is room. error=%s", error)
         self._full = True
         self._outbox.clear()
+        self._fresh.clear()
         self._peers.clear()
         self._ledger = self._restore()
 
@@ -321,8 +415,9 @@ class Server:
         self._on_hold = on_hold
         self._execute(Request(Hold(on_hold)))
         status = self._status("")
+        metrics.observe_drift(self._drift.drift(), self._broker.drift_alarm)
         metrics.observe(status, on_hold, self._journal.path.stat().st_size)
-        detail = {"run": self._run_id, "leases_on_hold": on_hold, "store": str(self._journal.path)}
+        detail = {"run": self._run_id, "store": str(self._journal.path)}
         self._health = Health(not self._full, {**detail, **status.model_dump(exclude={"request_id"})})
 
     def _status(self, request_id: str) -> wire.StatusReply:
@@ -331,13 +426,31 @@ class Server:
             tickets.setdefault(state.value, {})[mode.value] = num
         peers = {role.value: num for role, num in self._peers.count_by_role().items()}
         return wire.StatusReply(
-            request_id=request_id or "none", tickets=tickets, totals=dict(self._totals), peers=peers, full=self._full
+            request_id=request_id or "none",
+            tickets=tickets,
+            totals=dict(self._totals),
+            peers=peers,
+            full=self._full,
+            leases_on_hold=self._on_hold,
+        )
+
+    def _inspect(self, body: wire.Inspect) -> wire.InspectReply:
+        return inspect(
+            self._status(body.request_id),
+            self._run_id,
+            self._ledger.entries,
+            self._ledger.actors,
+            self._peers,
+            now=time.monotonic(),
+            max_dead=body.max_dead,
+            store_bytes=stored_bytes(self._journal.path.parent),
         )
 
 
 def serve(settings: Settings) -> None:
     """Run the experience broker until SIGTERM. Raises ErgonError where a port or the store is taken."""
     stop = install_stop()
+    raise_file_limit()
     server = Server(settings)
     try:
         http = start_metrics(settings.metrics.host, settings.metrics.broker_port, server.health)

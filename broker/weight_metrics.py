@@ -25,6 +25,12 @@ deferred_requests = Counter("ergon_weights_deferred_requests_total", "Requests t
 refused = Counter(
     "ergon_weights_refused_total", "Messages that the serving half answered with ERROR, by code.", ["code"]
 )
+refused_handshakes = Counter(
+    "ergon_weights_handshakes_refused_total",
+    "Connections that the serving half did not let in: unknown_key, wrong_role, not_encrypted (or sealed for another "
+    "server), broken_off.",
+    ["reason"],
+)
 
 # The receiving half, in every relay and actor.
 announced_lineage = Gauge("ergon_weights_announced_lineage", "Lineage of the newest version announced to this process.")

@@ -19,7 +19,10 @@ from typing import NamedTuple
 import zmq
 
 from broker import weight_metrics as metrics
+from broker.gatekeeper import Gatekeeper, identity_of
+from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError
+from broker.process.security import OPEN, Security
 from broker.protocol import frames
 from broker.protocol import weight_messages as messages
 from broker.protocol.commands import error_message, parse_body
@@ -38,6 +41,7 @@ RETRY_S = 0.01  # how often waiting requests are tried again; ZeroMQ does not sa
 MESSAGES_PER_TURN = 256
 QUIET_CODES = (ErrorCode.NOT_FOUND, ErrorCode.UNKNOWN_PEER)  # ordinary life: counted, not logged
 MAX_REQUEST_BYTES = 64 << 10
+ADMITTED = frozenset({Identity.RELAY, Identity.ACTOR, Identity.OPERATOR})
 REQUEST_LIMITS = frames.Limits(max_frames=2, max_envelope_bytes=MAX_REQUEST_BYTES, max_array_bytes=0)
 
 
@@ -66,7 +70,14 @@ class WeightServer:
     """Serves a store on `endpoint` from its own thread until closed. Raises ErgonError where it cannot bind."""
 
     def __init__(
-        self, endpoint: str, run_id: str, store: WeightStore, *, heartbeat_s: float = 1.0, liveness: int = 15
+        self,
+        endpoint: str,
+        run_id: str,
+        store: WeightStore,
+        *,
+        heartbeat_s: float = 1.0,
+        liveness: int = 15,
+        security: Security = OPEN,
     ) -> None:
         self._run_id = run_id
         self._store = store
@@ -78,7 +89,11 @@ class WeightServer:
         self._warned_at = -math.inf
         self.failure: Exception | None = None  # why the thread ended by itself; its owner must not go on without it
         self._context = zmq.Context()
-        self._socket = _bind(self._context, endpoint, run_id, self._silence_s)
+        self._keyed = security.curve
+        self._gatekeeper = Gatekeeper(
+            self._context, security, ADMITTED, lambda reason: metrics.refused_handshakes.labels(reason).inc()
+        )
+        self._socket = _bind(self._context, endpoint, run_id, self._silence_s, security, self._gatekeeper)
         self.endpoint = str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -100,6 +115,7 @@ class WeightServer:
         self._closing = True
         self.announce()
         self._thread.join()
+        self._gatekeeper.close()
         self._socket.close(linger=0)
         self._context.term()
         self._wake_in.close()
@@ -141,6 +157,8 @@ class WeightServer:
                 self._serve_waiting()
 
     def _beat(self, now: float) -> None:
+        if self._gatekeeper.failure is not None:
+            raise self._gatekeeper.failure
         for identity in [i for i, peer in self._peers.items() if now - peer.seen_at > self._silence_s]:
             peer = self._peers.pop(identity)
             logger.info("peer is silent, forgotten peer=%s role=%s", peer.peer_id, peer.role)
@@ -166,11 +184,14 @@ class WeightServer:
     def _receive(self) -> None:
         for _ in range(MESSAGES_PER_TURN):
             try:
-                identity, *parts = self._socket.recv_multipart(zmq.DONTWAIT)
+                first, *parts = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
+            identity = first.bytes
             try:
-                message = frames.decode(parts, REQUEST_LIMITS)
+                message = frames.decode([part.bytes for part in parts], REQUEST_LIMITS)
+                if self._keyed and message.command == "HELLO":
+                    _check_key(message, identity_of(first))
                 self._handle(identity, message)
             except ProtocolError as error:
                 self._refuse(identity, error, about="")
@@ -283,21 +304,42 @@ class WeightServer:
         return True
 
 
-def _bind(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, run_id: str, silence_s: float) -> zmq.Socket[bytes]:
+def _check_key(hello: Message, owner: Identity | None) -> None:
+    """A connection may only take the role that its key allows."""
+    role = hello.body.get("role")
+    if owner is None or role != owner.value:
+        raise ProtocolError(
+            ErrorCode.WRONG_ROLE, f"HELLO: role is {role!r:.40}, the connection's key is that of {owner}"
+        )
+
+
+def _bind(
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    run_id: str,
+    silence_s: float,
+    security: Security,
+    gatekeeper: Gatekeeper,
+) -> zmq.Socket[bytes]:
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a full or vanished peer is an error to handle, not a silent loss
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects under its identity replaces its former self
     router.setsockopt(zmq.SNDHWM, SEND_QUEUE)
     router.setsockopt(zmq.LINGER, 0)
-    router.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_REQUEST_BYTES)
+    router.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_REQUEST_BYTES)  # sealed frames are a little longer
     # A frozen peer must not keep snapshots alive for ever: ZeroMQ's own heartbeat ends its connection.
     router.setsockopt(zmq.HEARTBEAT_IVL, max(int(silence_s * 500), 100))
     router.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(int(silence_s * 1000), 200))
     try:
+        security.protect_server(router, endpoint, "weights")
+        gatekeeper.guard(router)
         router.bind(endpoint)
-    except zmq.ZMQError as error:
+    except BaseException as error:
+        gatekeeper.close()
         router.close(linger=0)
         context.term()
+        if not isinstance(error, zmq.ZMQError):
+            raise
         raise ErgonError(
             f"the weight channel's endpoint {endpoint} of run {run_id} cannot be bound ({error.strerror}); "
             "set another host or port in [weights] or stop the process that holds it"

@@ -6,7 +6,10 @@ import argparse
 from pathlib import Path
 
 from broker.process.config import load_settings
-from broker.process.lifecycle import run_main
+from broker.process.keys import make_keys
+from broker.process.lifecycle import ErgonError, run_main
+from broker.protocol.commands import MAX_ROWS
+from deploy import broker_admin
 from deploy.run import run_local
 from envs.registry import known_environments
 
@@ -25,6 +28,14 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--plain", action="store_true", help="a plain log instead of the live view")
     run.set_defaults(act=_run)
 
+    keys = commands.add_parser("keys", help="encryption and identities of a run's processes")
+    keys_commands = keys.add_subparsers(dest="keys_command", required=True)
+    making = keys_commands.add_parser("make", help="make a key pair for every identity, and the list of who is let in")
+    making.add_argument("directory", type=Path, help="where to put them; security.keys names it in a run's TOML")
+    making.set_defaults(act=_keys_make)
+
+    _add_broker(commands.add_parser("broker", help="look after the broker of a run"))
+
     env = commands.add_parser("env", help="environments")
     env_commands = env.add_subparsers(dest="env_command", required=True)
     listing = env_commands.add_parser("list", help="the environments that can be named in a run's TOML")
@@ -32,9 +43,60 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_broker(broker: argparse.ArgumentParser) -> None:
+    commands = broker.add_subparsers(dest="broker_command", required=True)
+    inspect = commands.add_parser("inspect", help="tickets by state, environment and actor, peers, dead letters")
+    requeue = commands.add_parser("requeue", help="issue dead tickets again, with no attempt used")
+    purge = commands.add_parser("purge", help="give dead letters up; their groups close without them")
+    for parser in (inspect, requeue, purge):
+        parser.add_argument("file", type=Path, help="the run's TOML, for example runs/NAME/config.toml")
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting"
+        )
+        parser.add_argument(
+            "--timeout", type=float, default=10.0, metavar="SECONDS", help="wait so long for the broker"
+        )
+    inspect.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    inspect.add_argument(
+        "--max-dead", type=int, default=100, metavar="NUMBER", help="list so many dead letters, up to 1000"
+    )
+    inspect.set_defaults(act=_inspect)
+    for parser, option in ((requeue, "--dead"), (purge, "--all")):
+        which = parser.add_mutually_exclusive_group(required=True)
+        which.add_argument("ticket_ids", nargs="*", default=[], metavar="TICKET_ID", help="dead tickets")
+        which.add_argument(option, action="store_true", dest="everything", help="every dead letter")
+    requeue.set_defaults(act=_requeue)
+    purge.set_defaults(act=_purge)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    if not 0 <= arguments.max_dead <= MAX_ROWS:
+        raise ErgonError(f"--max-dead {arguments.max_dead} is not within 0 to {MAX_ROWS}")
+    with broker_admin.connect(arguments.file, arguments.set, arguments.timeout) as operator:
+        reply = operator.inspect(arguments.max_dead)
+    print(broker_admin.as_json(reply) if arguments.json else broker_admin.as_tables(reply))
+
+
+def _requeue(arguments: argparse.Namespace) -> None:
+    with broker_admin.connect(arguments.file, arguments.set, arguments.timeout) as operator:
+        done = operator.requeue_all() if arguments.everything else operator.requeue(arguments.ticket_ids)
+    print(broker_admin.outcome(done, arguments.everything))
+
+
+def _purge(arguments: argparse.Namespace) -> None:
+    with broker_admin.connect(arguments.file, arguments.set, arguments.timeout) as operator:
+        done = operator.purge_all() if arguments.everything else operator.purge(arguments.ticket_ids)
+    print(broker_admin.outcome(done, arguments.everything))
+
+
 def _run(arguments: argparse.Namespace) -> None:
     settings = load_settings(arguments.file, arguments.set)
     run_local(settings, new=arguments.new, plain=arguments.plain)
+
+
+def _keys_make(arguments: argparse.Namespace) -> None:
+    for path in make_keys(arguments.directory):
+        print(path)
 
 
 def _env_list(_arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -196,4 +197,6 @@ def picture(run_dir: Path, settings: Settings, target: Path) -> None:
         progress.take(record)
     console = Console(record=True, width=124, file=sys.stderr)
     console.print(draw(settings.run.name, progress, records[-1]["time"]))
-    target.write_text(console.export_svg(title=f"ergon run: {settings.run.name}"), encoding="utf-8")
+    # Without the fonts that the SVG would fetch from elsewhere.
+    svg = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title=f"ergon run {settings.run.name}"), flags=re.DOTALL)
+    target.write_text(svg, encoding="utf-8")

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from broker.process.config import load_settings, save_settings
+from broker.process.keys import Identity
 from broker.process.lifecycle import EXIT_USER_ERROR, ErgonError, install_stop
+from broker.process.security import load_security
 from broker.process.settings import Settings
 from deploy.local import Supervisor, check_ports, children_of
 from deploy.progress import make_view
@@ -36,6 +38,7 @@ def run_local(settings: Settings, new: bool = False, plain: bool = False) -> Non
     started_at = time.time()
     stop = install_stop()
     check_environments(settings)
+    check_security(settings)
     settings = claim(settings, new)
     check_ports(settings)
     settings = with_model(settings)
@@ -69,6 +72,12 @@ def check_environments(settings: Settings) -> None:
             create_environment(section.name, section.options)
         except ErgonEnvError as error:
             raise ErgonError(f"environments: {error}") from error
+
+
+def check_security(settings: Settings) -> None:
+    """Raise ErgonError where an address may not be open, or a key of one of this run's processes is missing."""
+    for identity in (Identity.BROKER, Identity.RELAY, Identity.LEARNER, Identity.ACTOR):
+        load_security(settings, identity)
 
 
 def claim(settings: Settings, new: bool) -> Settings:

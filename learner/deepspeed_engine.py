@@ -149,10 +149,6 @@ class DeepSpeedEngine:
                 self._forward(micro).logprobs_N.cpu().numpy() for micro in pack(sequences, self._micro_batch_tokens)
             ]
 
-    def use_threads(self, num_threads: int) -> None:
-        """See TrainEngine.use_threads."""
-        torch.set_num_threads(num_threads)
-
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The state dict's tensors under their Hugging Face names, tied ones once; valid until the next step."""
         seen: set[int] = set()

@@ -64,10 +64,6 @@ class TrainEngine(Protocol):
         """
         ...
 
-    def use_threads(self, num_threads: int) -> None:
-        """How many threads the next steps may use on a CPU; results do not depend on it beyond rounding."""
-        ...
-
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The state dict's tensors (tied ones once) as the engine serves them, by name; valid until the next step."""
         ...

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 
 from broker.client.weights import WeightPublisher
+from broker.process.keys import Identity
+from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion
 from learner.engine import TrainEngine
@@ -26,6 +28,7 @@ class Publisher:
             chunk_bytes=section.chunk_bytes,
             heartbeat_s=section.heartbeat_s,
             liveness=section.liveness,
+            security=load_security(settings, Identity.LEARNER),
         )
         self._published: PolicyVersion | None = None
 

@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from broker.client import LearnerClient
+from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError
 from broker.process.metrics import Health, start_metrics
+from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion
 from learner import metrics
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 _MAX_FAILED_BATCHES = 3  # in a row
 _STOP_PATIENCE_S = 8.0
 _SURPLUS_PATIENCE_S = 15.0
+_THROWN_AWAY = frozenset({Reason.STALE, Reason.NOT_FINITE})  # told to the broker, whose monitor looks for a bias
 
 
 class Room:
@@ -61,6 +64,7 @@ class Room:
         self._audit_file = LineFile(self._audit_path)
         self._audit_file.cut(self.state.audit_bytes)
         self._failed_batches = 0
+        self._unused: set[str] = set()  # of the unacked: what was thrown away
         self.batcher = Batcher(
             groups_per_step=learner.groups_per_step,
             max_groups_per_step=learner.max_groups_per_step,
@@ -73,8 +77,10 @@ class Room:
         self.client = LearnerClient(
             f"tcp://{broker.host}:{broker.port}",
             settings.run.name,
+            window_bytes=broker.max_inflight_mb << 20,
             heartbeat_s=broker.heartbeat_s,
             liveness=broker.liveness,
+            security=load_security(settings, Identity.LEARNER),
         )
         self.report = Reporter(self._directory / "metrics.jsonl", self.state, engine, lambda: self.client.lineage)
         self.inbox = Inbox(
@@ -154,8 +160,9 @@ class Room:
         changed = self.engine.policy_version != self._saved_version
         self._checkpoint = self._store.save(state.to_json(), self.engine.save if changed else None, self._checkpoint)
         self._saved_version = self.engine.policy_version
-        self.client.ack(state.unacked)
+        self.client.ack(state.unacked, self._unused)
         state.unacked.clear()
+        self._unused.clear()
         metrics.UNACKED.set(0)
 
     def enter(self, phase: Phase) -> None:
@@ -202,6 +209,7 @@ class Room:
         state = self.state
         state.num_consumed += len(batch.ids)
         state.unacked.extend(batch.ids)
+        self._unused.update(c.trajectory.ticket.ticket_id for c in batch.consumed if c.reason in _THROWN_AWAY)
         self._audit_file.append(audit_lines(batch.consumed, state.step), durable=True)
         counters = state.counters
         counters["tokens_sampled"] += sum(item.trajectory.num_sampled for item in batch.consumed)

@@ -163,12 +163,10 @@ class Trainer:
                 "check the environments' demonstrators, or set learner.warm_start.episodes = 0"
             )
         total = num_batches(len(episodes), section)
-        self._engine.use_threads(section.threads)
         for i, sequences in enumerate(supervised_batches(episodes, section, settings.run.seed)):
             room.raise_if_stopped()
             stats = self._engine.step(sequences, supervised_loss, scheduled(section, i, total))
             room.report.warm_start(i + 1, total, stats)
-        self._engine.use_threads(settings.learner.threads)
         self._engine.reset_optimizer()
         room.state.first_version = self._engine.policy_version
         room.state.unacked.extend(room.inbox.take_references())

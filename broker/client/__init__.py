@@ -1,11 +1,12 @@
 """What peers of the broker hold. A package rather than one client.py, so that every room stays under 300 lines.
 
-`ActorClient` (with TicketSource and TrajectorySender), `LearnerClient` (the trajectories' receiver), and the weight
-channel's `WeightPublisher` and `WeightSubscriber`.
+`ActorClient` (with TicketSource and TrajectorySender), `LearnerClient` (the trajectories' receiver), `OperatorClient`
+(who looks after it), and the weight channel's `WeightPublisher` and `WeightSubscriber`.
 """
 
 from broker.client.actor import ActorClient, TicketSource, TrajectorySender
 from broker.client.learner import BrokerStatus, DeadLetter, LearnerClient
+from broker.client.operator import OperatorClient
 from broker.client.weights import WeightPublisher, WeightSubscriber
 from broker.protocol.commands import ReleaseReason, SendStatus
 
@@ -14,6 +15,7 @@ __all__ = [
     "BrokerStatus",
     "DeadLetter",
     "LearnerClient",
+    "OperatorClient",
     "ReleaseReason",
     "SendStatus",
     "TicketSource",

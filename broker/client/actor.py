@@ -16,19 +16,24 @@ from typing import Any
 
 from broker.client.connection import Connection, ConnectionClosedError
 from broker.process.lifecycle import ErgonError
+from broker.process.security import OPEN, Security
 from broker.protocol.codec import trajectory_to_message
 from broker.protocol.commands import (
+    OFFER_BYTES,
+    Clear,
     Durable,
     ErrorBody,
     Heartbeat,
     Hello,
     Lease,
+    Offer,
     Release,
     Released,
     ReleaseReason,
     Role,
     SendStatus,
     TicketBody,
+    Withdrawn,
     parse_body,
 )
 from broker.protocol.errors import ErrorCode, ProtocolError
@@ -47,7 +52,14 @@ class ActorClient:
     """
 
     def __init__(
-        self, endpoint: str, run_id: str, actor_id: str, *, heartbeat_s: float = 1.0, liveness: int = 15
+        self,
+        endpoint: str,
+        run_id: str,
+        actor_id: str,
+        *,
+        heartbeat_s: float = 1.0,
+        liveness: int = 15,
+        security: Security = OPEN,
     ) -> None:
         self.actor_id = actor_id
         self.session = uuid.uuid4().hex
@@ -65,10 +77,12 @@ class ActorClient:
             heartbeat_s=heartbeat_s,
             liveness=liveness,
             name=f"actor-{actor_id}",
+            security=security,
         )
         # Guarded by the connection's lock: what `_on_welcome` repeats.
         self._held: dict[str, Ticket] = {}  # leased, and not yet durable or given back
         self._unanswered: dict[str, Message] = {}  # results by ticket id, releases by request id
+        self._offered: dict[str, Message] = {}  # large results, whose OFFER is what is repeated
         self._credit = 0  # tickets asked for since HELLO
         self._received = 0  # tickets received since HELLO
         self._epoch = 0  # HELLOs so far
@@ -76,6 +90,7 @@ class ActorClient:
         self._ready: deque[Ticket] = deque()
         self._waiting: deque[asyncio.Future[Ticket]] = deque()
         self._answers: dict[str, asyncio.Future[SendStatus | int]] = {}
+        self._withdrawn: dict[str, asyncio.Event] = {}  # of tickets that somebody waits for to be withdrawn
         self.tickets = TicketSource(self)
         self.sender = TrajectorySender(self)
 
@@ -122,6 +137,16 @@ class ActorClient:
             with contextlib.suppress(ValueError):
                 self._waiting.remove(future)
 
+    async def withdrawn(self, ticket_id: str) -> None:
+        """Wait until the result of a ticket that was leased here is not wanted any more. It is held no more then."""
+        if ticket_id not in self.leases:
+            return
+        event = self._withdrawn.setdefault(ticket_id, asyncio.Event())
+        try:
+            await event.wait()
+        finally:
+            self._withdrawn.pop(ticket_id, None)
+
     async def send(self, trajectory: Trajectory) -> SendStatus:
         """Hand in the result of a ticket; returns when it is durable, however often the broker restarts meanwhile.
 
@@ -133,9 +158,15 @@ class ActorClient:
         if ticket_id in self._answers:
             raise ValueError(f"the trajectory of ticket {ticket_id} is being sent already")
         try:
-            status = await self._request(ticket_id, trajectory_to_message(trajectory))
+            message = trajectory_to_message(trajectory)
+            if message.array_bytes > OFFER_BYTES:  # the broker says when it has room for it
+                with self._connection.lock:
+                    self._offered[ticket_id] = message
+                message = Offer(ticket_id=ticket_id, num_bytes=message.array_bytes).pack()
+            status = await self._request(ticket_id, message)
         finally:
             with self._connection.lock:
+                self._offered.pop(ticket_id, None)
                 self._held.pop(ticket_id, None)
         assert isinstance(status, str)
         return status
@@ -209,6 +240,13 @@ class ActorClient:
         # A ticket that is being run here still, though its lease had run out, is not run twice.
         self._ask() if held_already else self._hand_out(ticket)
 
+    def _withdraw(self, ticket_ids: tuple[str, ...]) -> None:
+        for ticket in [ticket for ticket in self._ready if ticket.ticket_id in ticket_ids]:
+            self._ready.remove(ticket)
+        for ticket_id in ticket_ids:
+            if ticket_id in self._withdrawn:
+                self._withdrawn[ticket_id].set()
+
     def _hand_out(self, ticket: Ticket) -> None:
         while self._waiting:
             future = self._waiting.popleft()
@@ -272,6 +310,15 @@ class ActorClient:
                 held_already = ticket.ticket_id in self._held
                 self._held[ticket.ticket_id] = ticket
             self._post(self._take, ticket, self._epoch, held_already)
+        elif message.command == Withdrawn.COMMAND:
+            with self._connection.lock:  # a result on its way will be answered
+                ids = [key for key in parse_body(message, Withdrawn).ticket_ids if key not in self._unanswered]
+                ids = [key for key in ids if self._held.pop(key, None) is not None]
+            self._post(self._withdraw, tuple(ids))
+        elif message.command == Clear.COMMAND:
+            ticket_id = parse_body(message, Clear).ticket_id
+            with self._connection.lock:  # a send that was cancelled meanwhile takes its offer back
+                self._send(self._offered.get(ticket_id) or Offer(ticket_id=ticket_id, num_bytes=0).pack())
         elif message.command == Durable.COMMAND:
             durable = parse_body(message, Durable)
             self._post(self._settle, durable.ticket_id, durable.status)
@@ -300,6 +347,10 @@ class TicketSource:
     async def lease(self) -> Ticket:
         """See ActorClient.lease."""
         return await self._client.lease()
+
+    async def withdrawn(self, ticket_id: str) -> None:
+        """See ActorClient.withdrawn."""
+        await self._client.withdrawn(ticket_id)
 
     async def release(self, ticket_id: str, reason: ReleaseReason, error: str = "") -> None:
         """See ActorClient.release."""

@@ -22,7 +22,10 @@ from typing import Any
 
 import zmq
 
+from broker.client.handshake import EVENTS, Handshakes
+from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError
+from broker.process.security import OPEN, OVERHEAD_BYTES, Security
 from broker.protocol.commands import ErrorBody, Heartbeat, Hello, Welcome, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import DEFAULT_LIMITS, Limits, Message, decode, encode
@@ -49,12 +52,13 @@ class Connection:
     All callbacks run in the connection's thread and must not block. `on_welcome(welcome, first)` runs after every
     handshake, with `lock` held, and must send what is outstanding: whatever was queued before is discarded. `first` is
     True for the first WELCOME of this Connection. `on_message` gets every message but WELCOME and HEARTBEAT, ordinary
-    ERRORs included. `on_failure(exc)` is called once, when the connection has ended for good (a fatal ERROR, bytes that
-    break the protocol, an exception in a callback); `failure` holds the same exception from then on.
+    ERRORs included. `on_failure(exc)` is called once, when the connection has ended for good (a fatal ERROR, a refused
+    handshake, bytes that break the protocol, an exception in a callback); `failure` holds that exception from then on.
 
     Hold `lock` (re-entrant) where a computed message and its `send` must not be separated by a reconnection.
     `heartbeat_s` and `liveness` hold until the WELCOME names the server's own. `heartbeat` makes the message that is
-    sent every `heartbeat_s`; `hello` makes the body of HELLO.
+    sent every `heartbeat_s`; `hello` makes the body of HELLO. `server` is the identity that the other side must prove,
+    where `security` has keys.
     """
 
     def __init__(
@@ -71,8 +75,12 @@ class Connection:
         name: str = "connection",
         limits: Limits = DEFAULT_LIMITS,
         max_queued: int | None = None,
+        security: Security = OPEN,
+        server: Identity = Identity.BROKER,
     ) -> None:
         self.endpoint = endpoint
+        self._security, self._server = security, server
+        self._handshakes = Handshakes(endpoint, security, server)
         self.lock = threading.RLock()
         self._hello, self._heartbeat = hello, heartbeat
         self._on_welcome, self._on_message, self._on_failure = on_welcome, on_message, on_failure
@@ -113,7 +121,10 @@ class Connection:
         if self._num_welcomes == 0:
             raise ErgonError(
                 f"no answer from {self.endpoint} within {timeout_s:g} s; "
-                "start the process that serves it, or correct its host and port in the configuration"
+                + (
+                    self._handshakes.trouble
+                    or "start the process that serves it, or correct its host and port in the configuration"
+                )
             )
 
     def send(self, message: Message) -> bool:
@@ -176,7 +187,7 @@ class Connection:
             self._welcomed = False
             self._queue.clear()
             self._failure = error
-        if isinstance(error, ProtocolError):
+        if isinstance(error, ProtocolError | ErgonError):
             log.error("Connection refused. name=%s endpoint=%s error=%s", self._name, self.endpoint, error)
         else:
             log.error("Connection failed. name=%s endpoint=%s", self._name, self.endpoint, exc_info=error)
@@ -203,9 +214,10 @@ class Connection:
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.setsockopt(zmq.RECONNECT_IVL, 100)
         dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
-        dealer.setsockopt(zmq.MAXMSGSIZE, self._limits.max_array_bytes)
-        monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        dealer.setsockopt(zmq.MAXMSGSIZE, self._limits.max_array_bytes + OVERHEAD_BYTES)
+        monitor = dealer.get_monitor_socket(EVENTS)
         try:
+            self._security.protect_client(dealer, self._server)
             dealer.connect(self.endpoint)
             dealer.send_multipart(encode(Message(Hello.COMMAND, self._hello())))
             self._poll(dealer, monitor)
@@ -231,7 +243,7 @@ class Connection:
             if self._receive(dealer):
                 last_heard = time.monotonic()
             if monitor in events:
-                raise _LostError("the server closed the connection")
+                raise _LostError(self._handshakes.read(monitor))
             now = time.monotonic()
             if self._welcomed and now - last_beat >= self._heartbeat_s and not self._stop:
                 last_beat = now
@@ -283,6 +295,7 @@ class Connection:
             self._welcomed = True
             self._num_welcomes += 1
             self._learner_present_until = None
+            self._handshakes.succeeded()
             self._on_welcome(message.body, self._num_welcomes == 1)
         self._settled.set()
         log.info("Connected. name=%s endpoint=%s welcomes=%d", self._name, self.endpoint, self._num_welcomes)

@@ -14,12 +14,13 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from broker.client.connection import Connection, ConnectionClosedError
 from broker.process.lifecycle import ErgonError
+from broker.process.security import OPEN, Security
 from broker.protocol.codec import trajectory_from_message
 from broker.protocol.commands import (
     MAX_IDS,
@@ -50,6 +51,7 @@ from broker.protocol.trajectory import Mode, Ticket, Trajectory
 log = logging.getLogger(__name__)
 
 CHUNK = 1000  # tickets or ids in one request
+ACKS_REPEATED = 4096
 REPLIES: dict[str, type[Body]] = {body.COMMAND: body for body in (Resumed, Issued, Acked, Cancelled, StatusReply)}
 BrokerStatus = StatusReply
 ReplyT = TypeVar("ReplyT", bound=Body)
@@ -75,8 +77,9 @@ class _Request:
 class LearnerClient:
     """The learner's connection to the broker; one per learner process.
 
-    `window`: trajectories that may lie here untaken. Every method raises ErgonError once the connection has ended for
-    good; where the broker is only away, they wait for it.
+    `window`: trajectories that may lie here untaken; `window_bytes`: bytes of their arrays, overstepped by one
+    trajectory at most. Every method raises ErgonError once the connection has ended for good; where the broker is only
+    away, they wait for it.
     """
 
     def __init__(
@@ -86,11 +89,14 @@ class LearnerClient:
         *,
         learner_id: str = "learner",
         window: int = 64,
+        window_bytes: int = 512 << 20,
         heartbeat_s: float = 1.0,
         liveness: int = 15,
+        security: Security = OPEN,
     ) -> None:
         self.session = uuid.uuid4().hex
         self._endpoint, self._run_id, self._learner_id, self._window = endpoint, run_id, learner_id, window
+        self._window_bytes = window_bytes
         self._connection = Connection(
             endpoint,
             hello=self._hello,
@@ -100,16 +106,21 @@ class LearnerClient:
             heartbeat_s=heartbeat_s,
             liveness=liveness,
             name="learner",
+            security=security,
         )
         # One lock with the connection: what is computed and what is sent must not be separated by a reconnection.
         self._changed = threading.Condition(self._connection.lock)
         self._lineage: int | None = None
         self._failure: Exception | None = None
-        self._inbox: deque[Trajectory | DeadLetter] = deque()
+        self._inbox: deque[tuple[Trajectory | DeadLetter, int]] = deque()  # with the bytes of its arrays
+        self._inbox_bytes = 0
         self._held: set[str] = set()  # received, and not known to be acked
+        # Repeated in RESUME: with fsync "interval", a crash of the broker's machine may forget the last acks.
+        self._acked: deque[str] = deque(maxlen=ACKS_REPEATED)
         self._requests: dict[str, _Request] = {}  # unanswered, in order
         self._resumed = False  # resume() has been answered once
         self._received = self._credit = 0  # since HELLO
+        self._received_bytes = self._credit_bytes = 0  # since HELLO
         self._resuming: str | None = None  # the id of the RESUME that a reconnection sent
 
     @property
@@ -161,25 +172,43 @@ class LearnerClient:
                 if (left_s := deadline - time.monotonic()) <= 0:
                     return None
                 self._changed.wait(left_s)
-            item = self._inbox.popleft()
+            item, num_bytes = self._inbox.popleft()
+            self._inbox_bytes -= num_bytes
             self._top_up()
             return item
 
-    def ack(self, ticket_ids: Sequence[str]) -> int:
-        """These will never be delivered again; durable when it returns. Idempotent. Returns how many were new."""
+    def ack(self, ticket_ids: Sequence[str], dropped: Collection[str] = ()) -> int:
+        """These will never be delivered again; durable when it returns. Idempotent. Returns how many were new.
+
+        `dropped`: those of them that were thrown away unused (too stale, too late), for the broker's drift monitor.
+        """
+        unused = frozenset(dropped)
         num_new = 0
-        for start in range(0, len(ticket_ids), CHUNK):
-            ids = tuple(ticket_ids[start : start + CHUNK])
-            request_id = uuid.uuid4().hex
-            num_new += self._ask(Ack(request_id=request_id, ticket_ids=ids), request_id, Acked).count
+        for ids in _chunks(ticket_ids):
+            body = Ack(request_id=uuid.uuid4().hex, ticket_ids=ids, dropped=tuple(unused.intersection(ids)))
+            num_new += self._ask(body, body.request_id, Acked).count
             with self._changed:
                 self._held.difference_update(ids)
+                self._acked.extend(ids)
         return num_new
 
-    def cancel(self) -> int:
-        """Withdraw every ticket that has no result yet. Returns how many were cancelled."""
-        request_id = uuid.uuid4().hex
-        return self._ask(Cancel(request_id=request_id), request_id, Cancelled).count
+    def cancel(self, ticket_ids: Sequence[str] | None = None, group_ids: Sequence[str] | None = None) -> int:
+        """Withdraw tickets that have no result yet: these, and those of these groups. Returns how many.
+
+        Each comes back as a dead letter, which closes its group. Without arguments: every ticket, at the end of
+        training, and nothing comes back.
+        """
+        if ticket_ids is None and group_ids is None:
+            return self._cancel(Cancel(request_id=uuid.uuid4().hex))
+        num = 0
+        for ids in _chunks(ticket_ids or ()):
+            num += self._cancel(Cancel(request_id=uuid.uuid4().hex, ticket_ids=ids))
+        for ids in _chunks(group_ids or ()):
+            num += self._cancel(Cancel(request_id=uuid.uuid4().hex, group_ids=ids))
+        return num
+
+    def _cancel(self, body: Cancel) -> int:
+        return self._ask(body, body.request_id, Cancelled).count
 
     def status(self) -> BrokerStatus:
         """The broker's counts."""
@@ -229,10 +258,12 @@ class LearnerClient:
         if not self._resumed or self._resuming is not None:
             return
         credit = self._received + self._window - len(self._inbox)
+        # The inbox may overstep its bytes by one trajectory, and outlive a connection: the credit never falls.
+        credit_bytes = max(self._credit_bytes, self._received_bytes + self._window_bytes - self._inbox_bytes)
         step = max(1, self._window // 4) if self._inbox else 1
-        if credit - self._credit >= step:
-            self._credit = credit
-            self._send(Credit(credit=credit).pack())
+        if credit - self._credit >= step or credit_bytes - self._credit_bytes >= self._window_bytes // 4:
+            self._credit, self._credit_bytes = credit, credit_bytes
+            self._send(Credit(credit=credit, credit_bytes=credit_bytes).pack())
 
     # --- in the connection's thread
 
@@ -245,18 +276,18 @@ class LearnerClient:
         if body.lineage is None:
             raise ProtocolError(ErrorCode.BAD_MESSAGE, "WELCOME without a lineage, for a learner")
         self._lineage = body.lineage
-        self._received = self._credit = 0
+        self._received = self._credit = self._received_bytes = self._credit_bytes = 0
         self._resuming = None
         if self._resumed:
             self._resuming = uuid.uuid4().hex
-            self._send(Resume(request_id=self._resuming, held=tuple(self._held)).pack())
+            self._send(Resume(request_id=self._resuming, acked=tuple(self._acked), held=tuple(self._held)).pack())
         for request in self._requests.values():
             self._send(request.message)
 
     def _on_message(self, message: Message) -> None:
         if message.command == Deliver.COMMAND:
             trajectory = trajectory_from_message(message)
-            self._take(trajectory.ticket.ticket_id, trajectory)
+            self._take(trajectory.ticket.ticket_id, trajectory, message.array_bytes)
         elif message.command == Dead.COMMAND:
             letter = parse_body(message, Dead)
             self._take(letter.ticket_id, DeadLetter(letter.ticket_id, letter.group_id, letter.mode, letter.error))
@@ -272,15 +303,17 @@ class LearnerClient:
         else:
             raise ProtocolError(ErrorCode.UNKNOWN_COMMAND, f"the broker sent {message.command!r:.40} to a learner")
 
-    def _take(self, ticket_id: str, item: Trajectory | DeadLetter) -> None:
+    def _take(self, ticket_id: str, item: Trajectory | DeadLetter, num_bytes: int = 0) -> None:
         with self._changed:
             self._received += 1
+            self._received_bytes += num_bytes
             if ticket_id in self._held:
                 log.warning("Delivery dropped. ticket_id=%s reason=it is held already", ticket_id)
                 self._top_up()
                 return
             self._held.add(ticket_id)
-            self._inbox.append(item)
+            self._inbox.append((item, num_bytes))
+            self._inbox_bytes += num_bytes
             self._changed.notify_all()
 
     def _settle(self, reply: Body) -> None:
@@ -298,3 +331,8 @@ class LearnerClient:
             self._failure = ErgonError(f"the connection to the broker at {self._endpoint} has failed: {error}")
             self._failure.__cause__ = error
             self._changed.notify_all()
+
+
+def _chunks(ids: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    for start in range(0, len(ids), CHUNK):
+        yield tuple(ids[start : start + CHUNK])

@@ -22,7 +22,9 @@ from broker import weight_metrics as metrics
 from broker.client.connection import Connection, ConnectionClosedError
 from broker.client.fetch import Announced, Event, Fetch, Reconnected, WeightsSupersededError
 from broker.client.sinks import FileSink, MemorySink, Sink, WeightsCorruptError
+from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError
+from broker.process.security import OPEN, Security
 from broker.protocol import weight_messages as messages
 from broker.protocol import weights
 from broker.protocol.frames import Limits, Message
@@ -80,12 +82,15 @@ class WeightPublisher:
         max_bytes: int = 8 << 30,
         heartbeat_s: float = 1.0,
         liveness: int = 15,
+        security: Security = OPEN,
     ) -> None:
         self._run_id = run_id
         self._chunk_bytes = chunk_bytes
         self._patience_s = 2 * heartbeat_s * liveness  # by then a peer that reads nothing is gone, and its memory free
         self._store = WeightStore(max_bytes)
-        self._server = WeightServer(bind_endpoint, run_id, self._store, heartbeat_s=heartbeat_s, liveness=liveness)
+        self._server = WeightServer(
+            bind_endpoint, run_id, self._store, heartbeat_s=heartbeat_s, liveness=liveness, security=security
+        )
         self.endpoint = self._server.endpoint
 
     @property
@@ -139,7 +144,8 @@ class WeightSubscriber:
     """Knows the newest version announced at `endpoint` and fetches versions from there. Thread-safe.
 
     `on_announce(version)` is called from the connection's thread for each newer version; it must not block.
-    `on_failure(exc)` is called once if the server refuses this peer for good (another protocol or run).
+    `on_failure(exc)` is called once if the server refuses this peer for good (another protocol or run, or its key).
+    `server` is whose key the server must have, where `security` has keys.
     """
 
     def __init__(
@@ -154,6 +160,8 @@ class WeightSubscriber:
         liveness: int = 15,
         on_announce: Callable[[PolicyVersion], None] | None = None,
         on_failure: Callable[[Exception], None] | None = None,
+        security: Security = OPEN,
+        server: Identity = Identity.RELAY,
     ) -> None:
         self.endpoint = endpoint
         self._run_id = run_id
@@ -176,6 +184,8 @@ class WeightSubscriber:
             liveness=liveness,
             name=f"weights-{role}",
             limits=REPLY_LIMITS,
+            security=security,
+            server=server,
         )
         self._connection.start()
 

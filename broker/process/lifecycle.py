@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -43,6 +44,12 @@ def die_with_parent() -> None:
     """Ask the kernel for SIGTERM when the parent dies, so that a killed supervisor leaves no orphans (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def raise_file_limit() -> None:
+    """As many open files as the system allows: a server needs one per peer, and the usual limit is 1,024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def run_main(process: str, main: Callable[[], None]) -> NoReturn:

@@ -96,8 +96,6 @@ class WarmStartSection(Section):
     """First supervised steps over which the learning rate rises linearly."""
     decay: float = Field(default=1 / 3, ge=0, le=1)
     """Share of the supervised steps, the last ones, over which the learning rate falls linearly to zero."""
-    threads: int = Field(default=1, ge=1)
-    """Threads of the trainer on a CPU during the warm start, when actors on the same machine are idle."""
     min_reward: float | None = None
     """Only demonstrations with at least this reward are imitated; all completed ones where it is not set."""
 
@@ -175,7 +173,8 @@ class BrokerSection(Section):
     port: int = Field(default=7700, ge=1, le=65535)
     """Port of the experience channel."""
     fsync: Literal["always", "interval"] = "always"
-    """`always`: durable before it is acknowledged. `interval`: a crash of the machine may lose the last second."""
+    """`always`: on the disk before it is acknowledged. `interval`: in the operating system's hands, and on the disk
+    every second; a killed broker loses nothing, a crash of its machine may lose the last second's answers."""
     heartbeat_s: float = Field(default=1.0, gt=0)
     """Seconds between heartbeats, both ways."""
     liveness: int = Field(default=15, ge=2)
@@ -186,6 +185,17 @@ class BrokerSection(Section):
     """Attempts before a ticket becomes a dead letter."""
     min_free_mb: int = Field(default=64, ge=0)
     """Free space of the store's disk, MiB, below which no ticket is leased."""
+    drift_alarm: float = Field(default=0.2, gt=0, le=1)
+    """Kolmogorov-Smirnov distance (0 to 1) of the durations or difficulties of what was trained on from those of what
+    was run, in any environment, from which `ergon_broker_drift_alarm` is 1."""
+    blob_bytes: int = Field(default=65_536, ge=0)
+    """A trajectory whose arrays are larger lies in a file beside the broker's database, not in it."""
+    keep_ended: int = Field(default=1_000_000, ge=0)
+    """Ended tickets remembered, the newest ones, at about 150 bytes each; an id that is older may be issued anew."""
+    max_inflight_mb: int = Field(default=512, ge=1)
+    """MiB of trajectories on their way to the learner or untaken in its memory, overstepped by one of them at most."""
+    max_message_mb: int = Field(default=1024, ge=1, le=1024)
+    """Largest message that the broker takes, MiB."""
 
 
 class WeightsSection(Section):
@@ -207,6 +217,16 @@ class WeightsSection(Section):
     """Seconds between announcements of the newest version, and between polls for it."""
     liveness: int = Field(default=15, ge=2)
     """Heartbeats missed in a row before the other side counts as gone."""
+
+
+class SecuritySection(Section):
+    mode: Literal["none", "curve"] = "none"
+    """`curve`: both channels are encrypted, and peers are known by their keys. `none`: neither, which is only allowed
+    while broker.host, weights.host and weights.relay_host are loopback addresses."""
+    keys: Path = Path("keys")
+    """Directory with this process's secret key and the public keys that are let in; `ergon keys make` makes one."""
+    upstream: Literal["learner", "relay"] = "learner"
+    """Whose key a relay expects at weights.host: the learner's, or that of another relay."""
 
 
 class MetricsSection(Section):
@@ -247,6 +267,7 @@ class Settings(Section):
     eval: EvalSection = EvalSection()
     broker: BrokerSection = BrokerSection()
     weights: WeightsSection = WeightsSection()
+    security: SecuritySection = SecuritySection()
     metrics: MetricsSection = MetricsSection()
     supervisor: SupervisorSection = SupervisorSection()
 

@@ -21,6 +21,8 @@ ARRAYS_PER_SEGMENT: Final = 3
 ARRAY_NAMES: Final = ("token_ids", "loss_mask", "logprobs")
 ARRAY_DTYPES: Final = (np.dtype("<i4"), np.dtype("|b1"), np.dtype("<f4"))
 MAX_LOGPROB: Final = 1e-3  # rounding may lift a certain token's log-prob a little above 0
+LOWEST_LOGPROB: Final = float(np.finfo(np.float32).min)
+BLOCK_TOKENS: Final = 1 << 18  # checked at once, so that a large trajectory is not copied in the checking
 
 
 def trajectory_to_message(
@@ -73,7 +75,9 @@ def check_segment(segment: Segment, index: int) -> None:
             raise _bad(f"segment {index}: {name} has shape {array.shape}, token_ids {shape}; they must be equal")
     if segment.token_ids_T.min() < 0:
         raise _bad(f"segment {index}: token id {segment.token_ids_T.min()}; ids are not negative")
-    _check_logprobs(segment.logprobs_T, segment.loss_mask_T, index)
+    for start in range(0, shape[0], BLOCK_TOKENS):
+        block = slice(start, start + BLOCK_TOKENS)
+        _check_logprobs(segment.logprobs_T[block], segment.loss_mask_T[block], index)
     for run in segment.version_runs:
         if run.num_tokens < 1 or run.lineage < 0 or run.version < 0:
             raise _bad(
@@ -85,6 +89,10 @@ def check_segment(segment: Segment, index: int) -> None:
 
 
 def _check_logprobs(logprobs_T: npt.NDArray[np.float32], mask_T: npt.NDArray[np.bool_], index: int) -> None:
+    # Without a copy where nothing is wrong, which is nearly always; NaN fails every comparison.
+    in_bounds = logprobs_T.min() >= LOWEST_LOGPROB and logprobs_T.max() <= MAX_LOGPROB
+    if in_bounds and not ((logprobs_T != 0) > mask_T).any():
+        return
     sampled_N, others_N = logprobs_T[mask_T], logprobs_T[~mask_T]
     wrong_N = sampled_N[~(np.isfinite(sampled_N) & (sampled_N <= MAX_LOGPROB))]
     if wrong_N.size:

@@ -19,6 +19,9 @@ from broker.protocol.trajectory import Facts, Mode, Name, Ticket, TrajectoryHead
 
 MAX_IDS = 16_384
 MAX_TICKETS = 4_096
+MAX_ROWS = 1_000  # of each list in an INSPECT_REPLY
+MAX_ERROR_CHARACTERS = 500  # of a dead letter there
+OFFER_BYTES = 1 << 20  # a trajectory with more bytes of arrays is offered before it is sent
 MAX_CREDIT_WINDOW = 4_096  # items a peer may ask for beyond what it was sent
 
 Ids = Annotated[tuple[Name, ...], Field(max_length=MAX_IDS, strict=False)]
@@ -27,7 +30,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class Role(StrEnum):
-    """What a peer of the experience channel is. An operator only asks for the status."""
+    """What a peer of the experience channel is. An operator looks, and decides about dead letters."""
 
     ACTOR = "actor"
     LEARNER = "learner"
@@ -123,12 +126,34 @@ class SegmentHead(Facts):
     version_runs: Annotated[tuple[VersionRun, ...], Field(max_length=65_536, strict=False)]
 
 
+class Offer(Body):
+    """The actor has a finished episode whose arrays have `num_bytes`, more than OFFER_BYTES; it waits for CLEAR."""
+
+    COMMAND = "OFFER"
+    ticket_id: Name
+    num_bytes: Count
+
+
+class Clear(Body):
+    """There is room for the trajectory that was offered: send it."""
+
+    COMMAND = "CLEAR"
+    ticket_id: Name
+
+
 class TrajectoryBody(Body):
     """A finished episode; three arrays per segment follow: token ids <i4, loss mask |b1, log-probs <f4."""
 
     COMMAND = "TRAJECTORY"
     head: TrajectoryHead
     segments: Annotated[tuple[SegmentHead, ...], Field(min_length=1, max_length=1024, strict=False)]
+
+
+class Withdrawn(Body):
+    """The results of these tickets, which the receiver holds, are not wanted any more: it may stop their episodes."""
+
+    COMMAND = "WITHDRAWN"
+    ticket_ids: Ids
 
 
 class Durable(Body):
@@ -192,10 +217,12 @@ class Issued(Body):
 
 
 class Credit(Body):
-    """The learner is ready for `credit` DELIVER and DEAD, counted since its HELLO."""
+    """The learner is ready for `credit` DELIVER and DEAD, and for `credit_bytes` of their arrays (null: any number),
+    counted since its HELLO."""
 
     COMMAND = "CREDIT"
     credit: Count
+    credit_bytes: Count | None = None
 
 
 class Deliver(Body):
@@ -217,11 +244,13 @@ class Dead(Body):
 
 
 class Ack(Body):
-    """These trajectories (or dead letters) are in a complete checkpoint; they will never be delivered again."""
+    """These trajectories (or dead letters) are in a complete checkpoint; they will never be delivered again. `dropped`:
+    those of them that the learner threw away unused."""
 
     COMMAND = "ACK"
     request_id: Name
     ticket_ids: Ids
+    dropped: Ids = ()
 
 
 class Acked(Body):
@@ -233,10 +262,12 @@ class Acked(Body):
 
 
 class Cancel(Body):
-    """Every ticket without a result is withdrawn."""
+    """Of these tickets and these groups, those without a result are withdrawn; null and null: every ticket is."""
 
     COMMAND = "CANCEL"
     request_id: Name
+    ticket_ids: Ids | None = None
+    group_ids: Ids | None = None
 
 
 class Cancelled(Body):
@@ -256,7 +287,7 @@ class Status(Body):
 
 class StatusReply(Body):
     """Tickets by state and mode ("leased": {"train": 3}; ends count since the store was made), totals since the broker
-    started, connected peers by role, and `full` while the store refuses writes."""
+    started, connected peers by role, `full` while the store refuses writes, `leases_on_hold` while it nearly is."""
 
     COMMAND = "STATUS_REPLY"
     request_id: Name
@@ -264,6 +295,7 @@ class StatusReply(Body):
     totals: dict[str, Count]
     peers: dict[str, Count]
     full: bool
+    leases_on_hold: bool = False
 
     def count(self, state: TicketState, mode: Mode | None = None) -> int:
         """Tickets in this state, of one mode or of all."""
@@ -272,8 +304,124 @@ class StatusReply(Body):
 
     def total(self, name: str) -> int:
         """One of the totals: issued, granted, reclaimed, expired, released_drain, released_infra_failure, accepted,
-        late, repeated, duplicate, unwanted, dead, cancelled, acked. 0 before the first."""
+        late, repeated, duplicate, unwanted, dead, requeued, purged, damaged, cancelled, acked, group_complete,
+        group_short, and outcome_completed and so on. 0 before the first."""
         return self.totals.get(name, 0)
+
+
+class Inspect(Body):
+    """Asks for everything an operator wants to know, with at most `max_dead` dead letters."""
+
+    COMMAND = "INSPECT"
+    request_id: Name
+    max_dead: int = Field(default=100, ge=0, le=MAX_ROWS)
+
+
+class LeaseRow(Facts):
+    """A lease: since when it is held, and when it runs out unless it is renewed."""
+
+    ticket_id: Name
+    env: Name
+    actor_id: Name
+    held_s: float = Field(ge=0)
+    left_s: float
+
+
+class ActorRow(Facts):
+    """The leases of one actor. `connected`: whether it is at this moment; its leases run on without."""
+
+    actor_id: Name
+    connected: bool
+    leases: Count
+    oldest_lease_s: float | None = Field(default=None, ge=0)
+
+
+class PeerRow(Facts):
+    """A connected peer, and for how long nothing was heard of it."""
+
+    role: Role = Field(strict=False)
+    peer_id: Name
+    silent_s: float = Field(ge=0)
+
+
+class DeadRow(Facts):
+    """A dead letter. `told`: the learner holds it, and has closed its group without it."""
+
+    ticket_id: Name
+    group_id: Name
+    env: Name
+    mode: Mode = Field(strict=False)
+    attempts: Count
+    error: Annotated[str, Field(max_length=MAX_ERROR_CHARACTERS)]
+    told: bool
+
+
+Rows = Field(default=(), max_length=MAX_ROWS, strict=False)
+
+
+class InspectReply(Body):
+    """What the broker knows at this moment. `tickets` to `leases_on_hold` as in STATUS_REPLY; `environments`: live
+    tickets by environment and state; `actors`, `connections` and `dead`: rows, of which the first 1,000 are sent;
+    `num_dead`: dead letters in all, purged ones aside; `store_bytes`: all files of the store."""
+
+    COMMAND = "INSPECT_REPLY"
+    request_id: Name
+    run_id: Name
+    tickets: dict[str, dict[str, Count]]
+    totals: dict[str, Count]
+    peers: dict[str, Count]
+    full: bool
+    leases_on_hold: bool
+    store_bytes: Count
+    environments: dict[str, dict[str, Count]]
+    oldest_lease: LeaseRow | None
+    num_dead: Count
+    actors: tuple[ActorRow, ...] = Rows
+    connections: tuple[PeerRow, ...] = Rows
+    dead: tuple[DeadRow, ...] = Rows
+
+
+class Refusal(Facts):
+    """A ticket that was left as it is, and why."""
+
+    ticket_id: Name
+    reason: Text
+
+
+class Requeue(Body):
+    """Issue dead tickets again, with no attempt used: these, or every one. One that cannot be: none of these is."""
+
+    COMMAND = "REQUEUE"
+    request_id: Name
+    ticket_ids: Ids = ()
+    all_dead: bool = False
+
+
+class Requeued(Body):
+    """`count` tickets are durably issued again; `refused`: those that are not, the first 1,000 of them."""
+
+    COMMAND = "REQUEUED"
+    request_id: Name
+    count: Count
+    refused: tuple[Refusal, ...] = Rows
+
+
+class Purge(Body):
+    """Give dead letters up: these, or every one. One that cannot be: none of these is."""
+
+    COMMAND = "PURGE"
+    request_id: Name
+    ticket_ids: Ids = ()
+    all_dead: bool = False
+
+
+class Purged(Body):
+    """`count` dead letters are durably given up; `refused`: those that are not, the first 1,000 of them."""
+
+    COMMAND = "PURGED"
+    request_id: Name
+    count: Count
+    refused: tuple[Refusal, ...] = Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +434,7 @@ class Spec:
 
 
 _ALL, _ACTOR, _LEARNER = frozenset(Role), frozenset({Role.ACTOR}), frozenset({Role.LEARNER})
+_OPERATOR = frozenset({Role.OPERATOR})
 
 COMMANDS: Mapping[str, Spec] = {
     spec.body.COMMAND: spec
@@ -296,6 +445,9 @@ COMMANDS: Mapping[str, Spec] = {
         Spec(ErrorBody, "broker", _ALL),
         Spec(Lease, "peer", _ACTOR),
         Spec(TicketBody, "broker", _ACTOR),
+        Spec(Withdrawn, "broker", _ACTOR),
+        Spec(Offer, "peer", _ACTOR),
+        Spec(Clear, "broker", _ACTOR),
         Spec(TrajectoryBody, "peer", _ACTOR),
         Spec(Durable, "broker", _ACTOR),
         Spec(Release, "peer", _ACTOR),
@@ -313,6 +465,12 @@ COMMANDS: Mapping[str, Spec] = {
         Spec(Cancelled, "broker", _LEARNER),
         Spec(Status, "peer", _ALL),
         Spec(StatusReply, "broker", _ALL),
+        Spec(Inspect, "peer", _OPERATOR),
+        Spec(InspectReply, "broker", _OPERATOR),
+        Spec(Requeue, "peer", _OPERATOR),
+        Spec(Requeued, "broker", _OPERATOR),
+        Spec(Purge, "peer", _OPERATOR),
+        Spec(Purged, "broker", _OPERATOR),
     )
 }
 

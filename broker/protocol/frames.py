@@ -38,6 +38,7 @@ class Limits:
     max_frames: int = 4096
     max_envelope_bytes: int = 4 << 20
     max_array_bytes: int = 512 << 20
+    max_message_bytes: int = 1024 << 20
     max_dims: int = 8
 
 
@@ -51,6 +52,11 @@ class Message:
     command: str
     body: dict[str, Any] = field(default_factory=dict)
     arrays: tuple[Array, ...] = ()
+
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of all arrays; what a credit in bytes counts."""
+        return sum(array.nbytes for array in self.arrays)
 
 
 def encode(message: Message) -> list[Frame]:
@@ -97,6 +103,10 @@ def _check_preamble(frames: Sequence[Frame], limits: Limits) -> None:
             f"peer speaks protocol {preamble[4]}.{preamble[5]}, this side {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}; "
             "run the same major version of Ergon on both sides",
         )
+    if (num_bytes := sum(map(len, frames))) > limits.max_message_bytes:
+        raise ProtocolError(
+            ErrorCode.BAD_FRAME, f"a message of {num_bytes} bytes; at most {limits.max_message_bytes} are allowed"
+        )
     if len(frames[1]) > limits.max_envelope_bytes:
         raise ProtocolError(
             ErrorCode.BAD_FRAME,
@@ -134,6 +144,7 @@ def _array(spec: object, frame: Frame, index: int, limits: Limits) -> Array:
             ErrorCode.BAD_FRAME, f"array {index}: {spec[0]} {shape!r:.80} does not fill {len(frame)} bytes"
         )
     try:
-        return np.frombuffer(frame, dtype=dtype).reshape(shape)
+        array: Array = np.frombuffer(frame, dtype=dtype)
+        return array if len(shape) == 1 else array.reshape(shape)
     except (ValueError, OverflowError) as error:  # e.g. (0, 2**62) multiplies to 0 and yet is no numpy shape
         raise ProtocolError(ErrorCode.BAD_FRAME, f"array {index} has shape {shape!r:.80}: {error}") from error

@@ -103,6 +103,7 @@ def score(model: Path, dtype: str, weights: Path, seen: dict[str, Any]) -> dict[
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # on a busy machine more wait for each other
     models = {
         v: AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval() for v in (BASE, TRAINED)
     }

@@ -46,7 +46,7 @@ def test_every_command_is_documented_as_it_is() -> None:
 
 
 def test_the_broker_handles_every_command_of_its_peers() -> None:
-    served_by_itself = {"HELLO", "STATUS"}
+    served_by_itself = {"HELLO", "STATUS", "INSPECT", "OFFER"}
     assert HANDLERS.keys() | served_by_itself == {name for name, spec in COMMANDS.items() if spec.sender != "broker"}
 
 
@@ -69,7 +69,8 @@ def test_the_stated_limits_are_the_real_ones() -> None:
     assert f"Ergon wire protocol {frames.PROTOCOL_MAJOR}.{frames.PROTOCOL_MINOR}" in DOCUMENT
     limits = DEFAULT_LIMITS
     stated = f"{limits.max_frames:,} frames, {limits.max_envelope_bytes >> 20} MiB of envelope, "
-    assert f"{stated}{limits.max_array_bytes >> 20} MiB an array, {limits.max_dims} dimensions" in DOCUMENT
+    stated += f"{limits.max_array_bytes >> 20} MiB an array, {limits.max_dims} dimensions, "
+    assert f"{stated}{limits.max_message_bytes >> 20:,} MiB a message" in DOCUMENT
     assert ", ".join(f"`{name}`" for name in frames.DTYPES) in " ".join(DOCUMENT.split())
 
 

@@ -6,15 +6,17 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from broker.client import LearnerClient
 from broker.process.config import save_settings
-from broker.process.settings import BrokerSection, MetricsSection, RunSection, Settings
+from broker.process.settings import BrokerSection, MetricsSection, RunSection, SecuritySection, Settings
 
 RUN_ID = "test-run"
 HEARTBEAT_S = 0.2
@@ -31,17 +33,23 @@ def free_port() -> int:
 class BrokerProcess:
     """`python -m broker serve`, to be killed and started again at will."""
 
-    def __init__(self, directory: Path, lease_s: float = 3.0, max_attempts: int = 3) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        lease_s: float = 3.0,
+        max_attempts: int = 3,
+        security: SecuritySection | None = None,
+        **broker: Any,
+    ) -> None:
         self.settings = Settings(
             run=RunSection(name=RUN_ID, directory=directory),
             broker=BrokerSection(
                 port=free_port(),
-                heartbeat_s=HEARTBEAT_S,
-                liveness=LIVENESS,
                 lease_s=lease_s,
                 max_attempts=max_attempts,
-                min_free_mb=0,
+                **{"heartbeat_s": HEARTBEAT_S, "liveness": LIVENESS, "min_free_mb": 0, **broker},
             ),
+            security=security or SecuritySection(),
             metrics=MetricsSection(broker_port=free_port()),
         )
         self.config = directory / "run.toml"
@@ -75,9 +83,13 @@ class BrokerProcess:
         return self.process.wait(10)
 
     def http(self, path: str) -> str:
-        """A page of its metrics port."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.settings.metrics.broker_port}{path}", timeout=10) as page:
-            return str(page.read().decode())
+        """A page of its metrics port, also where the status is 503."""
+        url = f"http://127.0.0.1:{self.settings.metrics.broker_port}{path}"
+        try:
+            with urllib.request.urlopen(url, timeout=10) as page:
+                return str(page.read().decode())
+        except urllib.error.HTTPError as error:
+            return str(error.read().decode())
 
     def learner(self, window: int = 64) -> LearnerClient:
         """A learner, connected."""

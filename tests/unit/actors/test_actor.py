@@ -25,6 +25,7 @@ class ScriptedClient:
         self.left = tickets
         self.sent: list[Trajectory] = []
         self.released: list[tuple[str, str, str]] = []
+        self.unwanted: dict[str, asyncio.Event] = {}
         self.changed = asyncio.Condition()
 
     async def lease(self) -> Ticket:
@@ -32,6 +33,9 @@ class ScriptedClient:
             return self.left.pop(0)
         await asyncio.Event().wait()
         raise AssertionError
+
+    async def withdrawn(self, ticket_id: str) -> None:
+        await self.unwanted.setdefault(ticket_id, asyncio.Event()).wait()
 
     async def release(self, ticket_id: str, reason: Literal["drain", "infra_failure"], error: str = "") -> None:
         self.released.append((ticket_id, reason, error))
@@ -173,6 +177,19 @@ async def test_what_a_drain_cannot_finish_in_time_is_given_back_and_closed() -> 
     await asyncio.wait_for(task, 5)
     assert [r[:2] for r in rig.client.released] == [("slow", "drain")]
     assert (rig.client.sent, rig.environment.closed, rig.engine.cancelled) == ([], 1, 1)
+
+
+async def test_an_episode_whose_ticket_is_withdrawn_stops_and_the_loop_goes_on() -> None:
+    rig = Rig([make_ticket("unwanted"), make_ticket("good")], ["<hang>", "w3"], concurrency=1)
+    rig.gate.opened.set()
+    task = rig.start()
+    await rig.engine.hanging.wait()
+    rig.client.unwanted["unwanted"].set()
+    await rig.client.until(lambda: len(rig.client.sent) == 1)
+    assert rig.client.sent[0].ticket.ticket_id == "good"
+    assert (rig.client.released, rig.environment.closed, rig.engine.cancelled) == ([], 2, 1)
+    rig.stop.set()
+    await asyncio.wait_for(task, 5)
 
 
 async def test_an_engine_that_dies_in_a_request_ends_the_actor_and_every_ticket_is_released() -> None:

@@ -1,124 +1,43 @@
-"""The ledger: its rules one by one, then all of them together under arbitrary sequences of events."""
+"""The ledger's rules, one by one; all of them together are in test_ledger_machine.py."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from broker.ledger import Ledger
 from broker.ledger_types import (
     Ack,
-    Action,
     ActorJoined,
-    AnnounceDead,
     Cancel,
+    Count,
     Credit,
-    Deliver,
+    Damaged,
     Event,
+    Finish,
+    Finished,
     Grant,
     Hold,
     Issue,
     JournalAttempt,
-    JournalEnd,
-    JournalResult,
-    JournalTicket,
     LearnerJoined,
     PeerGone,
     Release,
     Renew,
-    Reply,
-    Restored,
+    Requeue,
     Result,
     Resume,
+    Settle,
     Settled,
     Tick,
     Want,
 )
 from broker.protocol.commands import TicketState as T
-from broker.protocol.trajectory import Mode
-from broker.ticket_table import TRANSITIONS, TicketTable
+from broker.protocol.trajectory import Mode, Outcome
+from broker.ticket_table import TRANSITIONS, Entry, TicketTable
+from tests.unit.broker.book import FINISH, LEASE_S, Book, granted, outgoing, reply, ticket_of, withdrawn
 from tests.unit.broker.samples import make_ticket
-
-LEASE_S = 10.0
-
-
-class Book:
-    """A ledger with a clock, and a dictionary for a journal."""
-
-    def __init__(self, max_attempts: int = 3) -> None:
-        self.now = 0.0
-        self.max_attempts = max_attempts
-        self.ledger = Ledger(LEASE_S, max_attempts)
-        self.rows: dict[str, Restored] = {}
-        self.ended: dict[str, Settled] = {}
-
-    def do(self, event: Event) -> list[Action]:
-        actions = self.ledger.handle(event, self.now)
-        for action in actions:
-            self.write(action)
-        return actions
-
-    def write(self, action: Action) -> None:
-        match action:
-            case JournalTicket(seq, ticket):
-                assert ticket.ticket_id not in self.rows
-                assert ticket.ticket_id not in self.ended, "an ended ticket lives a second time"
-                self.rows[ticket.ticket_id] = Restored(seq, ticket, T.ISSUED)
-            case JournalResult(seq, ticket_id, source):
-                row = self.rows[ticket_id]
-                assert row.state is T.ISSUED, "a second result was taken"
-                self.rows[ticket_id] = Restored(row.seq, row.ticket, T.DELIVERED, seq, source)
-            case JournalAttempt(ticket_id, attempt, error, dead, seq):
-                row = self.rows[ticket_id]
-                ticket = row.ticket.model_copy(update={"attempt": attempt})
-                self.rows[ticket_id] = Restored(row.seq, ticket, T.DEAD if dead else T.ISSUED, seq, "", error)
-            case JournalEnd(ticket_id, state):
-                self.ended[ticket_id] = Settled(state, self.rows.pop(ticket_id).source)
-
-    def restart(self) -> None:
-        ended = Counter((settled.state, Mode.TRAIN) for settled in self.ended.values())
-        seq = 1 + max((max(row.seq, row.result_seq) for row in self.rows.values()), default=0)
-        rows = sorted(self.rows.values(), key=lambda row: row.seq)
-        self.ledger = Ledger(LEASE_S, self.max_attempts, rows, ended, seq)
-
-    def settled(self, ticket_id: str) -> Settled | None:
-        return None if ticket_id in self.ledger else self.ended.get(ticket_id)
-
-    def issue(self, *ticket_ids: str, mode: Mode = Mode.TRAIN) -> list[Action]:
-        tickets = tuple(make_ticket(ticket_id, mode) for ticket_id in ticket_ids)
-        return self.do(Issue(tickets, frozenset(key for key in ticket_ids if self.settled(key))))
-
-    def join(
-        self, session: str, actor_id: str | None = None, credit: int = 0, leases: tuple[str, ...] = ()
-    ) -> list[Action]:
-        self.do(ActorJoined(session, actor_id or session))
-        return [*self.do(Renew(session, leases)), *(self.do(Want(session, credit)) if credit else [])]
-
-    def result(self, session: str, ticket_id: str) -> str | None:
-        return reply(self.do(Result(session, ticket_id, self.settled(ticket_id)))).status
-
-    def learner(
-        self, session: str = "L", credit: int = 100, acked: tuple[str, ...] = (), held: tuple[str, ...] = ()
-    ) -> list[str]:
-        self.do(LearnerJoined(session))
-        return outgoing([*self.do(Resume(session, acked, held)), *self.do(Credit(session, credit))])
-
-
-def reply(actions: list[Action]) -> Reply:
-    (found,) = [action for action in actions if isinstance(action, Reply)]
-    return found
-
-
-def granted(actions: list[Action]) -> list[str]:
-    return [action.ticket.ticket_id for action in actions if isinstance(action, Grant)]
-
-
-def outgoing(actions: list[Action]) -> list[str]:
-    return [action.ticket_id for action in actions if isinstance(action, Deliver | AnnounceDead)]
 
 
 def test_the_life_of_a_ticket() -> None:
@@ -280,7 +199,7 @@ def test_cancel_ends_what_has_no_result() -> None:
     book.issue("a", "b", "c")
     book.join("s1", credit=2)
     book.result("s1", "a")
-    assert reply(book.do(Cancel())).count == 2
+    assert reply(book.do(Cancel(everything=True))).count == 2
     assert book.result("s1", "b") == "unwanted"
     assert book.learner() == ["a"]
     assert granted(book.do(Want("s1", 5))) == []
@@ -294,7 +213,145 @@ def test_a_peer_that_is_gone_gets_nothing() -> None:
     book.join("s2", credit=1)
     book.learner()
     book.do(PeerGone("L"))
-    assert outgoing(book.do(Result("s2", "a"))) == []
+    assert outgoing(book.do(Result("s2", "a", finish=FINISH))) == []
+
+
+def test_some_tickets_can_be_cancelled_and_their_groups_close_with_dead_letters_for_every_learner_to_come() -> None:
+    book = Book()
+    book.issue("a1", "a2", "b1", "c1")
+    book.join("s1", credit=2)
+    book.result("s1", "a1")
+    assert reply(book.do(Cancel(ticket_ids=("b1", "never"), group_ids=("group-a", "group-z")))).count == 2
+    assert reply(book.do(Cancel(ticket_ids=("b1",), group_ids=("group-a",)))).count == 0
+    assert book.result("s1", "a2") == "unwanted"
+    assert book.rows["a2"].error == "cancelled by the learner"
+    assert book.rows["a2"].ticket.attempt == 0
+    book.restart()
+    assert book.learner() == ["a1", "b1", "a2"]
+    assert reply(book.do(Ack(("a1", "b1", "a2")))).count == 3
+    assert granted(book.join("s2", credit=5)) == ["c1"]
+    assert reply(book.do(Cancel())).count == 0  # no ids are none, not all
+
+
+def test_who_runs_what_is_not_wanted_any_more_is_told_at_once_and_again_until_it_stops() -> None:
+    book = Book()
+    book.issue("a", "b", "c", "d")
+    book.join("s1", credit=2)
+    book.join("s2", credit=2)
+    assert withdrawn(book.do(Cancel(ticket_ids=("a", "c")))) == {"s1": ("a",), "s2": ("c",)}
+    assert withdrawn(book.do(Renew("s1", ("a", "b")))) == {"s1": ("a",)}
+    assert withdrawn(book.do(Renew("s1", ("b",)))) == {}
+    book.do(PeerGone("s2"))
+    assert withdrawn(book.do(Cancel(everything=True))) == {"s1": ("b",)}
+    book.do(ActorJoined("s2", "s2"))
+    assert withdrawn(book.do(Renew("s2", ("d", "never")))) == {"s2": ("d", "never")}
+
+
+def test_the_second_of_two_that_run_a_ticket_is_told_when_there_is_a_result() -> None:
+    book = Book()
+    book.issue("a")
+    book.join("s1", credit=1)
+    book.now = LEASE_S
+    book.do(Tick())
+    book.join("s2", credit=1)
+    actions = book.do(Result("s1", "a", finish=FINISH))
+    assert (reply(actions).status, withdrawn(actions)) == ("late", {"s2": ("a",)})
+    assert withdrawn(book.do(Renew("s1", ("a",)))) == {}  # its own result, not answered yet
+
+
+def test_almost_complete_groups_come_first_and_survive_a_restart() -> None:
+    book = Book()
+    group = [ticket_of(f"a{i}", group_id="a") for i in range(4)]
+    other = [ticket_of(f"b{i}", group_id="b") for i in range(4)]
+    book.do(Issue((*group, *other)))
+    book.join("s1", credit=4)
+    book.join("s2", credit=1)  # b0
+    for ticket_id in ("a0", "a1", "a2"):
+        book.result("s1", ticket_id)
+    book.do(Release("s1", ("a3",), "infra_failure", "sandbox died"))
+    assert granted(book.do(Want("s2", 2))) == ["a3"]
+    book.restart()
+    assert granted(book.join("s3", credit=2)) == ["a3", "b0"]
+
+
+def test_a_result_makes_the_rest_of_its_group_come_sooner() -> None:
+    book = Book()
+    book.do(Issue(tuple(ticket_of(f"{group}{i}", group_id=group) for group in "ab" for i in range(4))))
+    book.result("s1", "b0")  # of a lease that had run out
+    assert granted(book.join("s2", credit=3)) == ["b1", "b2", "b3"]
+
+
+def test_environments_take_turns_though_one_was_there_first_with_many() -> None:
+    book = Book()
+    book.do(Issue(tuple(ticket_of(f"a{i}", env="many") for i in range(20))))
+    book.do(Issue(tuple(ticket_of(f"b{i}", env="few") for i in range(3))))
+    assert sorted(granted(book.join("s1", credit=6))) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+
+
+def test_results_are_counted_by_outcome_and_groups_by_how_they_closed() -> None:
+    book = Book(max_attempts=1)
+    book.do(Issue(tuple(ticket_of(key, group_id=key[0], env=f"env-{key[0]}") for key in ("a1", "a2", "b1", "b2"))))
+    book.join("s1", credit=4)
+    seen: Counter[tuple[str, str]] = Counter()
+
+    def count(event: Event) -> None:
+        seen.update((a.name, a.env) for a in book.do(event) if isinstance(a, Count) and a.env)
+
+    count(Result("s1", "a1", finish=Finish(Outcome.TIMEOUT, 0.0, 9.0)))
+    count(Result("s1", "a1", finish=Finish(Outcome.TIMEOUT, 0.0, 9.0)))
+    count(Result("s1", "a2", finish=Finish(Outcome.EXPLOIT, 0.0, 9.0)))
+    count(Result("s1", "b1", finish=FINISH))
+    count(Release("s1", ("b2",), "infra_failure", "sandbox died"))
+    assert seen == {
+        ("outcome_timeout", "env-a"): 1,
+        ("outcome_exploit", "env-a"): 1,
+        ("outcome_completed", "env-b"): 1,
+        ("group_complete", "env-a"): 1,
+        ("group_short", "env-b"): 1,
+    }
+
+
+def test_the_monitor_hears_of_every_result_once_and_of_its_fate() -> None:
+    book = Book()
+    book.issue("a", "b")
+    book.join("s1", credit=2)
+    assert [a for a in book.do(Result("s1", "a", finish=FINISH)) if isinstance(a, Finished)] == [
+        Finished(make_ticket("a"), FINISH)
+    ]
+    assert [a for a in book.do(Result("s1", "a", finish=FINISH)) if isinstance(a, Finished)] == []
+    book.result("s1", "b")
+    book.learner()
+    actions = book.do(Ack(("a", "b"), frozenset({"b"})))
+    assert [a for a in actions if isinstance(a, Settle)] == [Settle("a", consumed=True), Settle("b", consumed=False)]
+
+
+def test_every_transition_of_the_table_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    move = TicketTable.move
+
+    def recorded(table: TicketTable, ticket_id: str, transition: str) -> Entry:
+        seen.add(transition)
+        return move(table, ticket_id, transition)
+
+    monkeypatch.setattr(TicketTable, "move", recorded)
+    book = Book(max_attempts=1)
+    book.issue("a", "b", "c", "d", "e")
+    book.join("s1", credit=5)  # grant
+    book.do(Release("s1", ("a",), "drain"))  # return
+    book.do(Renew("s1", ("a",)))  # reclaim
+    book.result("s1", "a")  # result
+    book.result("s1", "e")
+    book.do(Release("s1", ("b",), "infra_failure"))  # exhaust
+    book.do(Cancel(ticket_ids=("c",)))  # withdraw
+    book.do(Cancel(everything=True))  # cancel
+    book.do(Requeue(("b",)))  # requeue
+    book.learner()  # deliver
+    book.do(Damaged("L", "e"))  # recall
+    book.do(LearnerJoined("L"))
+    book.do(Resume("L", (), ()))  # redeliver
+    book.do(Resume("L", (), ("a",)))  # keep
+    book.do(Ack(("a",)))  # ack
+    assert seen == TRANSITIONS.keys()
 
 
 def test_an_illegal_transition_is_a_bug_and_says_so() -> None:
@@ -318,175 +375,5 @@ def test_done_tickets_leave_no_trace_in_memory() -> None:
         book.do(Tick())
     table = book.ledger._table
     assert len(book.ledger) == 0
-    assert len(table._issued) + len(table._expiries) + len(table._results) + len(table.assigned) < 10
-
-
-ACTORS = st.sampled_from(["s0", "s1", "s2", "s3"])  # s0 and s1 are two processes of one actor
-IDS = st.sampled_from([f"t{num}" for num in range(8)])
-
-
-class LedgerMachine(RuleBasedStateMachine):
-    """Arbitrary events, with a model of what actors and learner hold. What is checked is in `deliver` and `holds`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.book = Book(max_attempts=4)
-        self.issued: set[str] = set()
-        self.acked: set[str] = set()
-        self.learner_has: set[str] = set()
-        self.leased_at: dict[str, float] = {}
-        self.joined: set[str] = set()
-        self.credit: Counter[str] = Counter()
-        self.sent: Counter[str] = Counter()
-
-    def do(self, event: Event) -> list[Action]:
-        actions = self.book.do(event)
-        for action in actions:
-            if isinstance(action, Grant):
-                assert action.session in self.joined
-                self.sent[action.session] += 1
-                assert self.sent[action.session] <= self.credit[action.session], "more than the credit"
-                assert self.book.rows[action.ticket.ticket_id].state is T.ISSUED, "granted although it has a result"
-                self.leased_at[action.ticket.ticket_id] = self.book.now
-            elif isinstance(action, Deliver | AnnounceDead):
-                self.sent["L"] += 1
-                assert self.sent["L"] <= self.credit["L"], "more than the credit"
-                assert action.ticket_id not in self.acked, "delivered after its ack"
-                assert action.ticket_id not in self.learner_has, "delivered twice to one learner"
-                self.learner_has.add(action.ticket_id)
-        return actions
-
-    @rule(ids=st.lists(IDS, max_size=4))
-    def issue(self, ids: list[str]) -> None:
-        tickets = tuple(make_ticket(ticket_id) for ticket_id in ids)
-        count = reply(self.do(Issue(tickets, frozenset(key for key in ids if self.book.settled(key))))).count
-        assert count == len(set(ids) - self.issued)
-        self.issued.update(ids)
-
-    @rule(session=ACTORS, credit=st.integers(0, 3), leases=st.sets(IDS, max_size=3))
-    def actor_joins(self, session: str, credit: int, leases: set[str]) -> None:
-        actor_id = "actor-0" if session in ("s0", "s1") else session
-        self.joined -= {"s0", "s1"} if actor_id == "actor-0" else set()
-        self.joined.add(session)
-        self.credit[session] = self.sent[session] = 0
-        self.do(ActorJoined(session, actor_id))
-        self.renew(session, leases)
-        self.want(session, credit)
-
-    @rule(session=ACTORS, leases=st.sets(IDS, max_size=3))
-    def renew(self, session: str, leases: set[str]) -> None:
-        self.do(Renew(session, tuple(leases)))
-
-    @rule(session=ACTORS, more=st.integers(1, 3))
-    def want(self, session: str, more: int) -> None:
-        if session in self.joined:
-            self.credit[session] += more
-            self.do(Want(session, self.credit[session]))
-
-    @rule(session=ACTORS, ticket_id=IDS)
-    def result(self, session: str, ticket_id: str) -> None:
-        row, settled = self.book.rows.get(ticket_id), self.book.settled(ticket_id)
-        status = reply(self.do(Result(session, ticket_id, settled))).status
-        taken = row is not None and row.state is T.ISSUED
-        assert (status == "late" or status == "accepted") or not taken
-        assert status != "late" or taken
-
-    @rule(session=ACTORS, ticket_id=IDS, drain=st.booleans())
-    def release(self, session: str, ticket_id: str, drain: bool) -> None:
-        self.do(Release(session, (ticket_id,), "drain" if drain else "infra_failure"))
-
-    @rule(session=st.sampled_from(["s0", "s2", "L"]))
-    def peer_gone(self, session: str) -> None:
-        self.joined.discard(session)
-        self.do(PeerGone(session))
-
-    @rule(credit=st.integers(0, 4), same=st.booleans(), lose=st.sets(IDS, max_size=2))
-    def learner_joins(self, credit: int, same: bool, lose: set[str]) -> None:
-        """Either the same process on a new connection, on which deliveries may have been lost, or a new one."""
-        self.learner_has = self.learner_has - lose if same else set()
-        self.sent["L"] = self.credit["L"] = 0
-        self.do(LearnerJoined("L"))
-        self.do(Resume("L", (), tuple(self.learner_has)))
-        self.more_credit(credit)
-
-    @rule(more=st.integers(0, 4))
-    def more_credit(self, more: int) -> None:
-        self.credit["L"] += more
-        self.do(Credit("L", self.credit["L"]))
-
-    @rule(data=st.data())
-    def ack(self, data: st.DataObject) -> None:
-        ids = data.draw(st.sets(st.sampled_from(sorted(self.learner_has)), max_size=3)) if self.learner_has else set()
-        self.do(Ack(tuple(ids)))
-        for ticket_id in ids:
-            assert ticket_id in self.book.ended, "an acked ticket lives on"
-        self.acked |= ids
-
-    @rule(seconds=st.floats(0, 12))
-    def time_passes(self, seconds: float) -> None:
-        self.book.now += seconds
-        self.do(Tick())
-
-    @rule()
-    def cancel(self) -> None:
-        self.do(Cancel())
-        assert not any(row.state is T.ISSUED for row in self.book.rows.values())
-
-    @rule(on=st.booleans())
-    def hold(self, on: bool) -> None:
-        self.do(Hold(on))
-
-    @rule()
-    def restart(self) -> None:
-        self.book.restart()
-        self.joined.clear()
-        self.credit.clear()
-        self.sent.clear()
-
-    @invariant()
-    def nothing_is_lost(self) -> None:
-        assert self.issued == self.book.rows.keys() | self.book.ended.keys()
-        assert self.book.rows.keys() == self.book.ledger._table.entries.keys()
-
-    @invariant()
-    def ledger_and_journal_agree(self) -> None:
-        for ticket_id, row in self.book.rows.items():
-            entry = self.book.ledger._table.entries[ticket_id]
-            volatile = {T.LEASED: T.ISSUED, T.ASSIGNED: T.DELIVERED}
-            assert volatile.get(entry.state, entry.state) is row.state
-            assert (entry.ticket, entry.source) == (row.ticket, row.source)
-            assert entry.ticket.attempt <= self.book.max_attempts
-
-    @invariant()
-    def counts_are_right(self) -> None:
-        states = Counter(entry.state for entry in self.book.ledger._table.entries.values())
-        states.update(settled.state for settled in self.book.ended.values())
-        assert states == Counter({state: num for (state, _), num in self.book.ledger.counts.items() if num})
-
-    @invariant()
-    def no_lease_outlives_its_time(self) -> None:
-        self.do(Tick())
-        for entry in self.book.ledger._table.entries.values():
-            if entry.state is T.LEASED:
-                assert self.book.now < entry.expires_at <= self.book.now + LEASE_S
-                assert entry.ticket.ticket_id in self.book.ledger._actors[entry.holder].leases
-
-    def teardown(self) -> None:
-        """Whatever has happened: patient actors and a learner bring every ticket to its end."""
-        self.do(Hold(False))
-        self.actor_joins("s3", 0, set())
-        self.learner_joins(0, same=False, lose=set())
-        self.book.now += 2 * LEASE_S
-        self.do(Tick())
-        self.want("s3", 100)
-        for _ in range(len(self.book.rows)):
-            for ticket_id in [key for key, row in self.book.rows.items() if row.state is T.ISSUED]:
-                self.result("s3", ticket_id)
-        self.more_credit(100)
-        self.do(Ack(tuple(self.learner_has)))
-        assert self.book.rows == {}
-        assert self.issued == self.book.ended.keys()
-
-
-LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestLedger = LedgerMachine.TestCase
+    assert len(table._expiries) + len(table._results) + len(table.assigned) < 10
+    assert len(table.schedule) + len(table._groups) == 0

@@ -1,0 +1,198 @@
+"""The actors' half of the ledger: who holds which lease, who waits for one, and what the end of a lease costs.
+
+Works on the ledger's `TicketTable`. Owns the actors' sessions; never touches a ticket that has a result.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from broker.ledger_types import (
+    Action,
+    ActorJoined,
+    Count,
+    Grant,
+    JournalAttempt,
+    Release,
+    Renew,
+    Reply,
+    Want,
+    Withdraw,
+)
+from broker.protocol.commands import TicketState as T
+from broker.ticket_table import OPEN, Entry, TicketTable
+
+
+@dataclass(slots=True)
+class Actor:
+    """One process of an actor. `leases` outlive its connection."""
+
+    actor_id: str
+    joined: bool = True
+    fresh: bool = True  # has not yet said which leases it holds
+    want: int = 0
+    granted: int = 0
+    leases: set[str] = field(default_factory=set)
+
+
+class Leases:
+    """Every lease. `on_hold`: nothing is granted; before `grant_from` neither."""
+
+    def __init__(self, table: TicketTable, lease_s: float, max_attempts: int, grant_from: float) -> None:
+        self.on_hold = False
+        self.actors: dict[str, Actor] = {}  # by session
+        self._table, self._lease_s, self._max_attempts, self._grant_from = table, lease_s, max_attempts, grant_from
+        self._session_of: dict[str, str] = {}  # by actor id
+        self._waiting: OrderedDict[str, None] = OrderedDict()  # sessions that want tickets, the longest waiting first
+
+    # --- sessions
+
+    def joined(self, event: ActorJoined) -> list[Action]:
+        """HELLO; another session of the same actor has ended, and its leases with it."""
+        actions: list[Action] = []
+        session = self._session_of.get(event.actor_id, event.session)
+        if session != event.session:  # the actor's process was restarted: what it ran is gone
+            actor = self.actors[session]
+            for ticket_id in sorted(actor.leases):
+                actions += [*self.fail(ticket_id, "its actor was restarted"), Count("expired")]
+            self._leave(session, actor)
+        actor = self.actors.setdefault(event.session, Actor(event.actor_id))
+        actor.joined = actor.fresh = True
+        actor.want = actor.granted = 0
+        self._waiting.pop(event.session, None)
+        self._session_of[event.actor_id] = event.session
+        return actions
+
+    def gone(self, session: str) -> None:
+        """The actor cannot be reached; its leases run on."""
+        if (actor := self.actors.get(session)) is not None:
+            self._leave(session, actor)
+
+    def _leave(self, session: str, actor: Actor) -> None:
+        actor.joined = False
+        self._waiting.pop(session, None)
+        self._forget_idle(session, actor)
+
+    def _forget_idle(self, session: str, actor: Actor) -> None:
+        if not actor.joined and not actor.leases:
+            self.actors.pop(session, None)
+            if self._session_of.get(actor.actor_id) == session:
+                del self._session_of[actor.actor_id]
+
+    # --- who gets what
+
+    def want(self, event: Want) -> None:
+        """The actor is ready for tickets."""
+        actor = self.actors.get(event.session)
+        if actor is not None and actor.joined:
+            actor.want = max(actor.want, event.credit)
+            self._queue_actor(event.session, actor)
+
+    def _queue_actor(self, session: str, actor: Actor) -> None:
+        if actor.want > actor.granted and not actor.fresh:
+            self._waiting.setdefault(session)
+
+    def grant(self, now: float) -> list[Action]:
+        """Lease what waits to those who wait, in turn."""
+        actions: list[Action] = []
+        while self._waiting and not self.on_hold and now >= self._grant_from:
+            if (ticket_id := self._table.pop_issued()) is None:
+                break
+            session, _ = self._waiting.popitem(last=False)
+            actor = self.actors[session]
+            actor.granted += 1
+            self._queue_actor(session, actor)  # at the end: actors take turns
+            entry = self._lease(ticket_id, "grant", session, now)
+            actions += [Grant(session, entry.ticket), Count("granted")]
+        return actions
+
+    # --- the life of a lease
+
+    def renew(self, event: Renew, now: float) -> list[Action]:
+        """A heartbeat names leases: they last longer, or are taken up again, or are not wanted any more."""
+        actor = self.actors.get(event.session)
+        if actor is None or not actor.joined:
+            return []
+        actions: list[Action] = []
+        in_vain = []
+        for ticket_id in event.ticket_ids:
+            entry = self._table.entries.get(ticket_id)
+            if entry is None or (entry.state not in OPEN and entry.source != event.session):
+                in_vain.append(ticket_id)
+            elif entry.state is T.ISSUED:
+                self._lease(ticket_id, "reclaim", event.session, now)
+                actions.append(Count("reclaimed"))
+            elif entry.holder == event.session:
+                entry.expires_at = now + self._lease_s
+        if actor.fresh:
+            actor.fresh = False
+            for ticket_id in sorted(actor.leases.difference(event.ticket_ids)):  # lost on the way to the actor
+                self.end(ticket_id, "return")
+            self._queue_actor(event.session, actor)
+        return [*actions, *([Withdraw(event.session, tuple(in_vain))] if in_vain else [])]
+
+    def _lease(self, ticket_id: str, transition: str, session: str, now: float) -> Entry:
+        self.actors[session].leases.add(ticket_id)
+        return self._table.lease(ticket_id, transition, session, now + self._lease_s)
+
+    def end(self, ticket_id: str, transition: str) -> Entry:
+        """A transition out of leased (or issued, where there is no lease to drop)."""
+        session = self._table.entries[ticket_id].holder
+        if session:
+            actor = self.actors[session]
+            actor.leases.discard(ticket_id)
+            self._forget_idle(session, actor)
+        return self._table.move(ticket_id, transition)
+
+    def fail(self, ticket_id: str, error: str) -> list[Action]:
+        """An attempt is used up: issue the ticket again, or bury it."""
+        entry = self._table.entries[ticket_id]
+        attempt = entry.ticket.attempt + 1
+        entry.ticket = entry.ticket.model_copy(update={"attempt": attempt})
+        entry.error = error
+        if attempt < self._max_attempts:
+            self.end(ticket_id, "return")
+            return [JournalAttempt(ticket_id, attempt, error)]
+        self.end(ticket_id, "exhaust")
+        dead = JournalAttempt(ticket_id, attempt, error, dead=True, seq=entry.result_seq)
+        return [dead, Count("dead"), *self._table.closing(entry)]
+
+    def release(self, event: Release) -> list[Action]:
+        """Leases given back."""
+        actions: list[Action] = []
+        num = 0
+        for ticket_id in event.ticket_ids:
+            entry = self._table.entries.get(ticket_id)
+            if entry is None or entry.state is not T.LEASED or entry.holder != event.session:
+                continue
+            num += 1
+            if event.reason == "drain":
+                self.end(ticket_id, "return")
+            else:
+                actions += self.fail(ticket_id, event.error)
+        actor = self.actors.get(event.session)
+        if event.reason == "drain" and actor is not None:
+            # It is stopping: without this the ticket would be leased to the same actor at once.
+            actor.want = actor.granted
+            self._waiting.pop(event.session, None)
+        return [*actions, Count(f"released_{event.reason}", num), Reply(count=num)]
+
+    def expire(self, now: float) -> list[Action]:
+        """Fail the leases that have run out."""
+        actions: list[Action] = []
+        while (ticket_id := self._table.pop_expired(now)) is not None:
+            actions += [*self.fail(ticket_id, "its lease ran out"), Count("expired")]
+        return actions
+
+    def withdrawals(self, held: Iterable[tuple[str, str]]) -> list[Action]:
+        """Tell those actors that can be reached that the tickets they hold are not wanted any more.
+
+        held: (session, ticket id), the session "" where nobody held it.
+        """
+        by_session: defaultdict[str, list[str]] = defaultdict(list)
+        for session, ticket_id in held:
+            if (actor := self.actors.get(session)) is not None and actor.joined:
+                by_session[session].append(ticket_id)
+        return [Withdraw(session, tuple(ticket_ids)) for session, ticket_ids in by_session.items()]

@@ -1,0 +1,130 @@
+"""`python -m tests.chaos.scripted_actor --config FILE --index N`: a real actor whose engine is a script.
+
+The loop, the adoption of weights and both clients are the real ones; only what an episode does is scripted. Every
+adopted snapshot is compared with what its version must be; a wrong byte is a line in violations.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import threading
+from pathlib import Path
+
+from actors.actor import Actor
+from actors.engine import AdoptionError
+from actors.rollout import InfraFailureError
+from actors.weights import WeightAdopter
+from broker.client import ActorClient, WeightSubscriber
+from broker.process.config import load_settings
+from broker.process.lifecycle import install_stop, run_main
+from broker.process.settings import Settings
+from broker.protocol.trajectory import PolicyVersion, Ticket, Trajectory
+from tests.chaos import script
+
+VIOLATIONS = "violations.jsonl"
+
+
+def report_violation(run_dir: Path, text: str) -> None:
+    """Something that must never happen was seen: one durable line, which fails the run."""
+    with (run_dir / VIOLATIONS).open("a") as file:
+        file.write(json.dumps({"violation": text}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class ScriptedEngine:
+    """Serves a version; `adopt` checks every byte of it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self.policy_version = PolicyVersion(0, 0)
+
+    async def adopt(self, version: PolicyVersion, weights: Path) -> float:
+        """Switch to the weights in this safetensors file. Raises AdoptionError where they are not the version's."""
+        raw = weights.read_bytes()
+        data = raw[8 + int.from_bytes(raw[:8], "little") :]
+        if data != script.weights(version).tobytes():
+            report_violation(self._run_dir, f"weights of version {tuple(version)} are not what was published")
+            raise AdoptionError("wrong bytes")
+        self.policy_version = version
+        return 0.0
+
+    def check(self) -> None:
+        """A script does not die."""
+
+
+class ScriptedActor(Actor):
+    """The real loop; an episode is a sleep and a trajectory drawn from the seed."""
+
+    def __init__(
+        self,
+        actor_id: str,
+        client: ActorClient,
+        engine: ScriptedEngine,
+        weights: WeightAdopter,
+        settings: Settings,
+    ) -> None:
+        super().__init__(
+            actor_id,
+            client.tickets,
+            client.sender,
+            engine,  # type: ignore[arg-type]  # it samples nothing
+            weights,
+            None,  # type: ignore[arg-type]  # nothing is rendered
+            {},
+            settings.actor,
+        )
+        self._seed, self._id, self._adopter = settings.run.seed, actor_id, weights
+
+    async def _episode(self, ticket: Ticket) -> Trajectory:
+        version = self._adopter.adopted
+        assert version is not None, "the loop waits for the ticket's min_version"
+        await asyncio.sleep(script.duration_s(self._seed, ticket))
+        if script.fails(self._seed, ticket):
+            raise InfraFailureError("scripted")
+        return script.make_trajectory(self._seed, ticket, self._id, version)
+
+
+async def serve(settings: Settings, index: int, stop: threading.Event) -> None:
+    """Run the actor until `stop`."""
+    actor_id, run_id, links = f"actor-{index}", settings.run.name, settings.weights
+    client = ActorClient(
+        f"tcp://{settings.broker.host}:{settings.broker.port}",
+        run_id,
+        actor_id,
+        heartbeat_s=settings.broker.heartbeat_s,
+        liveness=settings.broker.liveness,
+    )
+    subscriber = WeightSubscriber(
+        f"tcp://{links.relay_host}:{links.relay_port}",
+        run_id,
+        actor_id,
+        credit=links.credit,
+        heartbeat_s=links.heartbeat_s,
+        liveness=links.liveness,
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        engine = ScriptedEngine(settings.run_dir)
+        weights = WeightAdopter(engine, subscriber, settings.actor.staging / f"actor-{index}")  # type: ignore[arg-type]
+        stack.push_async_callback(weights.close)
+        stack.push_async_callback(client.close)
+        await client.connect()
+        await ScriptedActor(actor_id, client, engine, weights, settings).run(stop)
+
+
+def main() -> None:
+    """Parse the command line and run until SIGTERM."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--index", type=int, required=True)
+    parser.add_argument("--set", action="append", default=[])
+    arguments = parser.parse_args()
+    asyncio.run(serve(load_settings(arguments.config, arguments.set), arguments.index, install_stop()))
+
+
+if __name__ == "__main__":
+    run_main("actor", main)

@@ -1,0 +1,178 @@
+"""`python -m tests.chaos.scripted_learner --config FILE`: a learner that trains on nothing and keeps the real books.
+
+Client, publisher, curriculum, batcher, audit and checkpoints are the real ones; a step is a short sleep, and what a
+model would have learned is a hash chained over the ids of its batches. So the chain in the last checkpoint says which
+trajectories the surviving history contains, and in which order, independently of the audit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+
+import xxhash
+
+from broker.client import DeadLetter, LearnerClient, WeightPublisher
+from broker.process.config import load_settings
+from broker.process.lifecycle import install_stop, run_main
+from broker.process.settings import Settings
+from broker.protocol.trajectory import PolicyVersion
+from learner.audit import LineFile, audit_lines
+from learner.batching import Batch, Batcher
+from learner.checkpoint import CheckpointStore
+from learner.curriculum import Curriculum
+from learner.state import TrainerState
+from tests.chaos import script
+from tests.chaos.scripted_actor import report_violation
+
+logger = logging.getLogger(__name__)
+
+AUDIT = "trained.jsonl"
+CHECKPOINTS = "checkpoints"
+CHAIN = "chain.json"
+STEP_S = 0.05
+POLL_S = 0.25
+
+
+def chained(chain: str, ticket_ids: list[str]) -> str:
+    """The chain after a batch of these tickets."""
+    return xxhash.xxh3_128_hexdigest("\n".join([chain, *ticket_ids]).encode())
+
+
+class ScriptedLearner:
+    """One learner process, resumed from the newest complete checkpoint."""
+
+    def __init__(self, settings: Settings, stop: threading.Event) -> None:
+        self._settings, self._stop = settings, stop
+        learner, broker, links = settings.learner, settings.broker, settings.weights
+        self._num_groups = learner.num_steps * learner.groups_per_step
+        self._num_tickets = self._num_groups * learner.group_size
+        self._store = CheckpointStore(settings.run_dir / CHECKPOINTS, learner.keep_checkpoints)
+        self._checkpoint = self._store.newest()
+        self._state = TrainerState.from_json(self._checkpoint.state) if self._checkpoint else TrainerState()
+        self._chain = ""
+        if self._checkpoint and self._checkpoint.engine_directory:
+            self._chain = json.loads((self._checkpoint.engine_directory / CHAIN).read_text())["chain"]
+        self._audit = LineFile(settings.run_dir / AUDIT)
+        self._audit.cut(self._state.audit_bytes)
+        self._batcher = Batcher(
+            groups_per_step=learner.groups_per_step,
+            max_groups_per_step=learner.max_groups_per_step,
+            group_size=learner.group_size,
+            max_staleness=learner.max_staleness,
+            baseline=learner.loss.baseline,
+        )
+        self._curriculum = Curriculum(settings, self._state.next_group)
+        self._client = LearnerClient(
+            f"tcp://{broker.host}:{broker.port}",
+            settings.run.name,
+            heartbeat_s=broker.heartbeat_s,
+            liveness=broker.liveness,
+        )
+        self._publisher = WeightPublisher(
+            f"tcp://{links.host}:{links.port}",
+            settings.run.name,
+            chunk_bytes=links.chunk_bytes,
+            heartbeat_s=links.heartbeat_s,
+            liveness=links.liveness,
+        )
+
+    def run(self) -> None:
+        """Train on everything, acknowledge it, end."""
+        state = self._state
+        self._client.connect()
+        num_returned = self._client.resume(state.unacked)
+        state.unacked.clear()
+        logger.info("resumed step=%d lineage=%d returned=%d", state.step, self._client.lineage, num_returned)
+        self._publish()
+        while state.num_consumed < self._num_tickets and not self._stop.is_set():
+            self._top_up()
+            batch = self._batcher.next(state.step)
+            if batch is None and state.num_consumed + self._batcher.num_held == self._num_tickets:
+                batch = self._batcher.drain()  # the last groups fill no batch
+            if batch is None:
+                self._receive()
+                continue
+            self._train(batch)
+            if state.step % self._settings.learner.checkpoint_every == 0:
+                self._checkpoint_and_ack()
+        self._checkpoint_and_ack()
+
+    def close(self) -> None:
+        """End both connections."""
+        self._client.close()
+        self._publisher.close()
+        self._audit.close()
+
+    def _publish(self) -> None:
+        version = PolicyVersion(self._client.lineage, self._state.step)
+        data = script.weights(version)
+        self._publisher.publish(version, [("w", "uint8", data.shape, data)])
+
+    def _top_up(self) -> None:
+        """Issue what admission control allows of the groups that are left."""
+        state, learner, curriculum = self._state, self._settings.learner, self._curriculum
+        num_left = (self._num_groups - curriculum.next_group) * learner.group_size
+        if num_left <= 0:
+            return
+        outstanding = curriculum.num_issued - state.num_consumed - self._batcher.num_without_gradient
+        oldest = PolicyVersion(self._client.lineage, max(0, state.step - learner.max_staleness))
+        tickets = curriculum.top_up(outstanding, learner.num_steps, oldest)[:num_left]
+        curriculum.next_group = min(curriculum.next_group, self._num_groups)
+        if tickets:
+            self._client.issue(tickets)
+
+    def _receive(self) -> None:
+        item = self._client.receive(POLL_S)
+        if item is None:
+            return
+        group_id = item.group_id if isinstance(item, DeadLetter) else item.ticket.group_id
+        self._curriculum.note(group_id)
+        if isinstance(item, DeadLetter):
+            self._batcher.add_dead(item)
+        elif not script.is_genuine(self._settings.run.seed, item):
+            report_violation(self._settings.run_dir, f"the tokens of {item.ticket.ticket_id} are not the episode's")
+        elif not self._batcher.add(item):
+            report_violation(self._settings.run_dir, f"{item.ticket.ticket_id} was delivered twice to one learner")
+
+    def _train(self, batch: Batch) -> None:
+        state = self._state
+        time.sleep(STEP_S)
+        state.step += 1
+        state.num_consumed += len(batch.ids)
+        state.unacked.extend(batch.ids)
+        self._chain = chained(self._chain, [item.trajectory.ticket.ticket_id for item in batch.consumed])
+        self._audit.append(audit_lines(batch.consumed, state.step), durable=True)
+        self._publish()
+
+    def _checkpoint_and_ack(self) -> None:
+        state = self._state
+        state.next_group = self._curriculum.next_group
+        state.audit_bytes = self._audit.num_bytes
+        self._checkpoint = self._store.save(state.to_json(), self._save_chain)
+        self._client.ack(state.unacked)
+        state.unacked.clear()
+
+    def _save_chain(self, directory: Path) -> None:
+        (directory / CHAIN).write_text(json.dumps({"chain": self._chain, "step": self._state.step}))
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[])
+    arguments = parser.parse_args()
+    learner = ScriptedLearner(load_settings(arguments.config, arguments.set), install_stop())
+    try:
+        learner.run()
+    finally:
+        learner.close()
+
+
+if __name__ == "__main__":
+    run_main("learner", main)

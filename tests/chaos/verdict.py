@@ -1,0 +1,90 @@
+"""What became of the work: the issued set against the learner's audit, its last checkpoint and the broker's store.
+
+Three witnesses that do not know of each other. Reads files after every process has ended; never speaks to one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sqlite3
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from broker.process.settings import Settings
+from learner.checkpoint import CheckpointStore
+from tests.chaos.scripted_actor import VIOLATIONS
+from tests.chaos.scripted_learner import AUDIT, CHAIN, CHECKPOINTS, chained
+
+
+@dataclass(slots=True)
+class Verdict:
+    """Counts of tickets, and every problem as a sentence."""
+
+    issued: int
+    trained: int
+    lost: int
+    duplicated: int
+    problems: list[str] = field(default_factory=list)
+
+
+def issued_ids(settings: Settings) -> list[str]:
+    """The ids of the run's fixed amount of work."""
+    learner = settings.learner
+    num_groups = learner.num_steps * learner.groups_per_step
+    return [f"{settings.run.name}/train/{g}/{i}" for g in range(num_groups) for i in range(learner.group_size)]
+
+
+def judge(settings: Settings) -> Verdict:
+    """Compare everything with everything. `lost` counts a ticket that any witness misses, `duplicated` every extra
+    line of the audit."""
+    run_dir = settings.run_dir
+    issued = issued_ids(settings)
+    lines = _audit(run_dir / AUDIT)
+    ids = Counter(ticket_id for ticket_id, _ in lines)
+    states = store_states(run_dir / "broker" / "journal.db")
+    missing = [key for key in issued if key not in ids or states.get(key) != "acked"]
+    verdict = Verdict(len(issued), len(ids), len(missing), ids.total() - len(ids))
+    say = verdict.problems.append
+    if missing:
+        say(f"lost: {[(key, ids[key], states.get(key)) for key in missing[:5]]}")
+    if verdict.duplicated:
+        say(f"twice: {[key for key, num in ids.items() if num > 1][:5]}")
+    if strangers := (ids.keys() | states.keys()) - set(issued):
+        say(f"never issued: {sorted(strangers)[:5]}")
+    chain = ""
+    for _, batch in itertools.groupby(lines, key=lambda line: line[1]):
+        chain = chained(chain, [ticket_id for ticket_id, _ in batch])
+    found = _newest_chain(run_dir)
+    if chain != found:
+        say(f"the last checkpoint's chain is {found}, the audit's {chain}")
+    violations = run_dir / VIOLATIONS
+    if violations.exists():
+        say(f"violations: {violations.read_text().splitlines()[:3]}")
+    return verdict
+
+
+def _audit(path: Path) -> list[tuple[str, int]]:
+    """(ticket id, step) of every line."""
+    if not path.exists():
+        return []
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(record["ticket_id"], int(record["step"])) for record in records]
+
+
+def store_states(path: Path) -> dict[str, str]:
+    """The state of every ticket that the broker's store knows, read from the file itself."""
+    if not path.exists():
+        return {}
+    with sqlite3.connect(path) as database:
+        states = dict(database.execute("SELECT ticket_id, state FROM tickets"))
+    database.close()
+    return states
+
+
+def _newest_chain(run_dir: Path) -> str | None:
+    checkpoint = CheckpointStore(run_dir / CHECKPOINTS, 1).newest()
+    if checkpoint is None or checkpoint.engine_directory is None:
+        return None
+    return str(json.loads((checkpoint.engine_directory / CHAIN).read_text())["chain"])

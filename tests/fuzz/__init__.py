@@ -1,0 +1,1 @@
+"""Hostile input: messages that almost fit, thrown at live processes and at the codec."""

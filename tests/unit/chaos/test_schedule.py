@@ -1,0 +1,44 @@
+"""The schedule of faults: repeatable, complete, within the work."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tests.chaos.schedule import KINDS, LINKS, PROCESSES, combinations, make_schedule
+
+NUM_TICKETS = 6400
+
+
+def test_a_seed_names_one_schedule() -> None:
+    assert make_schedule(7, 200, NUM_TICKETS, 3) == make_schedule(7, 200, NUM_TICKETS, 3)
+    assert make_schedule(7, 200, NUM_TICKETS, 3) != make_schedule(8, 200, NUM_TICKETS, 3)
+
+
+def test_two_hundred_faults_hit_everything_in_every_way() -> None:
+    schedule = make_schedule(1, 200, NUM_TICKETS, 3)
+    assert len(schedule) == 200
+    assert {(fault.kind, fault.target) for fault in schedule} == set(combinations(()))
+    assert {fault.kind for fault in schedule} == set(KINDS)
+    assert {fault.target for fault in schedule} == {*PROCESSES, *LINKS, "disk"}
+    assert {fault.place for fault in schedule} >= {"actor-0", "actor-1", "actor-2"}
+
+
+def test_about_half_come_in_pairs_on_two_targets() -> None:
+    pairs: dict[int, list[str]] = {}
+    for fault in make_schedule(2, 400, NUM_TICKETS, 3):
+        if fault.pair is not None:
+            pairs.setdefault(fault.pair, []).append(fault.target)
+    assert 120 <= 2 * len(pairs) <= 280
+    assert all(len(set(targets)) == len(targets) == 2 for targets in pairs.values())
+
+
+def test_all_fall_into_the_work() -> None:
+    schedule = make_schedule(3, 200, NUM_TICKETS, 3)
+    assert all(0 < fault.at_tickets < NUM_TICKETS - 48 for fault in schedule)
+    assert max(Counter(fault.at_tickets * 10 // NUM_TICKETS for fault in schedule).values()) < 60
+
+
+def test_what_the_machine_cannot_do_is_left_out() -> None:
+    schedule = make_schedule(4, 200, NUM_TICKETS, 3, unavailable=("clock", "disk_low"))
+    assert len(schedule) == 200
+    assert not {fault.kind for fault in schedule} & {"clock", "disk_low"}
