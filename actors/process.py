@@ -17,13 +17,14 @@ from actors.actor import POLL_S, Actor
 from actors.renderer import Renderer
 from actors.vllm_engine import VllmEngine, checkpoint_shapes
 from actors.weights import WeightAdopter
-from broker.client import ActorClient, WeightSubscriber
+from broker.client import ActorClient
 from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError, install_stop
 from broker.process.metrics import Health, start_metrics
 from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.errors import ProtocolError
+from broker.weights.subscriber import WeightSubscriber
 from envs.interface import Environment, ErgonEnvError
 from envs.registry import create_environment
 

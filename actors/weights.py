@@ -17,12 +17,12 @@ from typing import Protocol
 
 from actors import metrics
 from actors.engine import AdoptionError, Engine
-from broker.client.fetch import WeightsSupersededError
-from broker.client.sinks import WeightsCorruptError
-from broker.client.weights import WeightsTimeoutError
 from broker.process.lifecycle import ErgonError
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Manifest
+from broker.weights.fetch import WeightsSupersededError
+from broker.weights.sinks import WeightsCorruptError
+from broker.weights.subscriber import WeightsTimeoutError
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ FETCH_TIMEOUT_S = 600.0
 
 
 class Subscriber(Protocol):
-    """What adoption needs of broker.client.WeightSubscriber; its calls block."""
+    """What adoption needs of broker.weights.WeightSubscriber; its calls block."""
 
     def wait_newer(self, than: PolicyVersion | None, timeout_s: float) -> PolicyVersion | None:
         """The newest announced version if it is newer, else None after `timeout_s`."""

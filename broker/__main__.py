@@ -22,11 +22,11 @@ def main() -> None:
     def start() -> None:
         settings = load_settings(arguments.config, arguments.set)
         if arguments.process == "serve":
-            from broker.server import serve
+            from broker.exchange.server import serve
 
             serve(settings)
         else:
-            from broker.relay import serve_relay
+            from broker.weights.relay import serve_relay
 
             serve_relay(settings)
 

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from broker.client.weights import WeightPublisher
 from broker.process.keys import Identity
 from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion
+from broker.weights.publisher import WeightPublisher
 from learner.engine import TrainEngine
 
 

@@ -20,7 +20,7 @@ from deploy.cli import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "deploy" / "REFERENCE.md"
-METRIC_MODULES = ("broker.experience_metrics", "broker.weight_metrics", "actors.metrics", "learner.metrics")
+METRIC_MODULES = ("broker.exchange.metrics", "broker.weights.metrics", "actors.metrics", "learner.metrics")
 
 HEAD = """# Reference
 

@@ -1,13 +1,12 @@
 """What peers of the broker hold. A package rather than one client.py, so that every room stays under 300 lines.
 
 `ActorClient` (with TicketSource and TrajectorySender), `LearnerClient` (the trajectories' receiver), `OperatorClient`
-(who looks after it), and the weight channel's `WeightPublisher` and `WeightSubscriber`.
+(who looks after it). The weight channel's ends are in `broker.weights`.
 """
 
 from broker.client.actor import ActorClient, TicketSource, TrajectorySender
 from broker.client.learner import BrokerStatus, DeadLetter, LearnerClient
 from broker.client.operator import OperatorClient
-from broker.client.weights import WeightPublisher, WeightSubscriber
 from broker.protocol.commands import ReleaseReason, SendStatus
 
 __all__ = [
@@ -20,6 +19,4 @@ __all__ = [
     "SendStatus",
     "TicketSource",
     "TrajectorySender",
-    "WeightPublisher",
-    "WeightSubscriber",
 ]

@@ -1,7 +1,7 @@
 """Encryption and identity of a process's sockets: what `[security]` means for one that binds and one that connects.
 
 Owns the rule that an address which other machines can reach is served with keys or not at all. Who is let in is the
-server's `broker/gatekeeper.py`; the key files are `keys.py`'s.
+server's `broker/process/gatekeeper.py`; the key files are `keys.py`'s.
 """
 
 from __future__ import annotations

@@ -18,11 +18,12 @@ from actors.actor import Actor
 from actors.engine import AdoptionError
 from actors.rollout import InfraFailureError
 from actors.weights import WeightAdopter
-from broker.client import ActorClient, WeightSubscriber
+from broker.client import ActorClient
 from broker.process.config import load_settings
 from broker.process.lifecycle import install_stop, run_main
 from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion, Ticket, Trajectory
+from broker.weights.subscriber import WeightSubscriber
 from tests.chaos import script
 
 VIOLATIONS = "violations.jsonl"

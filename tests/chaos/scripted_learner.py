@@ -16,11 +16,12 @@ from pathlib import Path
 
 import xxhash
 
-from broker.client import DeadLetter, LearnerClient, WeightPublisher
+from broker.client import DeadLetter, LearnerClient
 from broker.process.config import load_settings
 from broker.process.lifecycle import install_stop, run_main
 from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion
+from broker.weights.publisher import WeightPublisher
 from learner.audit import LineFile, audit_lines
 from learner.batching import Batch, Batcher
 from learner.checkpoint import CheckpointStore

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from broker import server
-from broker.dispatch import HANDLERS
+import broker
+from broker.exchange.dispatch import HANDLERS
+from broker.ledger.table import TRANSITIONS
 from broker.protocol import frames
 from broker.protocol.codec import trajectory_from_message, trajectory_to_message
 from broker.protocol.commands import COMMANDS, Hello, Role, SendStatus, parse_body
 from broker.protocol.errors import FATAL_CODES, ErrorCode
 from broker.protocol.frames import DEFAULT_LIMITS, Message, decode, encode
-from broker.ticket_table import TRANSITIONS
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
-DOCUMENT = Path(server.__file__).with_name("PROTOCOL.md").read_text()
+DOCUMENT = (Path(broker.__file__).parent / "PROTOCOL.md").read_text()
 PART_1 = DOCUMENT[: DOCUMENT.index("# Part 2")]
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -20,11 +20,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from broker.client import LearnerClient, WeightPublisher, WeightSubscriber
+from broker.client import LearnerClient
 from broker.process.config import save_settings
 from broker.process.settings import BrokerSection, MetricsSection, RunSection, Settings, WeightsSection
 from broker.protocol.commands import Role
 from broker.protocol.trajectory import PolicyVersion
+from broker.weights.publisher import WeightPublisher
+from broker.weights.subscriber import WeightSubscriber
 from tests.fuzz import corpus
 from tests.fuzz.attack import Attackers
 from tests.fuzz.honest import Actors, Learner, Receiver

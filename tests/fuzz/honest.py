@@ -7,8 +7,9 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-from broker.client import ActorClient, LearnerClient, WeightSubscriber
+from broker.client import ActorClient, LearnerClient
 from broker.protocol.trajectory import Trajectory
+from broker.weights.subscriber import WeightSubscriber
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
 BATCH = 50

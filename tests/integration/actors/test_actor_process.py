@@ -17,10 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
-from broker.client import LearnerClient, WeightPublisher
+from broker.client import LearnerClient
 from broker.process.config import save_settings
 from broker.process.settings import Settings
 from broker.protocol.trajectory import Mode, Outcome, PolicyVersion, Sampling, TaskRef, Ticket, Trajectory
+from broker.weights.publisher import WeightPublisher
 from tests.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[3]

@@ -18,12 +18,12 @@ import pytest
 import zmq
 
 from broker.client import ActorClient, DeadLetter, LearnerClient
+from broker.exchange.server import Server
 from broker.process.lifecycle import ErgonError
 from broker.process.settings import BrokerSection, RunSection, Settings
 from broker.protocol.commands import ErrorBody, Role, TicketState, parse_body
 from broker.protocol.frames import Message, decode, encode
 from broker.protocol.trajectory import Mode, Ticket, Trajectory
-from broker.server import Server
 from tests.integration.broker.conftest import HEARTBEAT_S, LIVENESS, RUN_ID, BrokerProcess, free_port
 from tests.unit.broker.samples import make_ticket, make_trajectory
 

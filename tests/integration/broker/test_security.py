@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import zmq
 
-from broker.client import ActorClient, LearnerClient, WeightPublisher, WeightSubscriber
+from broker.client import ActorClient, LearnerClient
 from broker.process.config import save_settings
 from broker.process.keys import Identity, make_keys, read_pair
 from broker.process.lifecycle import ErgonError
@@ -51,6 +51,8 @@ from broker.protocol.commands import (
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import decode, encode
 from broker.protocol.trajectory import PolicyVersion, Trajectory
+from broker.weights.publisher import WeightPublisher
+from broker.weights.subscriber import WeightSubscriber
 from tests.integration.broker.conftest import HEARTBEAT_S, LIVENESS, RUN_ID
 from tests.integration.weights.conftest import until
 from tests.ports import free_ports

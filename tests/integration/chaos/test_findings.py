@@ -6,16 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from broker.database import RESERVE_NAME
-from broker.journal import Journal
-from broker.ledger_types import JournalTicket
+from broker.ledger.events import JournalTicket
+from broker.store.database import RESERVE_NAME
+from broker.store.journal import Journal
 from tests.unit.broker.samples import make_ticket
 
 ROOT = Path(__file__).parents[3]
 OPEN_WITHOUT_ROOM = """
 import resource, sys
 from pathlib import Path
-from broker.journal import Journal
+from broker.store.journal import Journal
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))  # no file takes a byte
 journal = Journal(Path(sys.argv[1]), "run")

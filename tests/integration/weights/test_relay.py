@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from broker.client.fetch import WeightsSupersededError
-from broker.client.weights import WeightPublisher, WeightSubscriber
 from broker.protocol.trajectory import PolicyVersion
+from broker.weights.fetch import WeightsSupersededError
+from broker.weights.publisher import WeightPublisher
+from broker.weights.subscriber import WeightSubscriber
 from tests.integration.weights.conftest import (
     HEARTBEAT_S,
     LIVENESS,

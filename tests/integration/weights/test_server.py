@@ -11,15 +11,16 @@ import pytest
 import zmq
 from prometheus_client import REGISTRY
 
-from broker.client.sinks import WeightsCorruptError
-from broker.client.weights import WeightPublisher, WeightsTimeoutError, WeightSubscriber
 from broker.process.lifecycle import ErgonError
 from broker.protocol import frames
 from broker.protocol import weight_messages as messages
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Frame, Message
 from broker.protocol.trajectory import PolicyVersion
-from broker.weight_server import MAX_WAITING, SEND_QUEUE
+from broker.weights.publisher import WeightPublisher
+from broker.weights.server import MAX_WAITING, SEND_QUEUE
+from broker.weights.sinks import WeightsCorruptError
+from broker.weights.subscriber import WeightsTimeoutError, WeightSubscriber
 from tests.integration.weights.conftest import HEARTBEAT_S, RUN, file_holds, random_tensors, until
 
 V1, V2 = PolicyVersion(1, 0), PolicyVersion(1, 1)

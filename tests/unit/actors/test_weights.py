@@ -10,12 +10,12 @@ import pytest
 
 from actors.engine import AdoptionError, EngineDeadError
 from actors.weights import Subscriber, WeightAdopter
-from broker.client.fetch import WeightsSupersededError
-from broker.client.sinks import WeightsCorruptError
-from broker.client.weights import WeightsTimeoutError
 from broker.process.lifecycle import ErgonError
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Manifest
+from broker.weights.fetch import WeightsSupersededError
+from broker.weights.sinks import WeightsCorruptError
+from broker.weights.subscriber import WeightsTimeoutError
 from tests.unit.actors.support import ScriptedEngine, make_renderer
 
 V1, V2, V3 = PolicyVersion(1, 1), PolicyVersion(1, 2), PolicyVersion(2, 0)

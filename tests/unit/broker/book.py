@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from broker.ledger import Ledger
-from broker.ledger_types import (
+from broker.ledger.events import (
     Action,
     ActorJoined,
     AnnounceDead,
@@ -31,7 +30,8 @@ from broker.ledger_types import (
     Want,
     Withdraw,
 )
-from broker.letters import PURGED
+from broker.ledger.ledger import Ledger
+from broker.ledger.letters import PURGED
 from broker.protocol.commands import TicketState as T
 from broker.protocol.trajectory import Mode, Outcome, Ticket
 from tests.unit.broker.samples import make_ticket

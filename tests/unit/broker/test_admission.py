@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.admission import Admission
+from broker.exchange.admission import Admission
 
 
 def test_offers_are_cleared_in_turn_as_room_is_made() -> None:

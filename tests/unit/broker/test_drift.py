@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from broker import drift
-from broker.drift import NUM_BINS, QUANTITIES, SHORTEST_S, DriftMonitor
-from broker.ledger_types import Finish, Finished, Settle
+from broker.exchange import drift
+from broker.exchange.drift import NUM_BINS, QUANTITIES, SHORTEST_S, DriftMonitor
+from broker.ledger.events import Finish, Finished, Settle
 from broker.protocol.trajectory import Mode, Outcome
 from tests.unit.broker.samples import make_ticket
 

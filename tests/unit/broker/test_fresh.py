@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from broker.fresh import FreshResults
 from broker.protocol.codec import trajectory_from_message, trajectory_to_message
 from broker.protocol.frames import Message
+from broker.store.fresh import FreshResults
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
 

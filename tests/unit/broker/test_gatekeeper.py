@@ -8,10 +8,10 @@ import pytest
 import zmq
 from zmq.utils import z85
 
-from broker.gatekeeper import AllowList, judge
-from broker.peers import ADMITTED as EXPERIENCE
+from broker.exchange.peers import ADMITTED as EXPERIENCE
+from broker.process.gatekeeper import AllowList, judge
 from broker.process.keys import Identity, make_keys, read_pair
-from broker.weight_server import ADMITTED as WEIGHTS
+from broker.weights.server import ADMITTED as WEIGHTS
 
 
 def request(key: bytes, mechanism: bytes = b"CURVE", version: bytes = b"1.0") -> list[bytes]:

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from broker.journal import FILE_NAME, Journal, StoreFullError
-from broker.ledger_types import JournalAttempt, JournalEnd, JournalResult, JournalTicket, Settled
+from broker.ledger.events import JournalAttempt, JournalEnd, JournalResult, JournalTicket, Settled
 from broker.process.lifecycle import ErgonError
 from broker.protocol.codec import trajectory_from_message, trajectory_to_message
 from broker.protocol.commands import TicketState as T
 from broker.protocol.frames import encode
 from broker.protocol.trajectory import Mode
+from broker.store.journal import FILE_NAME, Journal, StoreFullError
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
 
@@ -68,8 +68,8 @@ def test_the_ledger_is_rebuilt_from_what_was_committed(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from broker.journal import Journal
-from broker.ledger_types import JournalTicket
+from broker.store.journal import Journal
+from broker.ledger.events import JournalTicket
 from tests.unit.broker.samples import make_ticket
 journal = Journal(Path(sys.argv[1]), "run")
 journal.apply(JournalTicket(1, make_ticket("committed")))

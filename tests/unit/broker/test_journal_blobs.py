@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from broker.blobs import BlobStore, DamagedError
-from broker.journal import Journal
-from broker.ledger_types import JournalEnd, JournalRecall, JournalResult, JournalTicket
+from broker.ledger.events import JournalEnd, JournalRecall, JournalResult, JournalTicket
 from broker.protocol.codec import trajectory_to_message
 from broker.protocol.commands import TicketState as T
 from broker.protocol.frames import Message, encode
 from broker.protocol.trajectory import Segment, Trajectory, VersionRun
+from broker.store.blobs import BlobStore, DamagedError
+from broker.store.journal import Journal
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
 BLOB_BYTES = 1000

@@ -6,8 +6,7 @@ from collections import Counter
 
 import pytest
 
-from broker.ledger import Ledger
-from broker.ledger_types import (
+from broker.ledger.events import (
     Ack,
     ActorJoined,
     Cancel,
@@ -33,9 +32,10 @@ from broker.ledger_types import (
     Tick,
     Want,
 )
+from broker.ledger.ledger import Ledger
+from broker.ledger.table import TRANSITIONS, Entry, TicketTable
 from broker.protocol.commands import TicketState as T
 from broker.protocol.trajectory import Mode, Outcome
-from broker.ticket_table import TRANSITIONS, Entry, TicketTable
 from tests.unit.broker.book import FINISH, LEASE_S, Book, granted, outgoing, reply, ticket_of, withdrawn
 from tests.unit.broker.samples import make_ticket
 

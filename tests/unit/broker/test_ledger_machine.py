@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from broker.drift import DriftMonitor
-from broker.ledger_types import (
+from broker.exchange.drift import DriftMonitor
+from broker.ledger.events import (
     Ack,
     Action,
     ActorJoined,
@@ -40,9 +40,9 @@ from broker.ledger_types import (
     Want,
     Withdraw,
 )
+from broker.ledger.table import OPEN
 from broker.protocol.commands import TicketState as T
 from broker.protocol.trajectory import Mode, Outcome, Ticket
-from broker.ticket_table import OPEN
 from tests.unit.broker.book import LEASE_S, Book, reply, ticket_of
 
 MAX_ATTEMPTS = 4

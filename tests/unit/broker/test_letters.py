@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from broker.inspection import inspect
-from broker.journal import Journal
-from broker.ledger import CANCELLED_ERROR, Ledger
-from broker.ledger_types import (
+from broker.exchange.inspection import inspect
+from broker.ledger.events import (
     Ack,
     Action,
     ActorJoined,
@@ -37,11 +35,13 @@ from broker.ledger_types import (
     Settled,
     Want,
 )
+from broker.ledger.ledger import CANCELLED_ERROR, Ledger
 from broker.protocol.codec import trajectory_to_message
 from broker.protocol.commands import StatusReply
 from broker.protocol.commands import TicketState as T
 from broker.protocol.frames import encode
 from broker.protocol.trajectory import Mode, Outcome
+from broker.store.journal import Journal
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
 JOURNALLED = (JournalTicket, JournalResult, JournalAttempt, JournalEnd, JournalPurge, JournalRecall)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zmq
 
-from broker.outflow import TRACKED_BYTES, Outflow
+from broker.exchange.outflow import TRACKED_BYTES, Outflow
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Limits, Message, decode, encode
 

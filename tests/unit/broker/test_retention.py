@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from broker.database import FILE_NAME
-from broker.journal import KEEP_SESSIONS, VACUUM_PAGES, Journal
-from broker.ledger_types import JournalEnd, JournalResult, JournalTicket, Settled
+from broker.ledger.events import JournalEnd, JournalResult, JournalTicket, Settled
 from broker.protocol.codec import trajectory_to_message
 from broker.protocol.commands import TicketState as T
 from broker.protocol.frames import encode
 from broker.protocol.trajectory import Mode
+from broker.store.database import FILE_NAME
+from broker.store.journal import KEEP_SESSIONS, VACUUM_PAGES, Journal
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
 

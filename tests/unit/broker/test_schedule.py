@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.schedule import MEMORY_LEASES, OLDEST_EVERY, LeasedTime, Ranked, Schedule
+from broker.ledger.schedule import MEMORY_LEASES, OLDEST_EVERY, LeasedTime, Ranked, Schedule
 
 
 def fill(schedule: Schedule, env: str, num: int, first_seq: int = 1, group_size: int = 1) -> list[str]:

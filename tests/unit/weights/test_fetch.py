@@ -11,8 +11,6 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.client.fetch import Announced, ChunkPlan, Fetch, Reconnected, Verdict, WeightsSupersededError
-from broker.client.sinks import FileSink, MemorySink, WeightsCorruptError
 from broker.process.lifecycle import ErgonError
 from broker.protocol import weight_messages as messages
 from broker.protocol.commands import error_message
@@ -20,7 +18,9 @@ from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Bytes, Manifest, safetensors_header
-from broker.weight_store import OutOfBudgetError, WeightStore
+from broker.weights.fetch import Announced, ChunkPlan, Fetch, Reconnected, Verdict, WeightsSupersededError
+from broker.weights.sinks import FileSink, MemorySink, WeightsCorruptError
+from broker.weights.store import OutOfBudgetError, WeightStore
 from tests.unit.weights.samples import CHUNK, VERSION, snapshot
 
 NEWER = PolicyVersion(3, 18)

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import broker
-from broker.client.weights import REPLY_LIMITS
 from broker.process.settings import WeightsSection
 from broker.protocol import weight_messages as messages
 from broker.protocol.commands import ErrorBody, Heartbeat
 from broker.protocol.weights import DTYPES, MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
-from broker.weight_server import MAX_REQUEST_BYTES, MAX_WAITING, SEND_QUEUE
+from broker.weights.server import MAX_REQUEST_BYTES, MAX_WAITING, SEND_QUEUE
+from broker.weights.subscriber import REPLY_LIMITS
 from tests.unit.weights.samples import VERSION, snapshot
 
 PART = (Path(broker.__file__).parent / "PROTOCOL.md").read_text(encoding="utf-8").split("# Part 2: Weight channel")[1]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.protocol.trajectory import PolicyVersion
-from broker.weight_store import OutOfBudgetError, Snapshot, WeightStore
+from broker.weights.store import OutOfBudgetError, Snapshot, WeightStore
 from tests.unit.weights.samples import snapshot
 
 SIZE = 5000

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple, Protocol
 
-from broker import ledger_types as ledger
-from broker.ledger_types import Event, Finish, Reply, Settled
-from broker.peers import Peer
+from broker.exchange.peers import Peer
+from broker.ledger import events as ledger
+from broker.ledger.events import Event, Finish, Reply, Settled
 from broker.protocol import commands as wire
 from broker.protocol.codec import trajectory_from_message
 from broker.protocol.commands import parse_body

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from broker.leases import Actor
-from broker.letters import is_letter
-from broker.peers import Peer
+from broker.exchange.peers import Peer
+from broker.ledger.leases import Actor
+from broker.ledger.letters import is_letter
+from broker.ledger.table import Entry
 from broker.protocol.commands import (
     MAX_ERROR_CHARACTERS,
     MAX_ROWS,
@@ -25,7 +26,6 @@ from broker.protocol.commands import (
     StatusReply,
 )
 from broker.protocol.commands import TicketState as T
-from broker.ticket_table import Entry
 
 _NO_ACTOR = Actor("unknown", joined=False)
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from broker.ledger_types import Count
+from broker.ledger.events import Count
 from broker.protocol.commands import Role, StatusReply
 
 tickets = Gauge(

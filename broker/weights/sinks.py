@@ -14,7 +14,7 @@ from typing import Protocol
 
 from broker.process.lifecycle import ErgonError
 from broker.protocol.weights import Buffer, Bytes, Manifest, digest, flat, safetensors_header
-from broker.weight_store import Snapshot, WeightStore
+from broker.weights.store import Snapshot, WeightStore
 
 
 class WeightsCorruptError(Exception):

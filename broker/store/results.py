@@ -14,8 +14,8 @@ from pathlib import Path
 import msgpack
 import xxhash
 
-from broker.blobs import BlobStore, DamagedError
 from broker.protocol.frames import PREAMBLE, Frame, Message, decode
+from broker.store.blobs import BlobStore, DamagedError
 
 log = logging.getLogger(__name__)
 

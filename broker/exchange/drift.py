@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
 
-from broker.ledger_types import Finished, Settle
+from broker.ledger.events import Finished, Settle
 from broker.protocol.trajectory import Mode
 
 QUANTITIES: Final = ("duration", "difficulty")

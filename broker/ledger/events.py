@@ -291,7 +291,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Add to a total, see `experience_metrics.py`; `env` where it is counted by environment."""
+    """Add to a total, see `exchange/metrics.py`; `env` where it is counted by environment."""
 
     name: str
     num: int = 1

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from broker import weight_metrics as metrics
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Bytes, Manifest
+from broker.weights import metrics
 
 
 class OutOfBudgetError(Exception):

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from broker import experience_metrics as metrics
-from broker.gatekeeper import Gatekeeper, identity_of
-from broker.outflow import Outflow
+from broker.exchange import metrics
+from broker.exchange.outflow import Outflow
+from broker.process.gatekeeper import Gatekeeper, identity_of
 from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError
 from broker.process.security import OPEN, OVERHEAD_BYTES, Security

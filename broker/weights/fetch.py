@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from broker import weight_metrics as metrics
-from broker.client.sinks import Sink, WeightsCorruptError
 from broker.protocol import weight_messages as messages
 from broker.protocol import weights
 from broker.protocol.commands import ErrorBody, parse_body
@@ -20,6 +18,8 @@ from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Buffer, Manifest
+from broker.weights import metrics
+from broker.weights.sinks import Sink, WeightsCorruptError
 
 MAX_CORRUPT = 3  # wrong answers for one chunk before the fetch is given up
 

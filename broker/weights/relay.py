@@ -11,10 +11,6 @@ import os
 import socket
 import threading
 
-from broker import weight_metrics as metrics
-from broker.client.fetch import WeightsSupersededError
-from broker.client.sinks import WeightsCorruptError
-from broker.client.weights import WeightsTimeoutError, WeightSubscriber
 from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError, install_stop, raise_file_limit
 from broker.process.metrics import Health, start_metrics
@@ -22,8 +18,12 @@ from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.errors import ProtocolError
 from broker.protocol.trajectory import PolicyVersion
-from broker.weight_server import WeightServer
-from broker.weight_store import OutOfBudgetError, WeightStore
+from broker.weights import metrics
+from broker.weights.fetch import WeightsSupersededError
+from broker.weights.server import WeightServer
+from broker.weights.sinks import WeightsCorruptError
+from broker.weights.store import OutOfBudgetError, WeightStore
+from broker.weights.subscriber import WeightsTimeoutError, WeightSubscriber
 
 logger = logging.getLogger(__name__)
 

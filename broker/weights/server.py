@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 import zmq
 
-from broker import weight_metrics as metrics
-from broker.gatekeeper import Gatekeeper, identity_of
+from broker.process.gatekeeper import Gatekeeper, identity_of
 from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError
 from broker.process.security import OPEN, Security
@@ -30,7 +29,8 @@ from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Frame, Message
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weight_messages import Role
-from broker.weight_store import WeightStore
+from broker.weights import metrics
+from broker.weights.store import WeightStore
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """The life of every ticket, as a pure state machine: `Ledger.handle(event, now) -> actions`.
 
 Owns what a ticket becomes when: the actors' half is in `leases.py`, the learner's in `deliveries.py`, the operator's in
-`letters.py`, the legal transitions in `ticket_table.py`, who is next in `schedule.py`. Does no I/O, reads no clock
+`letters.py`, the legal transitions in `table.py`, who is next in `schedule.py`. Does no I/O, reads no clock
 (`now` is any monotonic number of seconds) and never holds a token array. Memory and the cost of an event grow with the
 tickets that are alive, not with those that are done: an ended ticket leaves the ledger, and what became of it is the
 journal's to know. Events that may meet an ended ticket therefore carry the journal's word, `settled`.
@@ -13,9 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from broker.deliveries import Deliveries
-from broker.leases import Actor, Leases
-from broker.ledger_types import (
+from broker.ledger.deliveries import Deliveries
+from broker.ledger.events import (
     Ack,
     Action,
     ActorJoined,
@@ -45,10 +44,11 @@ from broker.ledger_types import (
     Tick,
     Want,
 )
-from broker.letters import Letters
+from broker.ledger.leases import Actor, Leases
+from broker.ledger.letters import Letters
+from broker.ledger.table import OPEN, Entry, TicketTable
 from broker.protocol.commands import TicketState as T
 from broker.protocol.trajectory import Mode
-from broker.ticket_table import OPEN, Entry, TicketTable
 
 CANCELLED_ERROR = "cancelled by the learner"
 

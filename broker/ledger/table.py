@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from broker.ledger_types import Count, Restored
+from broker.ledger.events import Count, Restored
+from broker.ledger.schedule import Schedule
 from broker.protocol.commands import TicketState as T
 from broker.protocol.trajectory import Mode, Ticket
-from broker.schedule import Schedule
 
 TRANSITIONS: Final[Mapping[str, tuple[frozenset[T], T]]] = {
     "grant": (frozenset({T.ISSUED}), T.LEASED),

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from broker.ledger_types import Action, Count, JournalAttempt, JournalPurge, Purge, Reply, Requeue, Settled
+from broker.ledger.events import Action, Count, JournalAttempt, JournalPurge, Purge, Reply, Requeue, Settled
+from broker.ledger.table import Entry, TicketTable
 from broker.protocol.commands import MAX_ROWS
 from broker.protocol.commands import TicketState as T
-from broker.ticket_table import Entry, TicketTable
 
 PURGED: Final = "operator"  # the `source` of a dead letter that was given up
 _PURGED_REASON: Final = "it was purged already"

@@ -9,7 +9,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from broker.ledger_types import (
+from broker.ledger.events import (
     Action,
     ActorJoined,
     Count,
@@ -21,8 +21,8 @@ from broker.ledger_types import (
     Want,
     Withdraw,
 )
+from broker.ledger.table import OPEN, Entry, TicketTable
 from broker.protocol.commands import TicketState as T
-from broker.ticket_table import OPEN, Entry, TicketTable
 
 
 @dataclass(slots=True)

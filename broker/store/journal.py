@@ -2,7 +2,7 @@
 
 Everything written between two `commit` calls becomes durable together, or not at all. Owns what is written and read;
 never decides anything: it carries out the ledger's journal actions and answers what became of an ended ticket. What is
-not written: leases and assignments, which peers name again when they reconnect (see `ledger_types.Restored`). The
+not written: leases and assignments, which peers name again when they reconnect (see `ledger.events.Restored`). The
 trajectories are in the hands of `results.py`. Of the ended tickets the newest keep a row, for audit and for refusing a
 second life; their trajectories are deleted.
 """
@@ -21,8 +21,7 @@ from typing import Final, Literal, NoReturn
 
 import msgpack
 
-from broker.database import FILE_NAME, RESERVE_BYTES, Reserve, open_database
-from broker.ledger_types import (
+from broker.ledger.events import (
     JournalAttempt,
     JournalEnd,
     JournalPurge,
@@ -32,11 +31,12 @@ from broker.ledger_types import (
     Restored,
     Settled,
 )
-from broker.letters import PURGED
+from broker.ledger.letters import PURGED
 from broker.protocol.commands import TicketState
 from broker.protocol.frames import Frame, Message
 from broker.protocol.trajectory import Mode, Ticket
-from broker.results import Results
+from broker.store.database import FILE_NAME, RESERVE_BYTES, Reserve, open_database
+from broker.store.results import Results
 
 log = logging.getLogger(__name__)
 

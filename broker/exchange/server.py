@@ -21,16 +21,13 @@ from dataclasses import replace
 
 import zmq
 
-from broker import experience_metrics as metrics
-from broker.admission import Admission
-from broker.blobs import DamagedError
-from broker.dispatch import HANDLERS, Request, about
-from broker.drift import DriftMonitor
-from broker.fresh import FreshResults
-from broker.inspection import inspect, stored_bytes
-from broker.journal import SYNC_INTERVAL_S, Journal, StoreFullError
-from broker.ledger import Ledger
-from broker.ledger_types import (
+from broker.exchange import metrics
+from broker.exchange.admission import Admission
+from broker.exchange.dispatch import HANDLERS, Request, about
+from broker.exchange.drift import DriftMonitor
+from broker.exchange.inspection import inspect, stored_bytes
+from broker.exchange.peers import Peer, Peers
+from broker.ledger.events import (
     ActorJoined,
     AnnounceDead,
     Count,
@@ -50,7 +47,7 @@ from broker.ledger_types import (
     Tick,
     Withdraw,
 )
-from broker.peers import Peer, Peers
+from broker.ledger.ledger import Ledger
 from broker.process.keys import Identity
 from broker.process.lifecycle import install_stop, raise_file_limit
 from broker.process.metrics import Health, start_metrics
@@ -60,6 +57,9 @@ from broker.protocol import commands as wire
 from broker.protocol.commands import COMMANDS, Role, error_message, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import DEFAULT_LIMITS, Frame, Message, decode
+from broker.store.blobs import DamagedError
+from broker.store.fresh import FreshResults
+from broker.store.journal import SYNC_INTERVAL_S, Journal, StoreFullError
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from broker.ledger_types import (
+from broker.ledger.events import (
     Ack,
     Action,
     AnnounceDead,
@@ -22,8 +22,8 @@ from broker.ledger_types import (
     Resume,
     Settle,
 )
+from broker.ledger.table import OPEN, TicketTable
 from broker.protocol.commands import TicketState as T
-from broker.ticket_table import OPEN, TicketTable
 
 
 class Deliveries:

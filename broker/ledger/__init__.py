@@ -1,0 +1,1 @@
+"""What becomes of tickets, as a pure state machine: no I/O, no clock."""

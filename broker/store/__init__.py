@@ -1,0 +1,1 @@
+"""What survives a crash: tickets, trajectories, learner sessions."""
