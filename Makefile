@@ -38,7 +38,7 @@ format: $(READY) ## rewrite the code in the house's format
 
 bench: bench-broker ## all benchmarks
 
-bench-broker: ## the broker against Redis Streams and bare pyzmq; ARGS=--quick for a short run
+bench-broker: ## the broker against Redis Streams and bare pyzmq; ARGS="--quick", "--only 2KiB/16", "--curve"
 
 bench-exactness: ## the actor's log-probs against a Hugging Face forward pass of the same weights
 
@@ -48,7 +48,7 @@ bench-%: $(READY) ## one benchmark: tests/bench/%.py
 fuzz: $(READY) ## a million hostile messages against live processes; ARGS="--messages 20000"
 	@$(PYTHON) -m tests.fuzz.broker $(ARGS)
 
-chaos: $(READY) ## the kill matrix: 200 faults on real processes, nothing lost, nothing twice: ARGS="--seed 1"
+chaos: $(READY) ## the kill matrix: 200 faults on real processes, nothing lost, nothing twice: ARGS="--seed 1 --curve"
 	@$(PYTHON) -m tests.chaos.matrix $(ARGS)
 
 chaos-real: $(READY) ## kill every process of a real vLLM and DeepSpeed run once

@@ -109,8 +109,9 @@ async def run_episode(
         ticket=ticket,
         kind=rollout.kind,
         outcome=outcome,
-        reward=reward.total,
-        reward_components=dict(reward.components),
+        # An environment may count in numpy's scalars, which the wire does not carry.
+        reward=float(reward.total),
+        reward_components={name: float(value) for name, value in reward.components.items()},
         num_turns=record.num_turns,
         num_tool_calls=record.num_tool_calls,
         num_malformed=record.num_malformed,

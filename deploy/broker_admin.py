@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from broker.client.operator import OperatorClient
 from broker.process.config import load_settings
 from broker.process.keys import Identity
@@ -35,7 +37,9 @@ def connect(file: Path, overrides: Sequence[str], timeout_s: float) -> OperatorC
 
 def as_json(reply: InspectReply) -> str:
     """One JSON object: the fields of INSPECT_REPLY."""
-    return reply.model_dump_json(exclude={"request_id"})
+    facts = msgspec.to_builtins(reply)
+    del facts["request_id"]
+    return msgspec.json.encode(facts).decode()
 
 
 def as_tables(reply: InspectReply) -> str:

@@ -20,6 +20,7 @@ from broker.process.lifecycle import ErgonError
 from broker.process.metrics import Health, start_metrics
 from broker.process.security import load_security
 from broker.process.settings import Settings
+from broker.protocol.commands import MAX_IDS
 from broker.protocol.trajectory import PolicyVersion
 from learner import metrics
 from learner.audit import LineFile, audit_lines, read_audit
@@ -122,6 +123,20 @@ class Room:
         if tickets:
             self.client.issue(tickets)
 
+    def pump(self) -> None:
+        """Wait a moment for one item and route it. Where none comes because too many are held for another to be
+        delivered, what is done with is acknowledged at once; raises ErgonError where that is nothing."""
+        if self.inbox.pump() or not self.client.full:
+            return
+        if not self.state.unacked:
+            raise ErgonError(
+                f"the learner holds {MAX_IDS} results, as many as it may, and waits for more before it is done with "
+                "any; lower learner.groups_per_step, learner.group_size, learner.max_staleness, eval.tasks or "
+                "learner.warm_start.episodes"
+            )
+        logger.warning("checkpoint before its time step=%d reason=no more results can be held", self.state.step)
+        self.checkpoint_and_ack()
+
     def train(self, batch: Batch) -> Mapping[str, float] | None:
         """One optimiser step, or None where the batch has no gradient (or none that is finite); audited either way."""
         learner = self.settings.learner
@@ -178,7 +193,7 @@ class Room:
             waiting = sum(tickets.get(name, {}).get("train", 0) for name in ("delivered", "assigned"))
             if waiting <= self.batcher.num_held:
                 break
-            self.inbox.pump()
+            self.pump()
         self._consume(self.batcher.drain(), None)
         self.state.unacked.extend(self.inbox.unfinished_ids())
 

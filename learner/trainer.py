@@ -116,7 +116,7 @@ class Trainer:
             batch = room.batcher.next(self._engine.policy_version)
             if batch is not None:
                 return batch
-            room.inbox.pump()
+            room.pump()
 
     def _evaluate(self, phase: str, *, with_references: bool = False, with_training: bool = False) -> None:
         """Issue the held-out tasks of a phase and wait for their results."""
@@ -132,7 +132,7 @@ class Trainer:
         if with_training:
             room.top_up(remaining_steps=1)
         while not evaluation.complete:
-            room.inbox.pump()
+            room.pump()
 
     def _evaluate_during(self) -> None:
         """Start an evaluation of the current weights without waiting for it."""
@@ -154,7 +154,7 @@ class Trainer:
         room.report.phase("warm start")
         room.client.issue(reference_tickets(settings))  # known already, unless the run was killed before it issued them
         while room.inbox.num_references < section.episodes:
-            room.inbox.pump()
+            room.pump()
         episodes = [trajectory for trajectory in room.inbox.references if worth_imitating(trajectory, section)]
         if not episodes:
             raise ErgonError(

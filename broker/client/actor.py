@@ -1,8 +1,9 @@
 """An actor's side of the experience channel: tickets in, trajectories out, on asyncio.
 
 Owns which leases this process holds and which results are not yet durable; sends them again after every reconnection.
-Never runs an episode. The connection's thread hands everything to the event loop; all state lives on the loop, but for
-what a reconnection needs at once, which is guarded by the connection's lock.
+What is asked and handed in within one turn of the event loop travels together. Never runs an episode. The connection's
+thread hands everything to the event loop; all state lives on the loop, but for what a reconnection needs at once, which
+is guarded by the connection's lock.
 """
 
 from __future__ import annotations
@@ -11,22 +12,21 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from broker.client.connection import Connection, ConnectionClosedError
+from broker.client.parcels import Parcels
+from broker.client.tickets import TicketQueue
 from broker.process.lifecycle import ErgonError
 from broker.process.security import OPEN, Security
-from broker.protocol.codec import trajectory_to_message
 from broker.protocol.commands import (
-    OFFER_BYTES,
     Clear,
     Durable,
     ErrorBody,
     Heartbeat,
     Hello,
     Lease,
-    Offer,
     Release,
     Released,
     ReleaseReason,
@@ -34,6 +34,7 @@ from broker.protocol.commands import (
     SendStatus,
     TicketBody,
     Withdrawn,
+    check,
     parse_body,
 )
 from broker.protocol.errors import ErrorCode, ProtocolError
@@ -81,16 +82,15 @@ class ActorClient:
         )
         # Guarded by the connection's lock: what `_on_welcome` repeats.
         self._held: dict[str, Ticket] = {}  # leased, and not yet durable or given back
-        self._unanswered: dict[str, Message] = {}  # results by ticket id, releases by request id
-        self._offered: dict[str, Message] = {}  # large results, whose OFFER is what is repeated
+        self._parcels = Parcels()  # results that are not answered
+        self._releases: dict[str, Message] = {}  # unanswered, by request id
         self._credit = 0  # tickets asked for since HELLO
         self._received = 0  # tickets received since HELLO
         self._epoch = 0  # HELLOs so far
         # On the loop only.
-        self._ready: deque[Ticket] = deque()
-        self._waiting: deque[asyncio.Future[Ticket]] = deque()
-        self._answers: dict[str, asyncio.Future[SendStatus | int]] = {}
-        self._withdrawn: dict[str, asyncio.Event] = {}  # of tickets that somebody waits for to be withdrawn
+        self._queue = TicketQueue()
+        self._answers: dict[str, asyncio.Future[SendStatus | int]] = {}  # by ticket id or request id
+        self._flushing = False  # `_flush` is about to run
         self.tickets = TicketSource(self)
         self.sender = TrajectorySender(self)
 
@@ -121,34 +121,16 @@ class ActorClient:
     async def lease(self) -> Ticket:
         """The next ticket; waits for one. Cancelling the wait loses no ticket: the next call gets it."""
         self._check()
-        if self._ready:
-            return self._ready.popleft()
-        assert self._loop is not None, "connect() comes first"
-        future: asyncio.Future[Ticket] = self._loop.create_future()
-        self._waiting.append(future)
-        self._ask()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self._hand_out(future.result())  # it came in the very moment of the cancellation
-            raise
-        finally:
-            with contextlib.suppress(ValueError):
-                self._waiting.remove(future)
+        return await self._queue.get(self._flush_soon)
 
     async def withdrawn(self, ticket_id: str) -> None:
         """Wait until the result of a ticket that was leased here is not wanted any more. It is held no more then."""
-        if ticket_id not in self.leases:
-            return
-        event = self._withdrawn.setdefault(ticket_id, asyncio.Event())
-        try:
-            await event.wait()
-        finally:
-            self._withdrawn.pop(ticket_id, None)
+        if ticket_id in self.leases:
+            await self._queue.withdrawn(ticket_id)
 
     async def send(self, trajectory: Trajectory) -> SendStatus:
         """Hand in the result of a ticket; returns when it is durable, however often the broker restarts meanwhile.
+        Results of other tickets that are handed in at the same time may share its message, and never its fate.
 
         "accepted"; "late": taken although the lease had run out; "duplicate": another result was there before;
         "unwanted": the ticket was cancelled or is dead. Raises ProtocolError where the trajectory is not well-formed,
@@ -158,15 +140,14 @@ class ActorClient:
         if ticket_id in self._answers:
             raise ValueError(f"the trajectory of ticket {ticket_id} is being sent already")
         try:
-            message = trajectory_to_message(trajectory)
-            if message.array_bytes > OFFER_BYTES:  # the broker says when it has room for it
+            with self._answer(ticket_id) as answer:
                 with self._connection.lock:
-                    self._offered[ticket_id] = message
-                message = Offer(ticket_id=ticket_id, num_bytes=message.array_bytes).pack()
-            status = await self._request(ticket_id, message)
+                    self._parcels.add(trajectory)
+                self._flush_soon()
+                status = await answer
         finally:
             with self._connection.lock:
-                self._offered.pop(ticket_id, None)
+                self._parcels.discard(ticket_id)
                 self._held.pop(ticket_id, None)
         assert isinstance(status, str)
         return status
@@ -181,6 +162,7 @@ class ActorClient:
 
     async def close(self) -> None:
         """Give back every lease whose result is not being sent, and end the connection. Idempotent."""
+        self._send_results()
         held = tuple(key for key in self.leases if key not in self._answers)
         if held and self._failure is None and self._connection.connected:
             await self._release(held, "drain", "")
@@ -190,31 +172,33 @@ class ActorClient:
     async def _release(self, ticket_ids: tuple[str, ...], reason: ReleaseReason, error: str) -> None:
         request_id = uuid.uuid4().hex
         body = Release(request_id=request_id, ticket_ids=ticket_ids, reason=reason, error=error[:4096])
+        message = check(body).pack()
         try:
-            async with asyncio.timeout(RELEASE_TIMEOUT_S):
-                await self._request(request_id, body.pack())
+            with self._answer(request_id) as answer:
+                with self._connection.lock:
+                    self._releases[request_id] = message
+                    self._send(message)
+                async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                    await answer
         except TimeoutError:
             log.warning("Release not answered; the leases will run out. tickets=%d", len(ticket_ids))
         finally:
             with self._connection.lock:
+                self._releases.pop(request_id, None)
                 for ticket_id in ticket_ids:
                     self._held.pop(ticket_id, None)
 
-    async def _request(self, key: str, message: Message) -> SendStatus | int:
-        """Send a message and wait for its answer, over reconnections."""
+    @contextlib.contextmanager
+    def _answer(self, key: str) -> Iterator[asyncio.Future[SendStatus | int]]:
+        """What the broker will say, over reconnections, of the ticket or request."""
         self._check()
         assert self._loop is not None, "connect() comes first"
         future: asyncio.Future[SendStatus | int] = self._loop.create_future()
         self._answers[key] = future
-        with self._connection.lock:
-            self._unanswered[key] = message
-            self._send(message)
         try:
-            return await future
+            yield future
         finally:
             del self._answers[key]
-            with self._connection.lock:
-                del self._unanswered[key]
 
     # --- on the loop
 
@@ -226,34 +210,45 @@ class ActorClient:
         if self._failure is not None:
             raise self._failure
 
+    def _flush_soon(self) -> None:
+        """Send results and ask for tickets, together with what others are about to at this very moment."""
+        if not self._flushing:
+            assert self._loop is not None, "connect() comes first"
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        self._send_results()
+        self._ask()
+
+    def _send_results(self) -> None:
+        with self._connection.lock:
+            for message in self._parcels.take():
+                self._send(message)
+
     def _ask(self) -> None:
         """Ask for as many tickets as calls wait for; the credit is counted since HELLO."""
         with self._connection.lock:
-            wanted = self._received + len(self._waiting) - len(self._ready)
+            wanted = self._received + self._queue.num_wanted
             if wanted > self._credit:
                 self._credit = wanted
                 self._send(Lease(credit=wanted).pack())
 
-    def _take(self, ticket: Ticket, epoch: int, held_already: bool) -> None:
+    def _take(self, num: int, new: Sequence[Ticket], epoch: int) -> None:
+        """So many tickets came, of which these are new: a ticket that is being run here still, though its lease had run
+        out, is not run twice."""
         with self._connection.lock:
-            self._received += epoch == self._epoch
-        # A ticket that is being run here still, though its lease had run out, is not run twice.
-        self._ask() if held_already else self._hand_out(ticket)
+            if epoch == self._epoch:
+                self._received += num
+        for ticket in new:
+            self._queue.put(ticket)
+        if len(new) < num:
+            self._ask()
 
-    def _withdraw(self, ticket_ids: tuple[str, ...]) -> None:
-        for ticket in [ticket for ticket in self._ready if ticket.ticket_id in ticket_ids]:
-            self._ready.remove(ticket)
-        for ticket_id in ticket_ids:
-            if ticket_id in self._withdrawn:
-                self._withdrawn[ticket_id].set()
-
-    def _hand_out(self, ticket: Ticket) -> None:
-        while self._waiting:
-            future = self._waiting.popleft()
-            if not future.done():
-                future.set_result(ticket)
-                return
-        self._ready.append(ticket)
+    def _settle_all(self, results: Sequence[tuple[str, SendStatus]]) -> None:
+        for ticket_id, status in results:
+            self._settle(ticket_id, status)
 
     def _settle(self, key: str, outcome: SendStatus | int | Exception) -> None:
         future = self._answers.get(key)
@@ -267,8 +262,8 @@ class ActorClient:
     def _fail_waiters(self, error: Exception) -> None:
         self._failure = self._failure or error
         self._failed.set()
-        futures: list[asyncio.Future[Any]] = [*self._waiting, *self._answers.values()]
-        for future in futures:
+        self._queue.fail(self._failure)
+        for future in self._answers.values():
             if not future.done():
                 future.set_exception(self._failure)
 
@@ -287,17 +282,17 @@ class ActorClient:
         except RuntimeError:  # the loop is closed: the process ends without having closed this client
             log.debug("Message dropped. reason=the event loop is closed")
 
-    def _hello(self) -> dict[str, Any]:
-        return Hello(role=Role.ACTOR, peer_id=self.actor_id, run_id=self._run_id, session=self.session).pack().body
+    def _hello(self) -> Message:
+        return Hello(role=Role.ACTOR, peer_id=self.actor_id, run_id=self._run_id, session=self.session).pack()
 
     def _heartbeat(self) -> Message:
         with self._connection.lock:
             return Heartbeat(leases=tuple(self._held)).pack()
 
-    def _on_welcome(self, _welcome: dict[str, Any], _first: bool) -> None:
+    def _on_welcome(self, _welcome: Message, _first: bool) -> None:
         # Leases first: what the broker granted and this list does not name was lost on the way.
         self._send(self._heartbeat())
-        for message in self._unanswered.values():
+        for message in (*self._parcels.again(), *self._releases.values()):
             self._send(message)
         self._credit = self._received = 0
         self._epoch += 1
@@ -305,32 +300,48 @@ class ActorClient:
 
     def _on_message(self, message: Message) -> None:
         if message.command == TicketBody.COMMAND:
-            ticket = parse_body(message, TicketBody).ticket
-            with self._connection.lock:
-                held_already = ticket.ticket_id in self._held
-                self._held[ticket.ticket_id] = ticket
-            self._post(self._take, ticket, self._epoch, held_already)
+            self._on_tickets(parse_body(message, TicketBody).tickets)
         elif message.command == Withdrawn.COMMAND:
             with self._connection.lock:  # a result on its way will be answered
-                ids = [key for key in parse_body(message, Withdrawn).ticket_ids if key not in self._unanswered]
+                ids = [key for key in parse_body(message, Withdrawn).ticket_ids if key not in self._parcels]
                 ids = [key for key in ids if self._held.pop(key, None) is not None]
-            self._post(self._withdraw, tuple(ids))
+            self._post(self._queue.withdraw, ids)
         elif message.command == Clear.COMMAND:
             ticket_id = parse_body(message, Clear).ticket_id
-            with self._connection.lock:  # a send that was cancelled meanwhile takes its offer back
-                self._send(self._offered.get(ticket_id) or Offer(ticket_id=ticket_id, num_bytes=0).pack())
+            with self._connection.lock:
+                self._send(self._parcels.cleared(ticket_id))
         elif message.command == Durable.COMMAND:
-            durable = parse_body(message, Durable)
-            self._post(self._settle, durable.ticket_id, durable.status)
+            results = parse_body(message, Durable).results
+            with self._connection.lock:
+                self._parcels.answered(ticket_id for ticket_id, _ in results)
+            self._post(self._settle_all, results)
         elif message.command == Released.COMMAND:
             released = parse_body(message, Released)
             self._post(self._settle, released.request_id, released.count)
         elif message.command == ErrorBody.COMMAND:
-            body = parse_body(message, ErrorBody)
+            self._on_error(parse_body(message, ErrorBody))
+        else:
+            raise ProtocolError(ErrorCode.UNKNOWN_COMMAND, f"the broker sent {message.command!r:.40} to an actor")
+
+    def _on_tickets(self, tickets: Sequence[Ticket]) -> None:
+        new = []
+        with self._connection.lock:
+            for ticket in tickets:
+                if ticket.ticket_id not in self._held:
+                    new.append(ticket)
+                self._held[ticket.ticket_id] = ticket
+        self._post(self._take, len(tickets), new, self._epoch)
+
+    def _on_error(self, body: ErrorBody) -> None:
+        with self._connection.lock:
+            singles = self._parcels.refused(body.about)
+            for message in singles or ():
+                self._send(message)
+        if singles is None:
             log.error("The broker refused a message. about=%s code=%s reason=%s", body.about, body.code, body.message)
             self._post(self._settle, body.about, ProtocolError(body.known_code, body.message))
         else:
-            raise ProtocolError(ErrorCode.UNKNOWN_COMMAND, f"the broker sent {message.command!r:.40} to an actor")
+            log.warning("A parcel was refused; its items go alone. num=%d reason=%s", len(singles), body.message)
 
     def _on_failure(self, error: Exception) -> None:
         failure = ErgonError(f"the connection to the broker at {self._endpoint} has failed: {error}")

@@ -18,7 +18,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import zmq
 
@@ -26,15 +25,17 @@ from broker.client.handshake import EVENTS, Handshakes
 from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError
 from broker.process.security import OPEN, OVERHEAD_BYTES, Security
-from broker.protocol.commands import ErrorBody, Heartbeat, Hello, Welcome, parse_body
+from broker.protocol.commands import ErrorBody, Heartbeat, Period, Welcome, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import DEFAULT_LIMITS, Limits, Message, decode, encode
+from broker.protocol.trajectory import Facts, Positive
 
 log = logging.getLogger(__name__)
 
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 3.0
 FLUSH_S = 2.0  # at close, for what is still queued
+_LAST, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 RETRIED_CODES = frozenset({ErrorCode.DISK_FULL})  # refusals of a HELLO that pass by themselves
 
 
@@ -46,18 +47,26 @@ class _LostError(Exception):
     """This socket is no good any more; the text says why."""
 
 
+class _Timers(Facts, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """What a connection reads of a WELCOME, of either channel; the rest is its owner's."""
+
+    heartbeat_s: Period
+    liveness: Positive
+
+
 class Connection:
     """A connection that outlives its sockets.
 
-    All callbacks run in the connection's thread and must not block. `on_welcome(welcome, first)` runs after every
-    handshake, with `lock` held, and must send what is outstanding: whatever was queued before is discarded. `first` is
-    True for the first WELCOME of this Connection. `on_message` gets every message but WELCOME and HEARTBEAT, ordinary
-    ERRORs included. `on_failure(exc)` is called once, when the connection has ended for good (a fatal ERROR, a refused
-    handshake, bytes that break the protocol, an exception in a callback); `failure` holds that exception from then on.
+    All callbacks run in the connection's thread and must not block. `on_welcome(welcome, first)` gets the WELCOME after
+    every handshake, with `lock` held, and must send what is outstanding: whatever was queued before is discarded.
+    `first` is True for the first WELCOME of this Connection. `on_message` gets every message but WELCOME and HEARTBEAT,
+    ordinary ERRORs included. `on_failure(exc)` is called once, when the connection has ended for good (a fatal ERROR, a
+    refused handshake, bytes that break the protocol, an exception in a callback); `failure` holds that exception from
+    then on.
 
     Hold `lock` (re-entrant) where a computed message and its `send` must not be separated by a reconnection.
     `heartbeat_s` and `liveness` hold until the WELCOME names the server's own. `heartbeat` makes the message that is
-    sent every `heartbeat_s`; `hello` makes the body of HELLO. `server` is the identity that the other side must prove,
+    sent every `heartbeat_s`; `hello` makes the HELLO. `server` is the identity that the other side must prove,
     where `security` has keys.
     """
 
@@ -65,8 +74,8 @@ class Connection:
         self,
         endpoint: str,
         *,
-        hello: Callable[[], dict[str, Any]],
-        on_welcome: Callable[[dict[str, Any], bool], None],
+        hello: Callable[[], Message],
+        on_welcome: Callable[[Message, bool], None],
         on_message: Callable[[Message], None],
         on_failure: Callable[[Exception], None],
         heartbeat: Callable[[], Message] = lambda: Message(Heartbeat.COMMAND),
@@ -139,8 +148,9 @@ class Connection:
                 return False
             if self._max_queued is not None and len(self._queue) >= self._max_queued:
                 raise BufferError(f"{self._max_queued} messages to {self.endpoint} are waiting already")
+            idle = not self._queue  # else the thread is awake, or waits for the socket to take more
             self._queue.append(message)
-        if threading.current_thread() is not self._thread:
+        if idle and threading.current_thread() is not self._thread:
             self._wake()
         return True
 
@@ -219,7 +229,7 @@ class Connection:
         try:
             self._security.protect_client(dealer, self._server)
             dealer.connect(self.endpoint)
-            dealer.send_multipart(encode(Message(Hello.COMMAND, self._hello())))
+            dealer.send_multipart(encode(self._hello()))
             self._poll(dealer, monitor)
         finally:
             dealer.disable_monitor()
@@ -262,9 +272,11 @@ class Connection:
         """Handle what has arrived, at most 64 messages; whether there was anything."""
         for num in range(64):
             try:
-                frames = dealer.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = [dealer.recv(zmq.NOBLOCK, copy=False)]
             except zmq.Again:
                 return num > 0
+            while frames[-1].more:  # recv_multipart asks the socket instead, which takes longer than the rest of it
+                frames.append(dealer.recv(zmq.NOBLOCK, copy=False))
             self._handle(decode([frame.buffer for frame in frames], self._limits))
         return True
 
@@ -283,20 +295,14 @@ class Connection:
     def _handle_welcome(self, message: Message) -> None:
         if self._welcomed:
             return
-        heartbeat_s, liveness = message.body.get("heartbeat_s"), message.body.get("liveness")
-        if not (
-            isinstance(heartbeat_s, int | float) and heartbeat_s > 0 and isinstance(liveness, int) and liveness > 0
-        ):
-            raise ProtocolError(
-                ErrorCode.BAD_MESSAGE, f"WELCOME with heartbeat_s={heartbeat_s!r:.40} and liveness={liveness!r:.40}"
-            )
-        self._heartbeat_s, self._liveness = float(heartbeat_s), liveness
+        timers = parse_body(message, _Timers)
+        self._heartbeat_s, self._liveness = timers.heartbeat_s, timers.liveness
         with self.lock:
             self._welcomed = True
             self._num_welcomes += 1
             self._learner_present_until = None
             self._handshakes.succeeded()
-            self._on_welcome(message.body, self._num_welcomes == 1)
+            self._on_welcome(message, self._num_welcomes == 1)
         self._settled.set()
         log.info("Connected. name=%s endpoint=%s welcomes=%d", self._name, self.endpoint, self._num_welcomes)
 
@@ -318,8 +324,12 @@ class Connection:
     def _flush(self, dealer: zmq.Socket[bytes]) -> bool:
         """Send what is queued as far as the socket takes it; whether all of it went."""
         while self._queue:
+            frames = encode(self._queue[0])
             try:
-                dealer.send_multipart(encode(self._queue[0]), zmq.NOBLOCK, copy=False)
+                # send_multipart combines its flags anew for every frame, which takes as long as the sending.
+                for frame in frames[:-1]:
+                    dealer.send(frame, _MORE, copy=False)
+                dealer.send(frames[-1], _LAST, copy=False)
             except zmq.Again:
                 return False
             with self.lock:

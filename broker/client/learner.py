@@ -14,14 +14,14 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from broker.client.connection import Connection, ConnectionClosedError
 from broker.process.lifecycle import ErgonError
 from broker.process.security import OPEN, Security
-from broker.protocol.codec import trajectory_from_message
+from broker.protocol.codec import array_bytes, unpack_trajectories
 from broker.protocol.commands import (
     MAX_IDS,
     Ack,
@@ -42,6 +42,7 @@ from broker.protocol.commands import (
     Status,
     StatusReply,
     Welcome,
+    check,
     parse_body,
 )
 from broker.protocol.errors import ErrorCode, ProtocolError
@@ -77,9 +78,10 @@ class _Request:
 class LearnerClient:
     """The learner's connection to the broker; one per learner process.
 
-    `window`: trajectories that may lie here untaken; `window_bytes`: bytes of their arrays, overstepped by one
-    trajectory at most. Every method raises ErgonError once the connection has ended for good; where the broker is only
-    away, they wait for it.
+    `window`: trajectories that may lie here untaken; `window_bytes`: bytes of their arrays, overstepped by one message
+    at most. Every method raises ErgonError once the connection has ended for good; where the broker is only away, they
+    wait for it. No more than MAX_IDS may be held, that is received and not acked: nothing more comes until some are
+    acked (`full`).
     """
 
     def __init__(
@@ -130,6 +132,12 @@ class LearnerClient:
             raise ErgonError("the lineage is known after connect()")
         return self._lineage
 
+    @property
+    def full(self) -> bool:
+        """Whether as many are held as a RESUME can name: nothing more is delivered before an ack."""
+        with self._changed:
+            return len(self._held) >= MAX_IDS
+
     def connect(self, timeout_s: float = 60.0) -> None:
         """Say HELLO and wait for the WELCOME. Raises ErgonError where the broker refuses or does not answer in time."""
         self._connection.start()
@@ -164,7 +172,11 @@ class LearnerClient:
         return num_new
 
     def receive(self, timeout_s: float) -> Trajectory | DeadLetter | None:
-        """The next trajectory or dead letter, or None after `timeout_s`."""
+        """The next trajectory or dead letter, or None after `timeout_s`.
+
+        Small trajectories come many in a message, and their arrays are views of it: one that is kept for long keeps
+        its neighbours' arrays in memory too, up to PARCEL_BYTES (1 MiB) in all.
+        """
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while not self._inbox:
@@ -190,6 +202,7 @@ class LearnerClient:
             with self._changed:
                 self._held.difference_update(ids)
                 self._acked.extend(ids)
+                self._top_up()
         return num_new
 
     def cancel(self, ticket_ids: Sequence[str] | None = None, group_ids: Sequence[str] | None = None) -> int:
@@ -234,7 +247,7 @@ class LearnerClient:
 
     def _ask(self, body: Body, request_id: str, expected: type[ReplyT]) -> ReplyT:
         """Send a request and wait for its reply, over reconnections."""
-        request = _Request(body.pack())
+        request = _Request(check(body).pack())
         with self._changed:
             self._check()
             self._requests[request_id] = request
@@ -257,8 +270,11 @@ class LearnerClient:
         """Renew the credit, counted since HELLO, in steps of a quarter window."""
         if not self._resumed or self._resuming is not None:
             return
-        credit = self._received + self._window - len(self._inbox)
-        # The inbox may overstep its bytes by one trajectory, and outlive a connection: the credit never falls.
+        # A RESUME names all that is held, and the broker takes each for the whole truth, so it cannot be cut in pieces:
+        # what is held and what may still come must fit into one.
+        room = min(self._window - len(self._inbox), MAX_IDS - len(self._held))
+        credit = max(self._credit, self._received + room)
+        # The inbox may overstep its bytes by one message, and outlive a connection: no credit ever falls.
         credit_bytes = max(self._credit_bytes, self._received_bytes + self._window_bytes - self._inbox_bytes)
         step = max(1, self._window // 4) if self._inbox else 1
         if credit - self._credit >= step or credit_bytes - self._credit_bytes >= self._window_bytes // 4:
@@ -267,12 +283,11 @@ class LearnerClient:
 
     # --- in the connection's thread
 
-    def _hello(self) -> dict[str, Any]:
-        hello = Hello(role=Role.LEARNER, peer_id=self._learner_id, run_id=self._run_id, session=self.session)
-        return hello.pack().body
+    def _hello(self) -> Message:
+        return Hello(role=Role.LEARNER, peer_id=self._learner_id, run_id=self._run_id, session=self.session).pack()
 
-    def _on_welcome(self, welcome: dict[str, Any], _first: bool) -> None:
-        body = parse_body(Message(Welcome.COMMAND, welcome), Welcome)
+    def _on_welcome(self, welcome: Message, _first: bool) -> None:
+        body = parse_body(welcome, Welcome)
         if body.lineage is None:
             raise ProtocolError(ErrorCode.BAD_MESSAGE, "WELCOME without a lineage, for a learner")
         self._lineage = body.lineage
@@ -286,11 +301,11 @@ class LearnerClient:
 
     def _on_message(self, message: Message) -> None:
         if message.command == Deliver.COMMAND:
-            trajectory = trajectory_from_message(message)
-            self._take(trajectory.ticket.ticket_id, trajectory, message.array_bytes)
+            self._take((t.ticket.ticket_id, t, array_bytes(t)) for t in unpack_trajectories(message, Deliver))
         elif message.command == Dead.COMMAND:
             letter = parse_body(message, Dead)
-            self._take(letter.ticket_id, DeadLetter(letter.ticket_id, letter.group_id, letter.mode, letter.error))
+            item = DeadLetter(letter.ticket_id, letter.group_id, letter.mode, letter.error)
+            self._take([(letter.ticket_id, item, 0)])
         elif message.command in REPLIES:
             self._settle(parse_body(message, REPLIES[message.command]))
         elif message.command == ErrorBody.COMMAND:
@@ -303,17 +318,21 @@ class LearnerClient:
         else:
             raise ProtocolError(ErrorCode.UNKNOWN_COMMAND, f"the broker sent {message.command!r:.40} to a learner")
 
-    def _take(self, ticket_id: str, item: Trajectory | DeadLetter, num_bytes: int = 0) -> None:
+    def _take(self, items: Iterable[tuple[str, Trajectory | DeadLetter, int]]) -> None:
+        """(ticket id, what came, bytes of its arrays): all of one message."""
         with self._changed:
-            self._received += 1
-            self._received_bytes += num_bytes
-            if ticket_id in self._held:
-                log.warning("Delivery dropped. ticket_id=%s reason=it is held already", ticket_id)
-                self._top_up()
-                return
-            self._held.add(ticket_id)
-            self._inbox.append((item, num_bytes))
-            self._inbox_bytes += num_bytes
+            for ticket_id, item, num_bytes in items:
+                self._received += 1
+                self._received_bytes += num_bytes
+                if ticket_id in self._held:
+                    log.warning("Delivery dropped. ticket_id=%s reason=it is held already", ticket_id)
+                    self._top_up()
+                    continue
+                self._held.add(ticket_id)
+                self._inbox.append((item, num_bytes))
+                self._inbox_bytes += num_bytes
+                if len(self._held) == MAX_IDS:
+                    log.warning("Nothing more is delivered until some are acked. held=%d allowed=%d", MAX_IDS, MAX_IDS)
             self._changed.notify_all()
 
     def _settle(self, reply: Body) -> None:

@@ -14,7 +14,7 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from broker.client.connection import Connection, ConnectionClosedError
 from broker.process.lifecycle import ErgonError
@@ -36,7 +36,9 @@ from broker.protocol.commands import (
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
 
-ReplyT = TypeVar("ReplyT", bound=Body)
+Answer = InspectReply | Requeued | Purged
+AnswerT = TypeVar("AnswerT", InspectReply, Requeued, Purged)
+ANSWERS: dict[str, type[Answer]] = {body.COMMAND: body for body in (InspectReply, Requeued, Purged)}
 
 
 class OperatorClient:
@@ -57,7 +59,7 @@ class OperatorClient:
             name="operator",
             security=security,
         )
-        self._answers: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Answer | Exception] = queue.SimpleQueue()
 
     def __enter__(self) -> OperatorClient:
         self._connection.start()
@@ -101,7 +103,7 @@ class OperatorClient:
         request_id = uuid.uuid4().hex
         return self._ask(Purge(request_id=request_id, all_dead=True), request_id, Purged)
 
-    def _ask(self, body: Body, request_id: str, expected: type[ReplyT]) -> ReplyT:
+    def _ask(self, body: Body, request_id: str, expected: type[AnswerT]) -> AnswerT:
         self._answers = queue.SimpleQueue()  # without what came too late for an earlier question
         if self._connection.failure is not None:
             raise self._unanswered(body, self._connection.failure)
@@ -118,11 +120,10 @@ class OperatorClient:
                 ) from None
             if isinstance(answer, Exception):
                 raise self._unanswered(body, answer)
-            if answer.body.get("request_id") == request_id:
-                try:
-                    return parse_body(answer, expected)
-                except ProtocolError as error:
-                    raise self._unanswered(body, error) from error
+            if answer.request_id == request_id:
+                if not isinstance(answer, expected):
+                    raise self._unanswered(body, ErgonError(f"it said {answer.COMMAND} instead; update the broker"))
+                return answer
 
     def _unanswered(self, body: Body, error: Exception) -> ErgonError:
         problem = ErgonError(f"the broker at {self._endpoint} has not answered {body.COMMAND}: {error}")
@@ -131,11 +132,10 @@ class OperatorClient:
 
     # --- in the connection's thread
 
-    def _hello(self) -> dict[str, Any]:
-        hello = Hello(role=Role.OPERATOR, peer_id=self._operator_id, run_id=self._run_id, session=self._session)
-        return hello.pack().body
+    def _hello(self) -> Message:
+        return Hello(role=Role.OPERATOR, peer_id=self._operator_id, run_id=self._run_id, session=self._session).pack()
 
-    def _on_welcome(self, _welcome: dict[str, Any], first: bool) -> None:
+    def _on_welcome(self, _welcome: Message, first: bool) -> None:
         if not first:
             self._on_failure(ErgonError("the connection was lost meanwhile; see with `ergon broker inspect`"))
 
@@ -143,8 +143,8 @@ class OperatorClient:
         if message.command == ErrorBody.COMMAND:
             body = parse_body(message, ErrorBody)
             self._answers.put(ProtocolError(body.known_code, body.message))
-        elif message.command in (InspectReply.COMMAND, Requeued.COMMAND, Purged.COMMAND):
-            self._answers.put(message)
+        elif message.command in ANSWERS:
+            self._answers.put(parse_body(message, ANSWERS[message.command]))
         else:
             raise ProtocolError(ErrorCode.UNKNOWN_COMMAND, f"the broker sent {message.command!r:.40} to an operator")
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple, Protocol
 
+import msgspec
+
 from broker.exchange.peers import Peer
 from broker.ledger import events as ledger
-from broker.ledger.events import Event, Finish, Reply, Settled
+from broker.ledger.events import Arrived, Event, Finish, Reply, Settled
 from broker.protocol import commands as wire
-from broker.protocol.codec import trajectory_from_message
+from broker.protocol.codec import read_parcel
 from broker.protocol.commands import parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
@@ -21,7 +23,8 @@ from broker.protocol.trajectory import Outcome
 
 
 class Request(NamedTuple):
-    """What a message asks of the ledger. `reply` turns the ledger's Reply into the answer."""
+    """What a message asks of the ledger. `reply` turns the ledger's Reply into the answer, but for the results of
+    trajectories, which are answered together."""
 
     event: Event
     reply: Callable[[Reply], Message] | None = None
@@ -51,23 +54,20 @@ def on_lease(peer: Peer, message: Message, _ended: Ended) -> Request:
 
 
 def on_trajectory(peer: Peer, message: Message, ended: Ended) -> Request:
-    """A finished episode; refused where it is not well-formed, or is none."""
-    head = trajectory_from_message(message).head
-    ticket_id = head.ticket.ticket_id
-    if head.outcome is Outcome.INFRA_FAILURE:
-        raise ProtocolError(
-            ErrorCode.BAD_MESSAGE,
-            f"TRAJECTORY: head.outcome of ticket {ticket_id} is infra_failure, which is no result: "
-            "send RELEASE with reason infra_failure, so that the ticket is tried again",
-        )
-    finish = Finish(head.outcome, head.reward, head.timings_s.get("total", 0.0))
-
-    def reply(result: Reply) -> Message:
-        if result.status is None:
-            raise AssertionError("the ledger answered a result without a status")
-        return wire.Durable(ticket_id=ticket_id, status=result.status).pack()
-
-    return Request(ledger.Result(peer.session, ticket_id, ended.settled(ticket_id), finish=finish), reply)
+    """Finished episodes; refused where one is not well-formed, or is none."""
+    arrived = []
+    for item in read_parcel(message).items:
+        head = item.head
+        ticket_id = head.ticket.ticket_id
+        if head.outcome is Outcome.INFRA_FAILURE:
+            raise ProtocolError(
+                ErrorCode.BAD_MESSAGE,
+                f"TRAJECTORY: head.outcome of ticket {ticket_id} is infra_failure, which is no result: "
+                "send RELEASE with reason infra_failure, so that the ticket is tried again",
+            )
+        finish = Finish(head.outcome, head.reward, head.timings_s.get("total", 0.0))
+        arrived.append(Arrived(ticket_id, finish, ended.settled(ticket_id)))
+    return Request(ledger.Results(peer.session, tuple(arrived)))
 
 
 def on_release(peer: Peer, message: Message, _ended: Ended) -> Request:
@@ -167,8 +167,29 @@ HANDLERS: Final[Mapping[str, Callable[[Peer, Message, Ended], Request]]] = {
 
 
 def about(message: Message) -> str:
-    """What an ERROR about this message refers to: its request id, the ticket of its trajectory, or else its command."""
-    request_id, head = message.body.get("request_id"), message.body.get("head")
-    ticket = head.get("ticket") if isinstance(head, dict) else None
-    ticket_id = ticket.get("ticket_id") if isinstance(ticket, dict) else None
-    return next((key for key in (request_id, ticket_id) if isinstance(key, str)), message.command)
+    """What an ERROR about this message refers to: its request id, its (first) ticket, or else its command."""
+    try:
+        body = msgspec.msgpack.decode(message.body, type=_About)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return message.command
+    return body.request_id or body.ticket_id or (body.items[0].head.ticket.ticket_id if body.items else message.command)
+
+
+class _Named(msgspec.Struct):
+    ticket_id: str
+
+
+class _Headed(msgspec.Struct):
+    ticket: _Named
+
+
+class _Listed(msgspec.Struct):
+    head: _Headed
+
+
+class _About(msgspec.Struct):
+    """Of any body, what names its subject."""
+
+    request_id: str = ""
+    ticket_id: str = ""
+    items: list[_Listed] = []

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
 
-from broker.ledger.events import Finished, Settle
-from broker.protocol.trajectory import Mode
+from broker.ledger.events import Finish, Finished, Settle
+from broker.protocol.trajectory import Mode, Ticket
 
 QUANTITIES: Final = ("duration", "difficulty")
 NUM_BINS: Final = 48
@@ -67,12 +67,11 @@ class _Histograms:
         self.dispatched = [[0.0] * NUM_BINS for _ in QUANTITIES]
         self.consumed = [[0.0] * NUM_BINS for _ in QUANTITIES]
 
-    def add(self, bins: tuple[int, int], consumed: bool) -> None:
-        self.weight *= 1.0 + 1.0 / MEMORY_RESULTS
-        for quantity, index in enumerate(bins):
-            self.dispatched[quantity][index] += self.weight
-            if consumed:
-                self.consumed[quantity][index] += self.weight
+    def add(self, duration_bin: int, difficulty_bin: int, consumed: bool) -> None:
+        self.weight = weight = self.weight * (1.0 + 1.0 / MEMORY_RESULTS)
+        for durations, difficulties in (self.dispatched, self.consumed) if consumed else (self.dispatched,):
+            durations[duration_bin] += weight
+            difficulties[difficulty_bin] += weight
         if self.weight > MAX_WEIGHT:
             for weights in (*self.dispatched, *self.consumed):
                 weights[:] = [weight / self.weight for weight in weights]
@@ -104,9 +103,13 @@ class DriftMonitor:
     def observe(self, action: Finished | Settle) -> None:
         """One action of the ledger."""
         if isinstance(action, Settle):
-            self._settle(action.ticket_id, action.consumed)
-        elif action.ticket.mode is Mode.TRAIN:
-            self._finish(action)
+            for ticket_id in action.ticket_ids:
+                if ticket_id in self._results:
+                    self._settle(ticket_id, consumed=ticket_id not in action.dropped)
+        else:
+            for ticket, finish in action.results:
+                if ticket.mode is Mode.TRAIN:
+                    self._finish(ticket, finish)
 
     def drift(self) -> Mapping[tuple[str, str], float]:
         """By environment and quantity: how far the distribution of what was used lies from that of what was run."""
@@ -116,21 +119,20 @@ class DriftMonitor:
             for index, quantity in enumerate(QUANTITIES)
         }
 
-    def _finish(self, action: Finished) -> None:
-        ticket, finish = action.ticket, action.finish
+    def _finish(self, ticket: Ticket, finish: Finish) -> None:
         self._forget(ticket.ticket_id)  # a result that was taken back and is replaced
         due = self._num_settled + self._patience
         result = _Result(ticket.task.env, ticket.group_id, finish.duration_s, finish.reward, due)
         self._results[ticket.ticket_id] = result
         self._by_age.append((due, ticket.ticket_id))
-        group = self._groups.setdefault(ticket.group_id, _Group())
+        group = self._groups.get(ticket.group_id)
+        if group is None:
+            group = self._groups[ticket.group_id] = _Group()
         group.reward_sum += finish.reward
         group.num_rewards += 1
         group.num_open += 1
 
     def _settle(self, ticket_id: str, consumed: bool) -> None:
-        if ticket_id not in self._results:
-            return
         self._num_settled += 1
         self._count(ticket_id, consumed)
         while self._by_age:
@@ -145,8 +147,10 @@ class DriftMonitor:
     def _count(self, ticket_id: str, consumed: bool) -> None:
         result = self._results.pop(ticket_id)
         group = self._groups[result.group_id]
-        bins = _duration_bin(result.duration_s), _unit_bin(group.difficulty)
-        self._histograms.setdefault(result.env, _Histograms()).add(bins, consumed)
+        histograms = self._histograms.get(result.env)
+        if histograms is None:
+            histograms = self._histograms[result.env] = _Histograms()
+        histograms.add(_duration_bin(result.duration_s), _unit_bin(group.difficulty), consumed)
         self._close(result.group_id, group)
 
     def _forget(self, ticket_id: str) -> None:
@@ -166,9 +170,13 @@ def _duration_bin(seconds: float) -> int:
     """Half-octave bins; what is shorter or longer is in the first or the last."""
     if seconds <= SHORTEST_S:
         return 0
-    return min(1 + int(2.0 * math.log2(seconds / SHORTEST_S)), NUM_BINS - 1)
+    index = 1 + int(2.0 * math.log2(seconds / SHORTEST_S))
+    return index if index < NUM_BINS else NUM_BINS - 1
 
 
 def _unit_bin(value: float) -> int:
     """Equal bins over 0 to 1; rewards beyond that range count as its ends."""
-    return min(max(int(value * NUM_BINS), 0), NUM_BINS - 1)
+    if value <= 0.0:
+        return 0
+    index = int(value * NUM_BINS)
+    return index if index < NUM_BINS else NUM_BINS - 1

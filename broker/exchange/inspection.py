@@ -118,7 +118,7 @@ def _dead_row(entry: Entry) -> DeadRow:
 
 
 def stored_bytes(directory: Path) -> int:
-    """Size of all files of the store: database, write-ahead log, blobs, reserve."""
+    """Size of all files of the store: database, blobs, reserve."""
     num_bytes = 0
     for path in directory.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # a blob that was collected meanwhile

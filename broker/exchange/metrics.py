@@ -8,7 +8,7 @@ from typing import Final
 from prometheus_client import Counter, Gauge, Histogram
 
 from broker.ledger.events import Count
-from broker.protocol.commands import Role, StatusReply
+from broker.protocol.commands import COMMANDS, Role, StatusReply
 
 tickets = Gauge(
     "ergon_broker_tickets",
@@ -66,7 +66,7 @@ damaged = Counter(
 )
 received_bytes = Counter("ergon_broker_received_bytes_total", "Bytes of all frames received.")
 sent_bytes = Counter("ergon_broker_sent_bytes_total", "Bytes of all frames handed to the network.")
-store_bytes = Gauge("ergon_broker_store_bytes", "Size of the journal's file.")
+store_bytes = Gauge("ergon_broker_store_bytes", "Size of all files of the store, blobs included.")
 commit_seconds = Histogram(
     "ergon_broker_commit_seconds",
     "Seconds one group commit took.",
@@ -106,6 +106,14 @@ def count(action: Count) -> None:
         COUNTS[action.name].inc(action.num)
 
 
+_MESSAGES: Final = {command: messages.labels(command) for command in (*COMMANDS, "unknown")}
+
+
+def count_message(command: str) -> None:
+    """Count a message that arrived; `command` is one of the protocol's, or "unknown"."""
+    _MESSAGES[command].inc()
+
+
 def observe_drift(drifts: Mapping[tuple[str, str], float], threshold: float) -> None:
     """Set the gauges of the monitor."""
     for (env, quantity), value in drifts.items():
@@ -113,7 +121,7 @@ def observe_drift(drifts: Mapping[tuple[str, str], float], threshold: float) -> 
     drift_alarm.set(any(value >= threshold for value in drifts.values()))
 
 
-def observe(status: StatusReply, on_hold: bool, file_bytes: int) -> None:
+def observe(status: StatusReply, on_hold: bool, num_bytes: int) -> None:
     """Set the gauges."""
     for state, by_mode in status.tickets.items():
         for mode, num in by_mode.items():
@@ -122,4 +130,4 @@ def observe(status: StatusReply, on_hold: bool, file_bytes: int) -> None:
         peers.labels(role.value).set(status.peers.get(role.value, 0))
     store_full.set(status.full)
     leases_on_hold.set(on_hold)
-    store_bytes.set(file_bytes)
+    store_bytes.set(num_bytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import zmq
@@ -17,19 +18,37 @@ from broker.protocol.frames import Frame, Message
 TRACKED_BYTES: Final = 65_536  # smaller frames are copied into ZeroMQ's own memory, which cannot be watched
 
 
+@dataclass(slots=True)
+class Run:
+    """Results that lie in one parcel of the store: the index of each there, and its ticket."""
+
+    parcel: int
+    indexes: list[int]
+    ticket_ids: list[str]
+
+
 class Outflow:
     """One connection's. It ends with the connection, and so does what waits in it."""
 
     def __init__(self) -> None:
-        self._waiting: deque[str | Message] = deque()
+        self._waiting: deque[Run | Message] = deque()
         self._credit_bytes: int | None = None
         self._sent_bytes = 0
         self._on_the_way: deque[tuple[zmq.MessageTracker, int]] = deque()
         self._queued_bytes = 0
 
-    def add(self, item: str | Message) -> None:
-        """Queue the result of a ticket, by its id, or a message that must not overtake one."""
-        self._waiting.append(item)
+    def add(self, message: Message) -> None:
+        """Queue a message that must not overtake a result."""
+        self._waiting.append(message)
+
+    def add_result(self, parcel: int, index: int, ticket_id: str) -> None:
+        """Queue a result; neighbours that came in one parcel go out in one message."""
+        last = self._waiting[-1] if self._waiting else None
+        if isinstance(last, Run) and last.parcel == parcel:
+            last.indexes.append(index)
+            last.ticket_ids.append(ticket_id)
+        else:
+            self._waiting.append(Run(parcel, [index], [ticket_id]))
 
     def allow(self, credit_bytes: int | None) -> None:
         """The peer is ready for so many bytes of arrays in all since its HELLO; None for any number."""
@@ -38,7 +57,7 @@ class Outflow:
         else:
             self._credit_bytes = max(self._credit_bytes, credit_bytes)
 
-    def next(self, max_queued_bytes: int) -> str | Message | None:
+    def next(self, max_queued_bytes: int) -> Run | Message | None:
         """Take what is to be sent now. None where nothing waits, the credit is used up, or `max_queued_bytes` of large
         frames are queued already; each bound is overstepped by one message at most."""
         if not self._waiting or self.blocked(max_queued_bytes):
@@ -48,7 +67,7 @@ class Outflow:
         return self._waiting.popleft()
 
     def sent(self, message: Message) -> None:
-        """A result went out: its arrays count against the credit."""
+        """Results went out: their arrays count against the credit."""
         self._sent_bytes += message.array_bytes
 
     def blocked(self, max_queued_bytes: int) -> bool:

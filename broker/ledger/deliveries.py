@@ -15,7 +15,8 @@ from broker.ledger.events import (
     Credit,
     Damaged,
     Deliver,
-    JournalEnd,
+    EndedRow,
+    JournalEnds,
     JournalRecall,
     LearnerJoined,
     Reply,
@@ -24,6 +25,9 @@ from broker.ledger.events import (
 )
 from broker.ledger.table import OPEN, TicketTable
 from broker.protocol.commands import TicketState as T
+
+_new_row = tuple.__new__  # makes a NamedTuple in half the time that its own constructor takes
+_DELIVERED, _DEAD = T.DELIVERED, T.DEAD  # looked up once: a member costs more to look up than to compare
 
 
 class Deliveries:
@@ -51,18 +55,18 @@ class Deliveries:
             return [Reply()]
         actions, num_acked = self._ack_ids(event.acked)
         held = frozenset(event.held)
-        returned = sorted(self._table.assigned - held)
-        for ticket_id in returned:
-            self._table.move(ticket_id, "redeliver")
+        num_returned = 0
         for ticket_id, entry in self._table.entries.items():
             if entry.state is T.DEAD:
                 entry.announced = ticket_id in held
-                self._table.remind(ticket_id)
-        for ticket_id in sorted(held & self._table.entries.keys()):
-            if self._table.entries[ticket_id].state is T.DELIVERED:
-                self._table.move(ticket_id, "keep")
+                self._table.queue_again(entry)
+            elif entry.state is T.ASSIGNED and ticket_id not in held:
+                self._table.move(entry, "redeliver")
+                num_returned += 1
+            elif entry.state is T.DELIVERED and ticket_id in held:
+                self._table.move(entry, "keep")
         self._resumed = True
-        return [*actions, Reply(count=num_acked, returned=len(returned))]
+        return [*actions, Reply(count=num_acked, returned=num_returned)]
 
     def add_credit(self, event: Credit) -> None:
         """The learner is ready for more."""
@@ -72,18 +76,24 @@ class Deliveries:
     def deliver(self) -> list[Action]:
         """Send what is ready, within the credit, in the order of arrival."""
         actions: list[Action] = []
-        while self._resumed and self._sent < self._credit:
-            entry = self._table.pop_result()
-            if entry is None:
-                break
-            ticket = entry.ticket
-            if entry.state is T.DELIVERED:
-                self._table.move(ticket.ticket_id, "deliver")
-                actions.append(Deliver(self._learner, ticket.ticket_id))
-            else:
-                entry.announced = True
-                actions.append(AnnounceDead(self._learner, ticket.ticket_id, ticket.group_id, ticket.mode, entry.error))
+        if not self._resumed:
+            return actions
+        table = self._table
+        ready: list[str] = []  # results without a dead letter in between
+        while self._sent < self._credit and (entry := table.pop_result()) is not None:
             self._sent += 1
+            ticket = entry.ticket
+            if entry.state is _DELIVERED:
+                table.move(entry, "deliver")
+                ready.append(ticket.ticket_id)
+                continue
+            if ready:
+                actions.append(Deliver(self._learner, tuple(ready)))
+                ready = []
+            entry.announced = True
+            actions.append(AnnounceDead(self._learner, ticket.ticket_id, ticket.group_id, ticket.mode, entry.error))
+        if ready:
+            actions.append(Deliver(self._learner, tuple(ready)))
         return actions
 
     def damaged(self, event: Damaged) -> list[Action]:
@@ -94,8 +104,8 @@ class Deliveries:
         if event.session == self._learner:
             self._sent -= 1  # nothing was sent
         entry.result_seq, entry.source = 0, ""
-        self._table.move(event.ticket_id, "recall")
-        return [JournalRecall(event.ticket_id), Count("damaged")]
+        self._table.move(entry, "recall")
+        return [JournalRecall(entry.seq, event.ticket_id), Count("damaged")]
 
     def ack(self, event: Ack) -> list[Action]:
         """A complete checkpoint contains these."""
@@ -103,17 +113,23 @@ class Deliveries:
         return [*actions, Reply(count=num)]
 
     def _ack_ids(self, ticket_ids: Iterable[str], dropped: frozenset[str] = frozenset()) -> tuple[list[Action], int]:
-        actions: list[Action] = []
-        num = 0
+        table = self._table
+        entries = table.entries
+        settled: list[str] = []
+        rows: list[EndedRow] = []
         for ticket_id in ticket_ids:
-            entry = self._table.entries.get(ticket_id)
+            entry = entries.get(ticket_id)
             if entry is None or entry.state in OPEN:
                 continue
-            num += 1
-            if entry.state is T.DEAD:
-                self._table.bury(ticket_id)
+            if entry.state is _DEAD:
+                table.bury(entry)
             else:
-                self._table.move(ticket_id, "ack")
-                actions.append(Settle(ticket_id, consumed=ticket_id not in dropped))
-            actions.append(JournalEnd(ticket_id, entry.state))
-        return [*actions, Count("acked", num)], num
+                table.move(entry, "ack")
+                settled.append(ticket_id)
+            rows.append(_new_row(EndedRow, (entry.seq, ticket_id, entry.ticket.mode, entry.state)))
+        actions: list[Action] = []
+        if settled:
+            actions.append(Settle(tuple(settled), dropped.intersection(settled) if dropped else dropped))
+        if rows:
+            actions.append(JournalEnds(tuple(rows)))
+        return [*actions, Count("acked", len(rows))], len(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from broker.protocol.commands import ReleaseReason, SendStatus, TicketState
 from broker.protocol.trajectory import Mode, Outcome, Ticket
@@ -17,8 +18,7 @@ class Settled:
     source: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(NamedTuple):
     """What a result says of its episode, for the counts and the monitor."""
 
     outcome: Outcome
@@ -61,14 +61,20 @@ class Renew:
     ticket_ids: tuple[str, ...]
 
 
+class Arrived(NamedTuple):
+    """One trajectory of a message. `settled`: the journal's word where the ledger does not know the ticket."""
+
+    ticket_id: str
+    finish: Finish
+    settled: Settled | None = None
+
+
 @dataclass(frozen=True, slots=True)
-class Result:
-    """A trajectory arrived. `settled`: the journal's word where the ledger does not know the ticket."""
+class Results:
+    """The trajectories of one message arrived, in its order."""
 
     session: str
-    ticket_id: str
-    settled: Settled | None = None
-    finish: Finish = field(kw_only=True)
+    results: tuple[Arrived, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +179,7 @@ Event = (
     | ActorJoined
     | Want
     | Renew
-    | Result
+    | Results
     | Release
     | PeerGone
     | LearnerJoined
@@ -190,48 +196,68 @@ Event = (
 
 
 # --- actions, in the order in which they must be carried out
+#
+# `seq` is the place of a ticket in the queue, for ever, and its key in the journal; `result_seq` the place of a
+# trajectory or a dead letter among the results.
 
 
 @dataclass(frozen=True, slots=True)
-class JournalTicket:
-    """Write a new ticket. `seq` is its place in the queue, for ever."""
+class JournalTickets:
+    """Write new tickets, each with its `seq`."""
 
+    rows: tuple[tuple[int, Ticket], ...]
+
+
+class TakenRow(NamedTuple):
+    """The index-th trajectory of the message that the event brought is the result of this ticket."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs
     seq: int
-    ticket: Ticket
-
-
-@dataclass(frozen=True, slots=True)
-class JournalResult:
-    """Write the trajectory that the event brought. `seq` is its place among the results."""
-
-    seq: int
+    result_seq: int
     ticket_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class JournalResults:
+    """Write the message that the event brought, and that these of its trajectories are results, of this session."""
+
     source: str
+    rows: tuple[TakenRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class JournalAttempt:
-    """Write a ticket's new attempt; `dead` where there is none left, which puts its letter at `seq` of the results."""
+    """Write a ticket's new attempt; `dead` where there is none left, which puts its letter at `result_seq`."""
 
+    seq: int
     ticket_id: str
     attempt: int
     error: str
     dead: bool = False
-    seq: int = 0
+    result_seq: int = 0
+
+
+class EndedRow(NamedTuple):
+    """A ticket that leaves the ledger."""
+
+    seq: int
+    ticket_id: str
+    mode: Mode
+    state: TicketState
 
 
 @dataclass(frozen=True, slots=True)
-class JournalEnd:
-    """Write that a ticket has left the ledger in this state; its trajectory is deleted."""
+class JournalEnds:
+    """Write that these tickets have left the ledger; their trajectories are deleted."""
 
-    ticket_id: str
-    state: TicketState
+    rows: tuple[EndedRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class JournalRecall:
     """Write that a ticket is issued again, its attempt unchanged; its trajectory, which is damaged, is deleted."""
 
+    seq: int
     ticket_id: str
 
 
@@ -239,16 +265,17 @@ class JournalRecall:
 class JournalPurge:
     """Write that a dead letter was given up: its error now says so. The learner is still to be told."""
 
+    seq: int
     ticket_id: str
     error: str
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Send the ticket to this actor."""
+    """Send the tickets to this actor."""
 
     session: str
-    ticket: Ticket
+    tickets: tuple[Ticket, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,10 +288,10 @@ class Withdraw:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Send the journal's trajectory to the learner."""
+    """Send the journal's trajectories of these tickets to the learner, in this order."""
 
     session: str
-    ticket_id: str
+    ticket_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,11 +308,11 @@ class AnnounceDead:
 @dataclass(frozen=True, slots=True)
 class Reply:
     """Answer the event's sender once the journal is durable: a count (with `returned` for a Resume, and (ticket id,
-    reason) of what was `refused` to an operator), or a result's status."""
+    reason) of what was `refused` to an operator), or the `statuses` of results by ticket, in their order."""
 
     count: int = 0
     returned: int = 0
-    status: SendStatus | None = None
+    statuses: tuple[tuple[str, SendStatus], ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
 
 
@@ -300,25 +327,24 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The first result of a ticket was taken; for the monitor."""
+    """The first results of these tickets were taken; for the monitor."""
 
-    ticket: Ticket
-    finish: Finish
+    results: tuple[tuple[Ticket, Finish], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """The learner is done with a trajectory: `consumed`, or thrown away; for the monitor."""
+    """The learner is done with these trajectories, and threw those that are `dropped` away unused; for the monitor."""
 
-    ticket_id: str
-    consumed: bool
+    ticket_ids: tuple[str, ...]
+    dropped: frozenset[str] = frozenset()
 
 
 Action = (
-    JournalTicket
-    | JournalResult
+    JournalTickets
+    | JournalResults
     | JournalAttempt
-    | JournalEnd
+    | JournalEnds
     | JournalRecall
     | JournalPurge
     | Grant

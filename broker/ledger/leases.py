@@ -9,6 +9,8 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from broker.ledger.events import (
     Action,
     ActorJoined,
@@ -21,8 +23,9 @@ from broker.ledger.events import (
     Want,
     Withdraw,
 )
-from broker.ledger.table import OPEN, Entry, TicketTable
+from broker.ledger.table import OPEN, Counts, Entry, TicketTable, totals
 from broker.protocol.commands import TicketState as T
+from broker.protocol.trajectory import Ticket
 
 
 @dataclass(slots=True)
@@ -55,8 +58,8 @@ class Leases:
         session = self._session_of.get(event.actor_id, event.session)
         if session != event.session:  # the actor's process was restarted: what it ran is gone
             actor = self.actors[session]
-            for ticket_id in sorted(actor.leases):
-                actions += [*self.fail(ticket_id, "its actor was restarted"), Count("expired")]
+            lost = [self._table.entries[ticket_id] for ticket_id in sorted(actor.leases)]
+            actions += self._expire(lost, "its actor was restarted")
             self._leave(session, actor)
         actor = self.actors.setdefault(event.session, Actor(event.actor_id))
         actor.joined = actor.fresh = True
@@ -96,17 +99,30 @@ class Leases:
 
     def grant(self, now: float) -> list[Action]:
         """Lease what waits to those who wait, in turn."""
-        actions: list[Action] = []
-        while self._waiting and not self.on_hold and now >= self._grant_from:
-            if (ticket_id := self._table.pop_issued()) is None:
-                break
-            session, _ = self._waiting.popitem(last=False)
+        waiting, table = self._waiting, self._table
+        if not waiting or self.on_hold or now < self._grant_from:
+            return []
+        num, expires_at = 0, now + self._lease_s
+        granted: dict[str, list[Ticket]] = {}
+        while waiting and (entry := table.pop_issued()) is not None:
+            session = next(iter(waiting))
             actor = self.actors[session]
             actor.granted += 1
-            self._queue_actor(session, actor)  # at the end: actors take turns
-            entry = self._lease(ticket_id, "grant", session, now)
-            actions += [Grant(session, entry.ticket), Count("granted")]
-        return actions
+            if actor.want > actor.granted:
+                waiting.move_to_end(session)  # actors take turns
+            else:
+                del waiting[session]
+            actor.leases.add(entry.ticket.ticket_id)
+            table.lease(entry, "grant", session, expires_at)
+            num += 1
+            if session in granted:
+                granted[session].append(entry.ticket)
+            else:
+                granted[session] = [entry.ticket]
+        if not num:
+            return []
+        grants = [Grant(session, tuple(tickets)) for session, tickets in granted.items()]
+        return [*grants, Count("granted", num)]
 
     # --- the life of a lease
 
@@ -115,53 +131,52 @@ class Leases:
         actor = self.actors.get(event.session)
         if actor is None or not actor.joined:
             return []
-        actions: list[Action] = []
+        num_reclaimed = 0
         in_vain = []
         for ticket_id in event.ticket_ids:
             entry = self._table.entries.get(ticket_id)
             if entry is None or (entry.state not in OPEN and entry.source != event.session):
                 in_vain.append(ticket_id)
             elif entry.state is T.ISSUED:
-                self._lease(ticket_id, "reclaim", event.session, now)
-                actions.append(Count("reclaimed"))
+                actor.leases.add(ticket_id)
+                self._table.lease(entry, "reclaim", event.session, now + self._lease_s)
+                num_reclaimed += 1
             elif entry.holder == event.session:
-                entry.expires_at = now + self._lease_s
+                self._table.renew(entry, now + self._lease_s)
         if actor.fresh:
             actor.fresh = False
             for ticket_id in sorted(actor.leases.difference(event.ticket_ids)):  # lost on the way to the actor
-                self.end(ticket_id, "return")
+                self.end(self._table.entries[ticket_id], "return")
             self._queue_actor(event.session, actor)
+        actions: list[Action] = [Count("reclaimed", num_reclaimed)] if num_reclaimed else []
         return [*actions, *([Withdraw(event.session, tuple(in_vain))] if in_vain else [])]
 
-    def _lease(self, ticket_id: str, transition: str, session: str, now: float) -> Entry:
-        self.actors[session].leases.add(ticket_id)
-        return self._table.lease(ticket_id, transition, session, now + self._lease_s)
-
-    def end(self, ticket_id: str, transition: str) -> Entry:
+    def end(self, entry: Entry, transition: str) -> None:
         """A transition out of leased (or issued, where there is no lease to drop)."""
-        session = self._table.entries[ticket_id].holder
-        if session:
+        if session := entry.holder:
             actor = self.actors[session]
-            actor.leases.discard(ticket_id)
-            self._forget_idle(session, actor)
-        return self._table.move(ticket_id, transition)
+            actor.leases.discard(entry.ticket.ticket_id)
+            if not actor.joined:
+                self._forget_idle(session, actor)
+        self._table.move(entry, transition)
 
-    def fail(self, ticket_id: str, error: str) -> list[Action]:
+    def _fail(self, entry: Entry, error: str, counts: Counts) -> Action:
         """An attempt is used up: issue the ticket again, or bury it."""
-        entry = self._table.entries[ticket_id]
-        attempt = entry.ticket.attempt + 1
-        entry.ticket = entry.ticket.model_copy(update={"attempt": attempt})
+        ticket_id, attempt = entry.ticket.ticket_id, entry.ticket.attempt + 1
+        entry.ticket = replace(entry.ticket, attempt=attempt)
         entry.error = error
         if attempt < self._max_attempts:
-            self.end(ticket_id, "return")
-            return [JournalAttempt(ticket_id, attempt, error)]
-        self.end(ticket_id, "exhaust")
-        dead = JournalAttempt(ticket_id, attempt, error, dead=True, seq=entry.result_seq)
-        return [dead, Count("dead"), *self._table.closing(entry)]
+            self.end(entry, "return")
+            return JournalAttempt(entry.seq, ticket_id, attempt, error)
+        self.end(entry, "exhaust")
+        counts["dead", ""] = counts.get(("dead", ""), 0) + 1
+        self._table.count_closing(entry, counts)
+        return JournalAttempt(entry.seq, ticket_id, attempt, error, dead=True, result_seq=entry.result_seq)
 
     def release(self, event: Release) -> list[Action]:
         """Leases given back."""
         actions: list[Action] = []
+        counts: Counts = {}
         num = 0
         for ticket_id in event.ticket_ids:
             entry = self._table.entries.get(ticket_id)
@@ -169,22 +184,24 @@ class Leases:
                 continue
             num += 1
             if event.reason == "drain":
-                self.end(ticket_id, "return")
+                self.end(entry, "return")
             else:
-                actions += self.fail(ticket_id, event.error)
+                actions.append(self._fail(entry, event.error, counts))
         actor = self.actors.get(event.session)
         if event.reason == "drain" and actor is not None:
             # It is stopping: without this the ticket would be leased to the same actor at once.
             actor.want = actor.granted
             self._waiting.pop(event.session, None)
-        return [*actions, Count(f"released_{event.reason}", num), Reply(count=num)]
+        return [*actions, *totals(counts), Count(f"released_{event.reason}", num), Reply(count=num)]
 
     def expire(self, now: float) -> list[Action]:
         """Fail the leases that have run out."""
-        actions: list[Action] = []
-        while (ticket_id := self._table.pop_expired(now)) is not None:
-            actions += [*self.fail(ticket_id, "its lease ran out"), Count("expired")]
-        return actions
+        return self._expire(self._table.expired(now), "its lease ran out")
+
+    def _expire(self, lost: Iterable[Entry], error: str) -> list[Action]:
+        counts: Counts = {}
+        actions = [self._fail(entry, error, counts) for entry in lost]
+        return [*actions, *totals(counts), Count("expired", len(actions))] if actions else []
 
     def withdrawals(self, held: Iterable[tuple[str, str]]) -> list[Action]:
         """Tell those actors that can be reached that the tickets they hold are not wanted any more.

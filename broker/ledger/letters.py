@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
+from msgspec.structs import replace
+
 from broker.ledger.events import Action, Count, JournalAttempt, JournalPurge, Purge, Reply, Requeue, Settled
 from broker.ledger.table import Entry, TicketTable
 from broker.protocol.commands import MAX_ROWS
@@ -31,10 +33,10 @@ class Letters:
         chosen, refused = self._choose(event, self._no_requeue)
         actions: list[Action] = []
         for entry in chosen:
-            entry.ticket = entry.ticket.model_copy(update={"attempt": 0})
+            entry.ticket = replace(entry.ticket, attempt=0)
             entry.error, entry.result_seq = "", 0
-            self._table.move(entry.ticket.ticket_id, "requeue")
-            actions.append(JournalAttempt(entry.ticket.ticket_id, 0, ""))
+            self._table.move(entry, "requeue")
+            actions.append(JournalAttempt(entry.seq, entry.ticket.ticket_id, 0, ""))
         return [*actions, Count("requeued", len(chosen)), Reply(count=len(chosen), refused=refused)]
 
     def purge(self, event: Purge) -> list[Action]:
@@ -43,7 +45,7 @@ class Letters:
         actions: list[Action] = []
         for entry in chosen:
             entry.source, entry.error = PURGED, f"purged by the operator: {entry.error}"
-            actions.append(JournalPurge(entry.ticket.ticket_id, entry.error))
+            actions.append(JournalPurge(entry.seq, entry.ticket.ticket_id, entry.error))
         return [*actions, Count("purged", len(chosen)), Reply(count=len(chosen), refused=refused)]
 
     def _choose(

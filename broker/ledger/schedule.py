@@ -15,6 +15,8 @@ Owns the order. Knows no actor, and of a ticket only that it waits; reads no clo
 from __future__ import annotations
 
 import heapq
+import sys
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,45 +24,43 @@ OLDEST_EVERY: Final = 4
 MAX_COST_RATIO: Final = 100.0
 MEMORY_LEASES: Final = 64
 
-Rank = tuple[float, ...]
+GroupRank = tuple[int, int, str]
+"""(missing results, seq of the oldest waiting ticket, group id)"""
+
+_LAST: Final[GroupRank] = (sys.maxsize, 0, "")
 
 
-class Ranked:
-    """Keys in the order of their rank, which may change. O(log n) amortised, memory O(keys)."""
+class Waiting:
+    """Waiting tickets by age: a lazy heap of (seq, ticket id).
 
-    __slots__ = ("_heap", "_ranks")
+    A ticket that waits no more stays in the heap until it comes to the front, or until such leftovers are more than
+    half of it. One that comes back may lie there twice, with the same seq: no harm. So every operation is O(log n)
+    amortised and memory O(n), and the usual one, of a ticket younger than all others, is a plain append.
+    """
+
+    __slots__ = ("heap", "num")
 
     def __init__(self) -> None:
-        self._ranks: dict[str, Rank] = {}
-        self._heap: list[tuple[Rank, str]] = []  # lazy: an entry counts only while it is the key's rank
+        self.heap: list[tuple[int, str]] = []
+        self.num = 0  # tickets that wait
 
-    def __len__(self) -> int:
-        return len(self._ranks)
+    def add(self, seq: int, ticket_id: str) -> None:
+        """A ticket waits."""
+        heapq.heappush(self.heap, (seq, ticket_id))
+        self.num += 1
 
-    def set(self, key: str, rank: Rank) -> None:
-        """Add a key, or change its rank."""
-        if self._ranks.get(key) != rank:
-            self._ranks[key] = rank
-            heapq.heappush(self._heap, (rank, key))
-            if len(self._heap) > 2 * len(self._ranks) + 16:
-                self._trim()
+    def remove(self, waiting: Container[str]) -> None:
+        """One of them waits no more; `waiting` has those that still do."""
+        self.num -= 1
+        if len(self.heap) > 2 * self.num + 16:
+            self.heap = sorted({item for item in self.heap if item[1] in waiting})
 
-    def discard(self, key: str) -> None:
-        """Remove a key, if it is there."""
-        if self._ranks.pop(key, None) is not None and len(self._heap) > 2 * len(self._ranks) + 16:
-            self._trim()
-
-    def first(self) -> tuple[Rank, str]:
-        """The lowest rank and its key. IndexError where there is none."""
-        while True:
-            rank, key = self._heap[0]
-            if self._ranks.get(key) == rank:
-                return rank, key
-            heapq.heappop(self._heap)
-
-    def _trim(self) -> None:
-        self._heap = [(rank, key) for key, rank in self._ranks.items()]
-        heapq.heapify(self._heap)
+    def first(self, waiting: Container[str]) -> tuple[int, str]:
+        """The oldest. IndexError where there is none."""
+        heap = self.heap
+        while heap[0][1] not in waiting:
+            heapq.heappop(heap)
+        return heap[0]
 
 
 @dataclass(slots=True)
@@ -72,14 +72,23 @@ class LeasedTime:
     seconds: float = 0.0
     updated_at: float = 0.0
 
-    def note(self, now: float, change: int) -> None:
-        """A lease began (+1) or ended (-1)."""
-        self.seconds += self.running * (now - self.updated_at)
-        self.updated_at = now
-        if change < 0:
-            keep = 1.0 - 1.0 / max(MEMORY_LEASES, self.running)
-            self.seconds, self.num_ended = self.seconds * keep, self.num_ended * keep + 1.0
-        self.running += change
+    def began(self, now: float) -> None:
+        """A lease began."""
+        if now != self.updated_at:
+            self.seconds += self.running * (now - self.updated_at)
+            self.updated_at = now
+        self.running += 1
+
+    def ended(self, now: float) -> None:
+        """A lease ended."""
+        running = self.running
+        if now != self.updated_at:
+            self.seconds += running * (now - self.updated_at)
+            self.updated_at = now
+        keep = 1.0 - 1.0 / (running if running > MEMORY_LEASES else MEMORY_LEASES)
+        self.seconds *= keep
+        self.num_ended = self.num_ended * keep + 1.0
+        self.running = running - 1
 
     def mean_s(self, now: float) -> float:
         """Leased seconds by lease. While fewer have ended than run, what they have lasted so far: an environment must
@@ -88,60 +97,90 @@ class LeasedTime:
         return seconds / max(self.num_ended, float(self.running), 1.0)
 
 
+class _Group:
+    """The waiting tickets of one group. `rank`: by which it stands in its environment's order, see there."""
+
+    __slots__ = ("environment", "group_id", "num_missing", "rank", "tickets")
+
+    def __init__(self, environment: _Environment, group_id: str) -> None:
+        self.environment, self.group_id = environment, group_id
+        self.tickets = Waiting()
+        self.num_missing = 0  # results that the group lacks
+        self.rank = _LAST
+
+
 class _Environment:
-    """The waiting training tickets of one environment, and what it has had."""
+    """The waiting training tickets of one environment, and what it has had.
+
+    `order` is a lazy heap of group ranks: (missing results, seq of the oldest waiting ticket, group id). An item counts
+    only while it is its group's `rank`. A rank that has grown since, the common case, is put right when it comes to the
+    front; only one that has fallen is pushed at once.
+    """
+
+    __slots__ = ("groups", "leased", "num_grants", "oldest", "order", "queued", "virtual_time")
 
     def __init__(self) -> None:
         self.leased = LeasedTime()
         self.virtual_time = 0.0  # leased time that it was granted, in mean leases
-        self._num_grants = 0
-        self._oldest = Ranked()  # tickets by seq
-        self._groups = Ranked()  # groups by (missing results, seq of their oldest waiting ticket)
-        self._members: dict[str, Ranked] = {}  # of a group: its waiting tickets by seq
-        self._missing: dict[str, int] = {}  # results that a group with waiting tickets lacks
+        self.queued = False  # whether it is in the heap of turns
+        self.num_grants = 0
+        self.oldest = Waiting()
+        self.groups: dict[str, _Group] = {}  # those with waiting tickets
+        self.order: list[GroupRank] = []
 
     def __len__(self) -> int:
-        return len(self._oldest)
+        return self.oldest.num
 
-    def add(self, ticket_id: str, group_id: str, seq: int, num_missing: int) -> None:
-        self._oldest.set(ticket_id, (seq,))
-        if group_id not in self._members:
-            self._members[group_id] = Ranked()
-        self._members[group_id].set(ticket_id, (seq,))
-        self._missing[group_id] = num_missing
-        self._rank(group_id)
+    def add(self, ticket_id: str, group_id: str, seq: int, num_missing: int) -> _Group:
+        """A ticket begins to wait; its group."""
+        group = self.groups.get(group_id)
+        if group is None:
+            group = self.groups[group_id] = _Group(self, group_id)
+        group.tickets.add(seq, ticket_id)
+        self.oldest.add(seq, ticket_id)
+        self.set_missing(group, num_missing)
+        return group
 
-    def discard(self, ticket_id: str, group_id: str) -> None:
-        self._oldest.discard(ticket_id)
-        self._members[group_id].discard(ticket_id)
-        self._rank(group_id)
+    def remove(self, group: _Group, waiting: Container[str]) -> None:
+        """A ticket of this group waits no more."""
+        self.oldest.remove(waiting)
+        group.tickets.remove(waiting)
+        if not group.tickets.num:
+            del self.groups[group.group_id]
+            self._trim()
 
-    def set_missing(self, group_id: str, num_missing: int) -> None:
-        if group_id in self._members:
-            self._missing[group_id] = num_missing
-            self._rank(group_id)
+    def set_missing(self, group: _Group, num_missing: int) -> None:
+        """The group lacks this number of results, and perhaps it has a new ticket."""
+        group.num_missing = num_missing
+        # The front of its heap may be a leftover, so this may be lower than its rank, never higher.
+        lowest = (num_missing, group.tickets.heap[0][0], group.group_id)
+        if lowest < group.rank:
+            group.rank = lowest
+            heapq.heappush(self.order, lowest)
+            self._trim()
 
-    def choose(self) -> str:
+    def choose(self, waiting: Container[str]) -> str:
         """The ticket that this environment's turn goes to."""
-        self._num_grants += 1
-        if self._num_grants % OLDEST_EVERY == 0:
-            return self._oldest.first()[1]
-        return self._members[self._groups.first()[1]].first()[1]
+        self.num_grants += 1
+        if self.num_grants % OLDEST_EVERY == 0:
+            return self.oldest.first(waiting)[1]
+        order = self.order
+        while True:
+            item = order[0]
+            group = self.groups.get(item[2])
+            if group is None or item != group.rank:
+                heapq.heappop(order)
+                continue
+            seq, ticket_id = group.tickets.first(waiting)
+            rank = (group.num_missing, seq, group.group_id)
+            if rank == item:
+                return ticket_id
+            group.rank = rank
+            heapq.heapreplace(order, rank)
 
-    def _rank(self, group_id: str) -> None:
-        members = self._members[group_id]
-        if members:
-            self._groups.set(group_id, (self._missing[group_id], members.first()[0][0]))
-        else:
-            self._groups.discard(group_id)
-            del self._members[group_id], self._missing[group_id]
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    env: str
-    group_id: str
-    urgent: bool
+    def _trim(self) -> None:
+        if len(self.order) > 2 * len(self.groups) + 16:
+            self.order = sorted(group.rank for group in self.groups.values())
 
 
 class Schedule:
@@ -156,10 +195,10 @@ class Schedule:
         self.now = 0.0
         """Seconds of the owner's clock, at which the calls that follow happen."""
         self._max_cost_ratio = max_cost_ratio
-        self._places: dict[str, _Place] = {}
-        self._urgent = Ranked()  # tickets by seq
+        self._places: dict[str, _Group | None] = {}  # of what waits; None where it is urgent
+        self._urgent = Waiting()
         self._environments: dict[str, _Environment] = {}
-        self._turns = Ranked()  # environments with waiting tickets, by virtual time
+        self._turns: list[tuple[float, str]] = []  # lazy: a virtual time may have grown, an environment may have gone
         self._virtual_time = 0.0  # of the latest turn
         self._leased = LeasedTime()
 
@@ -170,68 +209,82 @@ class Schedule:
         self, ticket_id: str, *, env: str, group_id: str, seq: int, urgent: bool = False, num_missing: int = 1
     ) -> None:
         """A ticket begins to wait. `seq`: its age, lowest first. `num_missing`: results that its group lacks now."""
-        self._places[ticket_id] = _Place(env, group_id, urgent)
         if urgent:
-            self._urgent.set(ticket_id, (seq,))
+            self._places[ticket_id] = None
+            self._urgent.add(seq, ticket_id)
             return
         environment = self._environment(env)
-        if not environment:
+        if not environment.oldest.num:
             environment.virtual_time = max(environment.virtual_time, self._virtual_time)
-            self._turns.set(env, (environment.virtual_time,))
-        environment.add(ticket_id, group_id, seq, num_missing)
+            if not environment.queued:
+                environment.queued = True
+                heapq.heappush(self._turns, (environment.virtual_time, env))
+        self._places[ticket_id] = environment.add(ticket_id, group_id, seq, num_missing)
 
     def discard(self, ticket_id: str) -> None:
         """A ticket waits no more, whether it was taken here or got its end elsewhere."""
-        place = self._places.pop(ticket_id, None)
-        if place is None:
+        if ticket_id not in self._places:
             return
-        if place.urgent:
-            self._urgent.discard(ticket_id)
-            return
-        environment = self._environments[place.env]
-        environment.discard(ticket_id, place.group_id)
-        if not environment:
-            self._turns.discard(place.env)
+        group = self._places.pop(ticket_id)
+        if group is None:
+            self._urgent.remove(self._places)
+        else:
+            group.environment.remove(group, self._places)
 
     def set_missing(self, env: str, group_id: str, num_missing: int) -> None:
         """A group lacks another number of results now."""
-        if (environment := self._environments.get(env)) is not None:
-            environment.set_missing(group_id, num_missing)
+        environment = self._environments.get(env)
+        if environment is not None and (group := environment.groups.get(group_id)) is not None:
+            environment.set_missing(group, num_missing)
 
     def take(self) -> str | None:
         """Take out the ticket that is to be leased now; None where none waits."""
-        if self._urgent:
-            ticket_id = self._urgent.first()[1]
-        elif self._turns:
-            (self._virtual_time, *_), env = self._turns.first()
-            environment = self._environments[env]
-            ticket_id = environment.choose()
+        if self._urgent.num:
+            ticket_id = self._urgent.first(self._places)[1]
+        elif (environment := self._next_environment()) is not None:
+            self._virtual_time = environment.virtual_time
+            ticket_id = environment.choose(self._places)
             environment.virtual_time += self._cost(environment)
-            self._turns.set(env, (environment.virtual_time,))
         else:
             return None
         self.discard(ticket_id)
         return ticket_id
 
+    def _next_environment(self) -> _Environment | None:
+        """The one with the lowest virtual time of those where tickets wait."""
+        turns = self._turns
+        while turns:
+            virtual_time, env = turns[0]
+            environment = self._environments[env]
+            if not environment.oldest.num:
+                environment.queued = False
+                heapq.heappop(turns)
+            elif virtual_time != environment.virtual_time:
+                heapq.heapreplace(turns, (environment.virtual_time, env))
+            else:
+                return environment
+        return None
+
     def lease_began(self, env: str) -> None:
         """A training ticket of this environment was leased."""
-        self._note(env, 1)
+        self._environments[env].leased.began(self.now)
+        self._leased.began(self.now)
 
     def lease_ended(self, env: str) -> None:
         """A training ticket of this environment is leased no more."""
-        self._note(env, -1)
-
-    def _note(self, env: str, change: int) -> None:
-        for leased in (self._environment(env).leased, self._leased):
-            leased.note(self.now, change)
+        self._environments[env].leased.ended(self.now)
+        self._leased.ended(self.now)
 
     def _environment(self, env: str) -> _Environment:
-        if env not in self._environments:
-            self._environments[env] = _Environment()
-        return self._environments[env]
+        environment = self._environments.get(env)
+        if environment is None:
+            environment = self._environments[env] = _Environment()
+        return environment
 
     def _cost(self, environment: _Environment) -> float:
         """What one of its leases lasts, in mean leases of all; 1 while that is not known."""
+        if len(self._environments) == 1:
+            return 1.0  # its leases are all leases
         mean_s, overall_s = environment.leased.mean_s(self.now), self._leased.mean_s(self.now)
         if mean_s <= 0.0 or overall_s <= 0.0:
             return 1.0

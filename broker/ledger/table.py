@@ -8,9 +8,10 @@ last ticket.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Final
 
 from broker.ledger.events import Count, Restored
@@ -39,16 +40,74 @@ its letter is acked."""
 OPEN: Final = frozenset({T.ISSUED, T.LEASED})
 """States of a ticket whose result is still wanted."""
 
+# Looking a member up in its class costs more than all else that a comparison does.
+_ISSUED, _LEASED, _DELIVERED, _ASSIGNED, _DEAD = T.ISSUED, T.LEASED, T.DELIVERED, T.ASSIGNED, T.DEAD
+_STATES: Final = tuple(T)
 _FINAL: Final = frozenset({T.ACKED, T.CANCELLED})
 _URGENT: Final = frozenset({Mode.EVAL, Mode.REFERENCE})  # the learner waits for these
+
+Counts = dict[tuple[str, str], int]
+"""What one event adds to the totals, by name and environment ("" where a total has none)."""
+
+
+def totals(counts: Counts) -> list[Count]:
+    """The actions that say so."""
+    return [Count(name, num, env) for (name, env), num in counts.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A transition from one of its states, with all that a move has to know of it. Places are those of a tally."""
+
+    origin: T
+    target: T
+    origin_place: int
+    target_place: int
+    open_change: int  # in the numbers of its group
+    dead_change: int
+
+
+def _steps(origins: frozenset[T], target: T) -> tuple[_Step, ...]:
+    """The usual one first: a ticket that goes on has mostly come furthest."""
+    return tuple(
+        _Step(
+            origin,
+            target,
+            _STATES.index(origin),
+            _STATES.index(target),
+            (target in OPEN) - (origin in OPEN),
+            (target is T.DEAD) - (origin is T.DEAD),
+        )
+        for origin in reversed(_STATES)
+        if origin in origins
+    )
+
+
+_STEPS: Final = {transition: _steps(*states) for transition, states in TRANSITIONS.items()}
+
+
+@dataclass(slots=True)
+class Group:
+    """The live tickets of a group, and its dead letters so far. It is closed while none of its tickets is open."""
+
+    ticket_ids: set[str] = field(default_factory=set)
+    num_open: int = 0
+    num_dead: int = 0
+    num_issued: int = 0
 
 
 @dataclass(slots=True)
 class Entry:
-    """One live ticket. `holder`, `leased_at`, `expires_at`: while leased. `source`: the session whose result it is."""
+    """One live ticket. `holder`, `leased_at`, `expires_at`: while leased. `source`: the session whose result it is.
+
+    `group`, `tally` (the counts of its mode) and `urgent` follow from the ticket; they are here because they are needed
+    at every move."""
 
     seq: int
     ticket: Ticket
+    group: Group
+    tally: list[int]
+    urgent: bool
     state: T = T.ISSUED
     holder: str = ""
     leased_at: float = 0.0
@@ -59,168 +118,182 @@ class Entry:
     announced: bool = False  # a dead letter that the learner holds
 
 
-@dataclass(slots=True)
-class Group:
-    """The live tickets of a group, and its dead letters so far. It is closed while none of its tickets is open."""
-
-    ticket_ids: set[str] = field(default_factory=set)
-    num_open: int = 0
-    num_dead: int = 0
-
-
 class TicketTable:
-    """All live tickets. `counts[state, mode]` is a gauge for live states and a total for ends.
-
-    The two heaps are lazy: what is popped counts only if its ticket is still in the state it was queued for.
-    """
+    """All live tickets, and how many there are of each state and mode."""
 
     def __init__(self, restored: Iterable[Restored], ended: Mapping[tuple[T, Mode], int], next_seq: int) -> None:
-        self.counts: Counter[tuple[T, Mode]] = Counter(ended)
         self.entries: dict[str, Entry] = {}
-        self.assigned: set[str] = set()
         self.schedule = Schedule()
         self._groups: dict[str, Group] = {}
         self._next_seq = next_seq
-        self._expiries: list[tuple[float, str]] = []
-        self._results: list[tuple[int, str]] = []  # (result_seq, id) of what the learner is to get
+        self._tallies: dict[Mode, list[int]] = {}  # by state, in the order of _STATES
+        # In the order of their expiry: time does not go back, and all leases are granted and renewed for as long.
+        self._leases: OrderedDict[str, Entry] = OrderedDict()
+        # What the learner is to get: what is new, in order, and lazily by (result_seq, id) what was there before.
+        self._new_results: deque[Entry] = deque()
+        self._old_results: list[tuple[int, str]] = []
+        for (state, mode), num in ended.items():
+            self._tally(mode)[_STATES.index(state)] += num
         for row in restored:
-            entry = Entry(row.seq, row.ticket, row.state, result_seq=row.result_seq, source=row.source, error=row.error)
-            self._insert(entry)
+            entry = self._insert(row.seq, row.ticket, row.state)
+            entry.result_seq, entry.source, entry.error = row.result_seq, row.source, row.error
+            if row.state is not _ISSUED:
+                self.queue_again(entry)
+
+    @property
+    def counts(self) -> Counter[tuple[T, Mode]]:
+        """By state and mode: a gauge for live states, a total for ends."""
+        counts = Counter[tuple[T, Mode]]()
+        for mode, tally in self._tallies.items():
+            counts.update({(state, mode): num for state, num in zip(_STATES, tally, strict=True)})
+        return counts
 
     def add(self, ticket: Ticket) -> Entry:
         """A new ticket, issued, at the end of the queue."""
-        entry = Entry(self._seq(), ticket)
-        self._insert(entry)
+        return self._insert(self._seq(), ticket, _ISSUED)
+
+    def _insert(self, seq: int, ticket: Ticket, state: T) -> Entry:
+        group = self._groups.get(ticket.group_id)
+        if group is None:
+            group = self._groups[ticket.group_id] = Group()
+        group.ticket_ids.add(ticket.ticket_id)
+        group.num_open += state in OPEN
+        group.num_dead += state is _DEAD
+        tally = self._tally(ticket.mode)
+        tally[_STATES.index(state)] += 1
+        entry = self.entries[ticket.ticket_id] = Entry(seq, ticket, group, tally, ticket.mode in _URGENT, state)
+        if state is _ISSUED:
+            self._wait(entry)
         return entry
 
-    def _insert(self, entry: Entry) -> None:
-        ticket = entry.ticket
-        self.entries[ticket.ticket_id] = entry
-        self.counts[entry.state, ticket.mode] += 1
-        if ticket.group_id not in self._groups:
-            self._groups[ticket.group_id] = Group()
-        self._groups[ticket.group_id].ticket_ids.add(ticket.ticket_id)
-        self._count_in_group(entry, None, entry.state)
-        self._enqueue(entry)
+    def _tally(self, mode: Mode) -> list[int]:
+        tally = self._tallies.get(mode)
+        if tally is None:
+            tally = self._tallies[mode] = [0] * len(_STATES)
+        return tally
 
     def members(self, group_id: str) -> list[str]:
         """Ids of the live tickets of a group, in the order of their issue."""
         group = self._groups.get(group_id, Group())
         return sorted(group.ticket_ids, key=lambda ticket_id: self.entries[ticket_id].seq)
 
-    def closing(self, entry: Entry) -> list[Count]:
-        """What to count if the group has closed with this ticket, which is open no more."""
-        group = self._groups[entry.ticket.group_id]
-        if group.num_open:
-            return []
-        return [Count("group_short" if group.num_dead else "group_complete", env=entry.ticket.task.env)]
+    def count_closing(self, entry: Entry, counts: Counts) -> None:
+        """Count the group if it has closed with this ticket, which is open no more."""
+        group = entry.group
+        if not group.num_open:
+            key = "group_short" if group.num_dead else "group_complete", entry.ticket.task.env
+            counts[key] = counts.get(key, 0) + 1
 
-    def move(self, ticket_id: str, transition: str) -> Entry:
+    # --- the life of a ticket
+
+    def move(self, entry: Entry, transition: str) -> None:
         """Carry out a transition. AssertionError where the table does not allow it."""
-        entry = self.entries[ticket_id]
-        origins, target = TRANSITIONS[transition]
-        if entry.state not in origins:
-            raise AssertionError(f"{transition} of ticket {ticket_id} in state {entry.state}")
-        self.counts[entry.state, entry.ticket.mode] -= 1
-        self.counts[target, entry.ticket.mode] += 1
-        self.assigned.discard(ticket_id)
-        if (target in OPEN) != (entry.state in OPEN):
-            self._count_in_group(entry, entry.state, target)
-        if entry.state in OPEN:
-            self._note_lease(entry, target)
-            self.schedule.discard(ticket_id)
-        entry.state, entry.holder = target, ""
-        if target in (T.DELIVERED, T.DEAD) and not entry.result_seq:
-            entry.result_seq = self._seq()
-        if target is T.ASSIGNED:
-            self.assigned.add(ticket_id)
+        origin = entry.state
+        for step in _STEPS[transition]:
+            if step.origin is origin:
+                break
+        else:
+            raise AssertionError(f"{transition} of ticket {entry.ticket.ticket_id} in state {origin}")
+        entry.state = target = step.target
+        entry.tally[step.origin_place] -= 1
+        entry.tally[step.target_place] += 1
+        if origin is _LEASED:
+            entry.holder = ""
+            del self._leases[entry.ticket.ticket_id]
+            if not entry.urgent:
+                self.schedule.lease_ended(entry.ticket.task.env)
+        elif origin is _ISSUED:
+            self.schedule.discard(entry.ticket.ticket_id)
+            entry.group.num_issued -= 1
+        if step.open_change or step.dead_change:
+            group = entry.group
+            group.num_open += step.open_change
+            group.num_dead += step.dead_change
+            if group.num_issued:  # others of the group wait
+                self.schedule.set_missing(entry.ticket.task.env, entry.ticket.group_id, group.num_open)
+        if target is _DELIVERED or target is _DEAD:
+            self._queue_result(entry)
+        elif target is _ISSUED:
+            self._wait(entry)
         elif target in _FINAL:
             self._forget(entry)
-        else:
-            self._enqueue(entry)
-        return entry
 
-    def lease(self, ticket_id: str, transition: str, holder: str, expires_at: float) -> Entry:
-        """Move a ticket to leased, held by this session until `expires_at`."""
-        entry = self.move(ticket_id, transition)
+    def lease(self, entry: Entry, transition: str, holder: str, expires_at: float) -> None:
+        """Move a ticket to leased, held by this session until `expires_at`, which is not before that of any other."""
+        self.move(entry, transition)
         entry.holder, entry.leased_at, entry.expires_at = holder, self.schedule.now, expires_at
-        heapq.heappush(self._expiries, (expires_at, ticket_id))
-        return entry
+        self._leases[entry.ticket.ticket_id] = entry
+        if not entry.urgent:  # training leases count for the environments' shares
+            self.schedule.lease_began(entry.ticket.task.env)
 
-    def bury(self, ticket_id: str) -> None:
+    def renew(self, entry: Entry, expires_at: float) -> None:
+        """A lease lasts until `expires_at`, which is not before that of any other."""
+        entry.expires_at = expires_at
+        self._leases.move_to_end(entry.ticket.ticket_id)
+
+    def bury(self, entry: Entry) -> None:
         """Forget a dead ticket whose letter was acked."""
-        entry = self.entries[ticket_id]
-        if entry.state is not T.DEAD:
-            raise AssertionError(f"burial of ticket {ticket_id}, which is not dead")
+        if entry.state is not _DEAD:
+            raise AssertionError(f"burial of ticket {entry.ticket.ticket_id}, which is not dead")
         self._forget(entry)
 
-    def remind(self, ticket_id: str) -> None:
-        """Queue a dead letter once more."""
-        self._enqueue(self.entries[ticket_id])
-
-    def pop_issued(self) -> str | None:
-        """Take the ticket that is to be granted next out of its queue; see `schedule.py`."""
-        return self.schedule.take()
-
-    def pop_expired(self, now: float) -> str | None:
-        """Take a leased ticket whose lease has run out."""
-        while self._expiries and self._expiries[0][0] <= now:
-            _, ticket_id = heapq.heappop(self._expiries)
-            entry = self.entries.get(ticket_id)
-            if entry is None or entry.state is not T.LEASED:
-                continue
-            if entry.expires_at <= now:
-                return ticket_id
-            heapq.heappush(self._expiries, (entry.expires_at, ticket_id))  # renewed since
-        return None
-
-    def pop_result(self) -> Entry | None:
-        """Take the oldest result or dead letter that the learner does not hold."""
-        while self._results:
-            _, ticket_id = heapq.heappop(self._results)
-            entry = self.entries.get(ticket_id)
-            if entry is not None and (entry.state is T.DELIVERED or (entry.state is T.DEAD and not entry.announced)):
-                return entry
-        return None
+    def _forget(self, entry: Entry) -> None:
+        ticket, ticket_ids = entry.ticket, entry.group.ticket_ids
+        del self.entries[ticket.ticket_id]
+        ticket_ids.remove(ticket.ticket_id)
+        if not ticket_ids:
+            del self._groups[ticket.group_id]
 
     def _seq(self) -> int:
         self._next_seq += 1
         return self._next_seq - 1
 
-    def _enqueue(self, entry: Entry) -> None:
+    # --- the queues
+
+    def pop_issued(self) -> Entry | None:
+        """Take the ticket that is to be granted next out of its queue; see `schedule.py`."""
+        ticket_id = self.schedule.take()
+        return None if ticket_id is None else self.entries[ticket_id]
+
+    def expired(self, now: float) -> list[Entry]:
+        """The leased tickets whose leases have run out."""
+        return list(takewhile(lambda entry: entry.expires_at <= now, self._leases.values()))
+
+    def pop_result(self) -> Entry | None:
+        """Take the oldest result or dead letter that the learner does not hold."""
+        new, old = self._new_results, self._old_results
+        while new or old:
+            if old and (not new or old[0][0] < new[0].result_seq):
+                entry = self.entries.get(heapq.heappop(old)[1])
+            else:
+                entry = new.popleft()
+            if entry is None:
+                continue
+            if entry.state is _DELIVERED:
+                return entry
+            if entry.state is _DEAD and not entry.announced and self.entries.get(entry.ticket.ticket_id) is entry:
+                return entry
+        return None
+
+    def _queue_result(self, entry: Entry) -> None:
+        if entry.result_seq:
+            self.queue_again(entry)
+        else:
+            entry.result_seq = self._seq()
+            self._new_results.append(entry)
+
+    def queue_again(self, entry: Entry) -> None:
+        """Put a result or dead letter back where it was in the order of arrival; more than once does no harm."""
+        heapq.heappush(self._old_results, (entry.result_seq, entry.ticket.ticket_id))
+
+    def _wait(self, entry: Entry) -> None:
         ticket = entry.ticket
-        if entry.state is T.ISSUED:
-            self.schedule.add(
-                ticket.ticket_id,
-                env=ticket.task.env,
-                group_id=ticket.group_id,
-                seq=entry.seq,
-                urgent=ticket.mode in _URGENT,
-                num_missing=self._groups[ticket.group_id].num_open,
-            )
-        elif entry.state in (T.DELIVERED, T.DEAD):
-            heapq.heappush(self._results, (entry.result_seq, ticket.ticket_id))
-
-    def _forget(self, entry: Entry) -> None:
-        ticket = entry.ticket
-        del self.entries[ticket.ticket_id]
-        group = self._groups[ticket.group_id]
-        group.ticket_ids.remove(ticket.ticket_id)
-        if not group.ticket_ids:
-            del self._groups[ticket.group_id]
-
-    def _count_in_group(self, entry: Entry, origin: T | None, target: T) -> None:
-        group = self._groups[entry.ticket.group_id]
-        group.num_dead += (target is T.DEAD) - (origin is T.DEAD)
-        group.num_open += (target in OPEN) - (origin in OPEN)
-        if target is not T.ISSUED:  # it is told of those when they are added
-            self.schedule.set_missing(entry.ticket.task.env, entry.ticket.group_id, group.num_open)
-
-    def _note_lease(self, entry: Entry, target: T) -> None:
-        """Training leases count for the environments' shares."""
-        if entry.ticket.mode in _URGENT:
-            return
-        if entry.state is T.LEASED:
-            self.schedule.lease_ended(entry.ticket.task.env)
-        if target is T.LEASED:
-            self.schedule.lease_began(entry.ticket.task.env)
+        entry.group.num_issued += 1
+        self.schedule.add(
+            ticket.ticket_id,
+            env=ticket.task.env,
+            group_id=ticket.group_id,
+            seq=entry.seq,
+            urgent=entry.urgent,
+            num_missing=entry.group.num_open,
+        )

@@ -30,6 +30,21 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+class Throttle:
+    """The level of a message that a peer can cause at any rate: its own once per `every_s`, DEBUG in between."""
+
+    def __init__(self, every_s: float = 1.0) -> None:
+        self._every_s, self._logged_at = every_s, float("-inf")
+
+    def level(self, level: int) -> int:
+        """The level to log at now."""
+        now = time.monotonic()
+        if now - self._logged_at < self._every_s:
+            return logging.DEBUG
+        self._logged_at = now
+        return level
+
+
 def configure_logging(process: str) -> None:
     """Send this process's log to stderr. Level by ERGON_LOG_LEVEL (default INFO)."""
     handler = logging.StreamHandler(sys.stderr)

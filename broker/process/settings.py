@@ -173,8 +173,9 @@ class BrokerSection(Section):
     port: int = Field(default=7700, ge=1, le=65535)
     """Port of the experience channel."""
     fsync: Literal["always", "interval"] = "always"
-    """`always`: on the disk before it is acknowledged. `interval`: in the operating system's hands, and on the disk
-    every second; a killed broker loses nothing, a crash of its machine may lose the last second's answers."""
+    """`always`: on the disk before it is acknowledged. `interval`: the second of a commit's two syncs is left to the
+    next commit, or to the next second; a killed broker loses nothing, a power cut the last commit at most, and of the
+    last second those results that lie in files of their own. The store is never damaged by either."""
     heartbeat_s: float = Field(default=1.0, gt=0)
     """Seconds between heartbeats, both ways."""
     liveness: int = Field(default=15, ge=2)
@@ -188,8 +189,8 @@ class BrokerSection(Section):
     drift_alarm: float = Field(default=0.2, gt=0, le=1)
     """Kolmogorov-Smirnov distance (0 to 1) of the durations or difficulties of what was trained on from those of what
     was run, in any environment, from which `ergon_broker_drift_alarm` is 1."""
-    blob_bytes: int = Field(default=65_536, ge=0)
-    """A trajectory whose arrays are larger lies in a file beside the broker's database, not in it."""
+    blob_bytes: int = Field(default=1_048_576, ge=0)
+    """A message of trajectories whose arrays are larger has them in a file beside the broker's data file, not in it."""
     keep_ended: int = Field(default=1_000_000, ge=0)
     """Ended tickets remembered, the newest ones, at about 150 bytes each; an id that is older may be issued anew."""
     max_inflight_mb: int = Field(default=512, ge=1)

@@ -1,7 +1,7 @@
-"""Trajectory <-> message: the head in the body, three raw arrays per segment. Owns what makes a trajectory well-formed.
+"""Trajectories <-> message: their heads in the body, three raw arrays for all of them. Owns what is well-formed.
 
-Both directions validate the same facts, so that a bug of the sender is found at the sender. Nothing is copied that
-already has the wire's dtype. Never opens a socket, never looks at a ticket's state.
+Both directions check the same facts, so that a bug of the sender is found at the sender. One trajectory of one segment
+is not copied; those that travel together are, once, by their sender. Never opens a socket, never looks at a ticket.
 """
 
 from __future__ import annotations
@@ -12,105 +12,218 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from broker.protocol.commands import Body, Deliver, SegmentHead, TrajectoryBody, parse_body
+from broker.protocol.commands import (
+    PARCEL_BYTES,
+    Deliver,
+    Item,
+    SegmentHead,
+    TrajectoryBody,
+    check,
+    parse_body,
+)
 from broker.protocol.errors import ErrorCode, ProtocolError
-from broker.protocol.frames import Array, Message
+from broker.protocol.frames import DEFAULT_LIMITS, Array, Message
 from broker.protocol.trajectory import Segment, Trajectory
 
-ARRAYS_PER_SEGMENT: Final = 3
 ARRAY_NAMES: Final = ("token_ids", "loss_mask", "logprobs")
 ARRAY_DTYPES: Final = (np.dtype("<i4"), np.dtype("|b1"), np.dtype("<f4"))
+MAX_BODY_BYTES: Final = DEFAULT_LIMITS.max_envelope_bytes - 4096  # what else is in an envelope has less
+TOKEN_BYTES: Final = sum(dtype.itemsize for dtype in ARRAY_DTYPES)
 MAX_LOGPROB: Final = 1e-3  # rounding may lift a certain token's log-prob a little above 0
 LOWEST_LOGPROB: Final = float(np.finfo(np.float32).min)
 BLOCK_TOKENS: Final = 1 << 18  # checked at once, so that a large trajectory is not copied in the checking
 
+# The methods of an array that do the same take as long again to get there.
+_LOWEST: Final = np.minimum.reduce
+_HIGHEST: Final = np.maximum.reduce
+_ANY: Final = np.logical_or.reduce
 
-def trajectory_to_message(
-    trajectory: Trajectory, body: type[TrajectoryBody] | type[Deliver] = TrajectoryBody
-) -> Message:
-    """The TRAJECTORY (or DELIVER) that carries this trajectory. Raises ProtocolError where it is not well-formed."""
-    arrays: list[Array] = []
-    for index, segment in enumerate(trajectory.segments):
-        raw = (segment.token_ids_T, segment.loss_mask_T, segment.logprobs_T)
-        for name, array, dtype in zip(ARRAY_NAMES, raw, ARRAY_DTYPES, strict=True):
-            if array.dtype.newbyteorder("<") != dtype.newbyteorder("<"):
-                raise _bad(f"segment {index}: {name} has dtype {array.dtype}; it must be {dtype.str}")
-            arrays.append(array.astype(dtype, copy=False))
-        check_segment(segment, index)
-    heads = tuple(SegmentHead(version_runs=segment.version_runs) for segment in trajectory.segments)
-    if not heads:
-        raise _bad("a trajectory has at least one segment, this one has none")
-    content: Body = body(head=trajectory.head, segments=heads)
-    return content.pack(tuple(arrays))
+Parcel = TrajectoryBody | Deliver
 
 
-def trajectory_from_message(message: Message) -> Trajectory:
-    """The trajectory in a TRAJECTORY or DELIVER; its arrays are read-only views of the frames.
+def array_bytes(trajectory: Trajectory) -> int:
+    """Bytes that its arrays have on the wire."""
+    return TOKEN_BYTES * sum(segment.token_ids_T.size for segment in trajectory.segments)
 
-    Raises ProtocolError (BAD_MESSAGE) for anything that is not a well-formed trajectory.
-    """
-    body = parse_body(message, TrajectoryBody)
-    if len(message.arrays) != ARRAYS_PER_SEGMENT * len(body.segments):
-        raise _bad(
-            f"{len(message.arrays)} arrays for {len(body.segments)} segments; "
-            f"each has {', '.join(ARRAY_NAMES)}, in this order"
+
+def pack_trajectories(trajectories: Sequence[Trajectory], body: type[Parcel] = TrajectoryBody) -> Message:
+    """The TRAJECTORY (or DELIVER) that carries these. Raises ProtocolError where they are not well-formed, or are too
+    many for one message."""
+    items, segments = [], list[Segment]()
+    for trajectory in trajectories:
+        for index, segment in enumerate(trajectory.segments):
+            _check_shapes(segment, f"{_name(trajectory)}: segment {index}")
+        heads = tuple(
+            SegmentHead(num_tokens=segment.token_ids_T.size, version_runs=segment.version_runs)
+            for segment in trajectory.segments
         )
-    segments = []
-    for index, head in enumerate(body.segments):
-        arrays = message.arrays[ARRAYS_PER_SEGMENT * index : ARRAYS_PER_SEGMENT * (index + 1)]
-        _check_arrays(arrays, index)
-        segment = Segment(arrays[0], arrays[1], arrays[2], head.version_runs)
-        check_segment(segment, index)
-        segments.append(segment)
-    return Trajectory(body.head, tuple(segments))
+        items.append(Item(head=trajectory.head, segments=heads))
+        segments += trajectory.segments
+    content = check(body(items=tuple(items)))
+    arrays = tuple(
+        _join([(segment.token_ids_T, segment.loss_mask_T, segment.logprobs_T)[i] for segment in segments], dtype)
+        for i, dtype in enumerate(ARRAY_DTYPES)
+    )
+    _check_parcel(content, arrays)
+    message = content.pack(arrays)
+    if len(message.body) > MAX_BODY_BYTES:
+        raise _bad(
+            f"the heads of {len(items)} items, the first of ticket {items[0].head.ticket.ticket_id}, have "
+            f"{len(message.body)} bytes; those of one message have {MAX_BODY_BYTES} at most: send fewer in one"
+        )
+    return message
 
 
-def check_segment(segment: Segment, index: int) -> None:
-    """Raise ProtocolError unless the arrays, the mask and the version runs agree with each other."""
+def read_parcel(message: Message, body: type[Parcel] = TrajectoryBody) -> Parcel:
+    """The heads of the trajectories in a TRAJECTORY or DELIVER, all of it checked.
+
+    Raises ProtocolError (BAD_MESSAGE) for anything that is not a well-formed parcel.
+    """
+    content = parse_body(message, body)
+    if len(message.arrays) != len(ARRAY_DTYPES):
+        raise _bad(f"{len(message.arrays)} arrays; a parcel has {', '.join(ARRAY_NAMES)}, in this order")
+    for name, array, dtype in zip(ARRAY_NAMES, message.arrays, ARRAY_DTYPES, strict=True):
+        if array.dtype != dtype:
+            raise _bad(f"{name} has dtype {array.dtype.str}; it must be {dtype.str}")
+        if array.ndim != 1:
+            raise _bad(f"{name} has shape {list(array.shape)}; it has one dimension, the tokens of all segments")
+    _check_parcel(content, message.arrays)
+    return content
+
+
+def unpack_trajectories(message: Message, body: type[Parcel] = TrajectoryBody) -> tuple[Trajectory, ...]:
+    """The trajectories in a TRAJECTORY or DELIVER; their arrays are read-only views of the frames.
+
+    Raises ProtocolError (BAD_MESSAGE) for anything that is not a well-formed parcel.
+    """
+    content = read_parcel(message, body)
+    token_ids_N, mask_N, logprobs_N = message.arrays
+    trajectories, end = [], 0
+    for item in content.items:
+        segments = []
+        for head in item.segments:
+            at = slice(end, end := end + head.num_tokens)
+            segments.append(Segment(token_ids_N[at], mask_N[at], logprobs_N[at], head.version_runs))
+        trajectories.append(Trajectory(item.head, tuple(segments)))
+    return tuple(trajectories)
+
+
+def pick(message: Message, content: Parcel, indexes: Sequence[int]) -> Message:
+    """A parcel of these of its items, in this order. `content`: its body, which has been checked."""
+    ends = np.cumsum([sum(head.num_tokens for head in item.segments) for item in content.items]).tolist()
+    spans = [slice(ends[i - 1] if i else 0, ends[i]) for i in indexes]
+    arrays = tuple(
+        _join([array[span] for span in spans], dtype) for array, dtype in zip(message.arrays, ARRAY_DTYPES, strict=True)
+    )
+    return type(content)(items=tuple(content.items[i] for i in indexes)).pack(arrays)
+
+
+def _join(parts: Sequence[Array], dtype: np.dtype[np.generic]) -> Array:
+    if len(parts) == 1:
+        return parts[0].astype(dtype, copy=False)
+    return np.concatenate(parts, dtype=dtype)
+
+
+def _name(trajectory: Trajectory) -> str:
+    return f"trajectory of ticket {trajectory.ticket.ticket_id}"
+
+
+def _check_shapes(segment: Segment, where: str) -> None:
+    """What only a sender can get wrong: the wire has one length and one type for each array."""
     shape = segment.token_ids_T.shape
     if len(shape) != 1 or shape[0] == 0:
-        raise _bad(f"segment {index}: token_ids has shape {shape}; it must be one-dimensional and not empty")
-    for name, array in (("loss_mask", segment.loss_mask_T), ("logprobs", segment.logprobs_T)):
+        raise _bad(f"{where}: token_ids has shape {shape}; it must be one-dimensional and not empty")
+    arrays = (segment.token_ids_T, segment.loss_mask_T, segment.logprobs_T)
+    for name, array, dtype in zip(ARRAY_NAMES, arrays, ARRAY_DTYPES, strict=True):
         if array.shape != shape:
-            raise _bad(f"segment {index}: {name} has shape {array.shape}, token_ids {shape}; they must be equal")
-    if segment.token_ids_T.min() < 0:
-        raise _bad(f"segment {index}: token id {segment.token_ids_T.min()}; ids are not negative")
-    for start in range(0, shape[0], BLOCK_TOKENS):
-        block = slice(start, start + BLOCK_TOKENS)
-        _check_logprobs(segment.logprobs_T[block], segment.loss_mask_T[block], index)
-    for run in segment.version_runs:
-        if run.num_tokens < 1 or run.lineage < 0 or run.version < 0:
+            raise _bad(f"{where}: {name} has shape {array.shape}, token_ids {shape}; they must be equal")
+        if array.dtype.newbyteorder("<") != dtype.newbyteorder("<"):
+            raise _bad(f"{where}: {name} has dtype {array.dtype}; it must be {dtype.str}")
+
+
+def _check_parcel(content: Parcel, arrays: Sequence[Array]) -> None:
+    """Raise ProtocolError unless tickets, arrays, masks and version runs agree with each other.
+
+    All segments are checked at once; which one is wrong is looked for only when one is.
+    """
+    token_ids_N, mask_N, logprobs_N = arrays
+    if len(content.items) > 1:
+        if len({item.head.ticket.ticket_id for item in content.items}) != len(content.items):
+            raise _bad("two of its items are of the same ticket; each ticket has one")
+        if sum(array.nbytes for array in arrays) > PARCEL_BYTES:
             raise _bad(
-                f"segment {index}: version run {tuple(run)}; counts are positive, lineage and version not negative"
+                f"{len(content.items)} items have {sum(array.nbytes for array in arrays)} bytes of arrays; "
+                f"together they have {PARCEL_BYTES} at most, what is larger travels alone"
             )
-    num_masked = int(np.count_nonzero(segment.loss_mask_T))
-    if segment.num_sampled != num_masked:
-        raise _bad(f"segment {index}: the version runs count {segment.num_sampled} tokens, the loss mask {num_masked}")
+    heads = [head for item in content.items for head in item.segments]
+    lengths = [head.num_tokens for head in heads]
+    num_tokens = sum(lengths)
+    for name, array in zip(ARRAY_NAMES, arrays, strict=True):
+        if array.size != num_tokens:
+            raise _bad(f"{name} has {array.size} elements, the segments count {num_tokens} tokens")
+    mask_bytes_N = mask_N.view(np.uint8)
+    starts = np.cumsum([0, *lengths[:-1]])
+    sampled = [sum([run[2] for run in head.version_runs]) for head in heads]
+    if (
+        _LOWEST(token_ids_N) < 0
+        or _HIGHEST(mask_bytes_N) > 1
+        or not _logprobs_agree(logprobs_N, mask_N)
+        or _count_sampled(mask_bytes_N, starts) != sampled
+    ):
+        for i, start in enumerate(starts.tolist()):
+            span = slice(start, start + lengths[i])
+            _check_segment(token_ids_N[span], mask_bytes_N[span], logprobs_N[span], sampled[i], _where(content, i))
+        raise AssertionError("all segments together are wrong, and none of them is")
 
 
-def _check_logprobs(logprobs_T: npt.NDArray[np.float32], mask_T: npt.NDArray[np.bool_], index: int) -> None:
-    # Without a copy where nothing is wrong, which is nearly always; NaN fails every comparison.
-    in_bounds = logprobs_T.min() >= LOWEST_LOGPROB and logprobs_T.max() <= MAX_LOGPROB
-    if in_bounds and not ((logprobs_T != 0) > mask_T).any():
-        return
+def _count_sampled(mask_bytes_N: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> list[int]:
+    """Sampled tokens by segment."""
+    if mask_bytes_N.size <= BLOCK_TOKENS:  # many short segments at once; but it makes a copy of eight times the mask
+        counts: list[int] = np.add.reduceat(mask_bytes_N, starts, dtype=np.int64).tolist()
+        return counts
+    return [int(np.count_nonzero(part)) for part in np.split(mask_bytes_N, starts[1:])]
+
+
+def _logprobs_agree(logprobs_N: npt.NDArray[np.float32], mask_N: npt.NDArray[np.bool_]) -> bool:
+    """Whether they are within bounds, and 0 wherever the mask is False; NaN fails every comparison."""
+    for start in range(0, logprobs_N.size, BLOCK_TOKENS):
+        block_N, sampled_N = logprobs_N[start : start + BLOCK_TOKENS], mask_N[start : start + BLOCK_TOKENS]
+        in_bounds = _LOWEST(block_N) >= LOWEST_LOGPROB and _HIGHEST(block_N) <= MAX_LOGPROB
+        if not in_bounds or _ANY((block_N != 0) > sampled_N):
+            return False
+    return True
+
+
+def _where(content: Parcel, number: int) -> str:
+    """Which item and segment the number-th segment of all is."""
+    for item in content.items:
+        if number < len(item.segments):
+            return f"trajectory of ticket {item.head.ticket.ticket_id}: segment {number}"
+        number -= len(item.segments)
+    raise AssertionError("there are fewer segments")
+
+
+def _check_segment(
+    token_ids_T: npt.NDArray[np.int32],
+    mask_bytes_T: npt.NDArray[np.uint8],
+    logprobs_T: npt.NDArray[np.float32],
+    num_sampled: int,
+    where: str,
+) -> None:
+    if token_ids_T.min() < 0:
+        raise _bad(f"{where}: token id {token_ids_T.min()}; ids are not negative")
+    if mask_bytes_T.max() > 1:
+        raise _bad(f"{where}: loss_mask holds byte {mask_bytes_T.max()}; a mask byte is 0 or 1")
+    mask_T = mask_bytes_T.view(np.bool_)
     sampled_N, others_N = logprobs_T[mask_T], logprobs_T[~mask_T]
     wrong_N = sampled_N[~(np.isfinite(sampled_N) & (sampled_N <= MAX_LOGPROB))]
     if wrong_N.size:
-        raise _bad(
-            f"segment {index}: log-prob {wrong_N[0]}; those of sampled tokens are finite and at most {MAX_LOGPROB}"
-        )
+        raise _bad(f"{where}: log-prob {wrong_N[0]}; those of sampled tokens are finite and at most {MAX_LOGPROB}")
     wrong_N = others_N[others_N != 0]
     if wrong_N.size:
-        raise _bad(f"segment {index}: log-prob {wrong_N[0]} of a token that was not sampled; there it must be 0")
-
-
-def _check_arrays(arrays: Sequence[Array], index: int) -> None:
-    for name, array, dtype in zip(ARRAY_NAMES, arrays, ARRAY_DTYPES, strict=True):
-        if array.dtype != dtype:
-            raise _bad(f"segment {index}: {name} has dtype {array.dtype.str}; it must be {dtype.str}")
-    mask = arrays[1]
-    if mask.size and mask.view(np.uint8).max() > 1:
-        raise _bad(f"segment {index}: loss_mask holds byte {mask.view(np.uint8).max()}; a mask byte is 0 or 1")
+        raise _bad(f"{where}: log-prob {wrong_N[0]} of a token that was not sampled; there it must be 0")
+    if num_sampled != (num_masked := int(np.count_nonzero(mask_T))):
+        raise _bad(f"{where}: the version runs count {num_sampled} tokens, the loss mask {num_masked}")
 
 
 def _bad(text: str) -> ProtocolError:

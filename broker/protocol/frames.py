@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import msgpack
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -45,12 +45,26 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-@dataclass(frozen=True, slots=True)
+class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    t: str
+    b: msgspec.Raw
+    a: list[tuple[str, list[int]]]
+
+
+_PACK = msgspec.msgpack.Encoder().encode
+_UNPACK = msgspec.msgpack.Decoder(_Envelope).decode
+EMPTY_BODY = b"\x80"
+
+
+@dataclass(slots=True)
 class Message:
-    """A command with its body and its large arrays, as it stands in PROTOCOL.md."""
+    """A command with its body, packed, and its large arrays, as it stands in PROTOCOL.md. Not to be changed.
+
+    `commands.parse_body` reads the body. What does not look into it passes it on as it came.
+    """
 
     command: str
-    body: dict[str, Any] = field(default_factory=dict)
+    body: Frame | msgspec.Raw = EMPTY_BODY
     arrays: tuple[Array, ...] = ()
 
     @property
@@ -61,48 +75,52 @@ class Message:
 
 def encode(message: Message) -> list[Frame]:
     """Frames of a message. Arrays are referenced, not copied: they must not change until sent."""
-    arrays = [np.ascontiguousarray(array) for array in message.arrays]
-    for array in arrays:
-        if array.dtype.str not in DTYPES:
-            raise TypeError(f"array of dtype {array.dtype.str}: the wire carries {', '.join(DTYPES)}")
-    envelope = {"t": message.command, "b": message.body, "a": [[a.dtype.str, list(a.shape)] for a in arrays]}
-    # A zero-sized array has no buffer to view as bytes, hence the empty frame.
-    raw: list[Frame] = [a.reshape(-1).view(np.uint8).data if a.size else b"" for a in arrays]
-    return [PREAMBLE, msgpack.packb(envelope, use_bin_type=True), *raw]
+    specs, raw = [], list[Frame]()
+    for array in message.arrays:
+        dtype = array.dtype.str
+        if dtype not in DTYPES:
+            raise TypeError(f"array of dtype {dtype}: the wire carries {', '.join(DTYPES)}")
+        specs.append((dtype, array.shape))
+        # A zero-sized array has no buffer to view as bytes, hence the empty frame.
+        raw.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b"")
+    return [PREAMBLE, _PACK(_Envelope(message.command, msgspec.Raw(message.body), specs)), *raw]  # type: ignore[arg-type]
 
 
 def decode(frames: Sequence[Frame], limits: Limits = DEFAULT_LIMITS) -> Message:
-    """The message in these frames; its arrays are views of them, read-only.
+    """The message in these frames; its arrays are views of them, read-only. Of the body only the outside is checked.
 
     Raises ProtocolError (BAD_FRAME, BAD_VERSION) for anything else.
     """
     _check_preamble(frames, limits)
-    envelope = _unpack(frames[1])
-    command, body, specs = envelope.get("t"), envelope.get("b"), envelope.get("a")
-    if not isinstance(command, str) or not isinstance(body, dict) or not isinstance(specs, list) or len(envelope) != 3:
-        raise ProtocolError(ErrorCode.BAD_FRAME, "the envelope is not a map of t (text), b (map) and a (list)")
-    if any(not isinstance(key, str) for key in body):
-        raise ProtocolError(ErrorCode.BAD_FRAME, "a key of the body is not text")
-    if len(specs) != len(frames) - 2:
-        raise ProtocolError(ErrorCode.BAD_FRAME, f"{len(specs)} arrays are announced, {len(frames) - 2} frames follow")
-    arrays = tuple(
-        _array(spec, frame, i, limits) for i, (spec, frame) in enumerate(zip(specs, frames[2:], strict=True))
-    )
-    return Message(command, body, arrays)
+    try:
+        envelope = _UNPACK(frames[1])
+    # Besides its own exceptions msgspec raises UnicodeDecodeError, and RecursionError on deep nesting.
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ProtocolError(
+            ErrorCode.BAD_FRAME,
+            f"the envelope is not a msgpack map of t (text), b (map) and a (list): {error!s:.200}",
+        ) from error
+    if not is_map(envelope.b):
+        raise ProtocolError(ErrorCode.BAD_FRAME, "the body, b of the envelope, is not a map")
+    if len(envelope.a) != len(frames) - 2:
+        raise ProtocolError(
+            ErrorCode.BAD_FRAME, f"{len(envelope.a)} arrays are announced, {len(frames) - 2} frames follow"
+        )
+    arrays = tuple(_array(dtype, shape, frames[i + 2], i, limits) for i, (dtype, shape) in enumerate(envelope.a))
+    return Message(envelope.t, envelope.b, arrays)
+
+
+def is_map(packed: Frame | msgspec.Raw) -> bool:
+    """Whether packed msgpack begins a map."""
+    first = memoryview(packed)[0]
+    return 0x80 <= first <= 0x8F or first in (0xDE, 0xDF)
 
 
 def _check_preamble(frames: Sequence[Frame], limits: Limits) -> None:
     if not 2 <= len(frames) <= limits.max_frames:
         raise ProtocolError(ErrorCode.BAD_FRAME, f"{len(frames)} frames; a message has 2 to {limits.max_frames}")
-    preamble = bytes(frames[0][:16])
-    if len(frames[0]) != len(PREAMBLE) or not preamble.startswith(MAGIC):
-        raise ProtocolError(ErrorCode.BAD_FRAME, f"the first frame is {preamble!r}, not an Ergon preamble")
-    if preamble[4] != PROTOCOL_MAJOR:
-        raise ProtocolError(
-            ErrorCode.BAD_VERSION,
-            f"peer speaks protocol {preamble[4]}.{preamble[5]}, this side {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}; "
-            "run the same major version of Ergon on both sides",
-        )
+    if frames[0] != PREAMBLE:
+        _check_version(frames[0])
     if (num_bytes := sum(map(len, frames))) > limits.max_message_bytes:
         raise ProtocolError(
             ErrorCode.BAD_FRAME, f"a message of {num_bytes} bytes; at most {limits.max_message_bytes} are allowed"
@@ -114,26 +132,23 @@ def _check_preamble(frames: Sequence[Frame], limits: Limits) -> None:
         )
 
 
-def _unpack(frame: Frame) -> dict[Any, Any]:
-    try:
-        envelope = msgpack.unpackb(frame, raw=False, strict_map_key=True, use_list=True)
-    # Besides its own exceptions msgpack raises ValueError, and RecursionError on deep nesting.
-    except (msgpack.UnpackException, ValueError, RecursionError, TypeError, OverflowError) as error:
-        raise ProtocolError(ErrorCode.BAD_FRAME, f"the envelope is not valid msgpack: {error}") from error
-    if not isinstance(envelope, dict):
-        raise ProtocolError(ErrorCode.BAD_FRAME, f"the envelope is a {type(envelope).__name__}, not a map")
-    return envelope
-
-
-def _array(spec: object, frame: Frame, index: int, limits: Limits) -> Array:
-    if not (isinstance(spec, list) and len(spec) == 2 and isinstance(spec[0], str) and isinstance(spec[1], list)):
-        raise ProtocolError(ErrorCode.BAD_FRAME, f"array {index} is announced as {spec!r:.80}, not [dtype, shape]")
-    dtype, shape = DTYPES.get(spec[0]), spec[1]
-    if dtype is None:
+def _check_version(frame: Frame) -> None:
+    preamble = bytes(frame[:16])
+    if len(frame) != len(PREAMBLE) or not preamble.startswith(MAGIC):
+        raise ProtocolError(ErrorCode.BAD_FRAME, f"the first frame is {preamble!r}, not an Ergon preamble")
+    if preamble[4] != PROTOCOL_MAJOR:
         raise ProtocolError(
-            ErrorCode.BAD_FRAME, f"array {index} has dtype {spec[0]!r:.40}; allowed: {', '.join(DTYPES)}"
+            ErrorCode.BAD_VERSION,
+            f"peer speaks protocol {preamble[4]}.{preamble[5]}, this side {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}; "
+            "run the same major version of Ergon on both sides",
         )
-    if len(shape) > limits.max_dims or any(type(n) is not int or n < 0 for n in shape):
+
+
+def _array(name: str, shape: list[int], frame: Frame, index: int, limits: Limits) -> Array:
+    dtype = DTYPES.get(name)
+    if dtype is None:
+        raise ProtocolError(ErrorCode.BAD_FRAME, f"array {index} has dtype {name!r:.40}; allowed: {', '.join(DTYPES)}")
+    if len(shape) > limits.max_dims or any(n < 0 for n in shape):
         raise ProtocolError(ErrorCode.BAD_FRAME, f"array {index} has shape {shape!r:.80}")
     if len(frame) > limits.max_array_bytes:
         raise ProtocolError(
@@ -141,7 +156,7 @@ def _array(spec: object, frame: Frame, index: int, limits: Limits) -> Array:
         )
     if math.prod(shape) * dtype.itemsize != len(frame):
         raise ProtocolError(
-            ErrorCode.BAD_FRAME, f"array {index}: {spec[0]} {shape!r:.80} does not fill {len(frame)} bytes"
+            ErrorCode.BAD_FRAME, f"array {index}: {name} {shape!r:.80} does not fill {len(frame)} bytes"
         )
     try:
         array: Array = np.frombuffer(frame, dtype=dtype)

@@ -1,8 +1,8 @@
 """The nouns of the experience channel: ticket, trajectory, and what they are made of.
 
 The wire carries facts (tokens, log-probs, rewards, versions), never opinions (advantages). Token-shaped data is numpy
-and travels as raw frames; everything else is a strict, frozen pydantic model, so that a wrong value is refused where it
-enters. `codec.py` turns both into messages.
+and travels as raw frames; everything else is a frozen struct. A struct is checked where it enters, when it is decoded,
+and by who sends it; not where it is constructed. `codec.py` turns both into messages.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from msgspec import Meta, Struct
 
-Name = Annotated[str, Field(min_length=1, max_length=256)]
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+Positive = Annotated[int, Meta(ge=1, lt=2**53)]
+# Bounds that every finite number keeps: infinities and NaN are refused.
+Finite = Annotated[float, Meta(ge=-1.7976931348623157e308, le=1.7976931348623157e308)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1.7976931348623157e308)]
 
 
-class Facts(BaseModel):
-    """Base of everything that crosses the wire: immutable, strict, no unknown keys."""
+class Facts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """Base of everything that crosses the wire: immutable, strictly typed, no unknown keys.
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    gc=False: an immutable tree is in no cycle, and the collector need not walk a hundred thousand tickets."""
 
 
 class Mode(StrEnum):
@@ -50,29 +55,29 @@ class PolicyVersion(NamedTuple):
     Ordered: a later lineage is newer than any version of an earlier one.
     """
 
-    lineage: int
-    version: int
+    lineage: Count
+    version: Count
 
 
-class TaskRef(Facts):
+class TaskRef(Facts, frozen=True, kw_only=True):
     """One problem instance: which environment, which split, which index (the seed of procedural tasks)."""
 
     env: Name
     split: Name
-    index: int = Field(ge=0)
+    index: Count
 
 
-class Sampling(Facts):
+class Sampling(Facts, frozen=True, kw_only=True):
     """How the policy is sampled during an episode. Temperature 0 means greedy. Token counts are of sampled tokens."""
 
-    temperature: float = Field(default=1.0, ge=0.0, le=10.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    max_turn_tokens: int = Field(default=256, ge=1)
-    max_episode_tokens: int = Field(default=2048, ge=1)
-    max_turns: int = Field(default=8, ge=1)
+    temperature: Annotated[float, Meta(ge=0.0, le=10.0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    max_turn_tokens: Positive = 256
+    max_episode_tokens: Positive = 2048
+    max_turns: Positive = 8
 
 
-class Ticket(Facts):
+class Ticket(Facts, frozen=True, kw_only=True):
     """A durable request to run one episode of one task. `ticket_id` is the idempotency key of all that follows.
 
     `deadline_s`: seconds an episode may take. `min_version`: the oldest policy that may sample it, as
@@ -81,22 +86,22 @@ class Ticket(Facts):
 
     ticket_id: Name
     group_id: Name
-    group_size: int = Field(ge=1)
+    group_size: Positive
     task: TaskRef
-    mode: Mode = Field(strict=False)  # strict=False: the wire carries the enum's text
+    mode: Mode
     sampling: Sampling = Sampling()
-    thinking_budget: int | None = Field(default=None, ge=0)
+    thinking_budget: Count | None = None
     min_version: PolicyVersion = PolicyVersion(0, 0)
-    deadline_s: float = Field(default=600.0, gt=0)
-    attempt: int = Field(default=0, ge=0)
+    deadline_s: Annotated[float, Meta(gt=0.0, le=1.7976931348623157e308)] = 600.0
+    attempt: Count = 0
 
 
 class VersionRun(NamedTuple):
     """`num_tokens` consecutive sampled tokens that one policy sampled."""
 
-    lineage: int
-    version: int
-    num_tokens: int
+    lineage: Count
+    version: Count
+    num_tokens: Positive
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,14 +131,14 @@ class Verdict(StrEnum):
     SCREENED = "screened"  # kept out of the gradient and counted
 
 
-class Integrity(Facts):
+class Integrity(Facts, frozen=True, kw_only=True):
     """The verdict and the names of the detectors that fired."""
 
-    verdict: Verdict = Field(default=Verdict.CLEAN, strict=False)
-    findings: tuple[str, ...] = Field(default=(), strict=False)
+    verdict: Verdict = Verdict.CLEAN
+    findings: tuple[str, ...] = ()
 
 
-class TrajectoryHead(Facts):
+class TrajectoryHead(Facts, frozen=True, kw_only=True):
     """Everything of a trajectory except its tokens.
 
     `kind`: the environment's class of the task, for per-kind reports. `timings_s`: seconds by name, at least `total`,
@@ -142,17 +147,17 @@ class TrajectoryHead(Facts):
     """
 
     ticket: Ticket
-    kind: str = Field(default="", max_length=256)
-    outcome: Outcome = Field(strict=False)
-    reward: float
-    reward_components: dict[str, float] = Field(default_factory=dict)
+    kind: Annotated[str, Meta(max_length=256)] = ""
+    outcome: Outcome
+    reward: Finite
+    reward_components: dict[str, Finite] = {}
     integrity: Integrity = Integrity()
-    num_turns: int = Field(ge=0)
-    num_tool_calls: int = Field(default=0, ge=0)
-    num_malformed: int = Field(default=0, ge=0)
-    timings_s: dict[str, float] = Field(default_factory=dict)
+    num_turns: Count
+    num_tool_calls: Count = 0
+    num_malformed: Count = 0
+    timings_s: dict[str, Finite] = {}
     actor_id: Name
-    finished_at: float = Field(ge=0)  # Unix time, seconds
+    finished_at: Seconds  # Unix time
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,38 +1,40 @@
-"""The commands of the weight channel: one function that writes each, one that reads each, as in PROTOCOL.md.
+"""The commands of the weight channel: a body for each, and what of a message its type cannot say, as in PROTOCOL.md.
 
-HEARTBEAT and ERROR are those of `commands.py`. What arrives from the network raises `ProtocolError` and nothing else.
+HEARTBEAT and ERROR are those of `commands.py`, whose `parse_body` reads these bodies, too. What arrives from the
+network raises `ProtocolError` and nothing else. Opens no socket, holds no weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Set as AbstractSet
 from enum import StrEnum
+from typing import Annotated, ClassVar, Final
 
 import numpy as np
-from pydantic import Field
+from msgspec import Meta
 
+from broker.protocol.commands import parse_body
+from broker.protocol.common import Body, Period
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
-from broker.protocol.trajectory import Facts, Name, PolicyVersion
+from broker.protocol.trajectory import Name, PolicyVersion, Positive, Seconds
 from broker.protocol.weights import (
     DTYPES,
     HASH_BYTES,
     MAX_CHUNK_BYTES,
+    MAX_INT,
     MIN_CHUNK_BYTES,
     Bytes,
+    Integer,
     Manifest,
     TensorSpec,
     tensor_problem,
 )
 
-MAX_INT = 2**63 - 1
-MANIFEST_KEYS = frozenset(
-    {"run_id", "lineage", "version", "parent", "tensors", "chunk_bytes", "total_hash", "created_at"}
-)
+FROM_RECEIVER: Final = ("HELLO", "HEARTBEAT", "WATCH", "MANIFEST", "CHUNK")
+FROM_SERVER: Final = ("WELCOME", "HEARTBEAT", "ANNOUNCE", "MANIFEST_REPLY", "CHUNK_REPLY", "ERROR")
 
-FROM_RECEIVER = ("HELLO", "HEARTBEAT", "WATCH", "MANIFEST", "CHUNK")
-FROM_SERVER = ("WELCOME", "HEARTBEAT", "ANNOUNCE", "MANIFEST_REPLY", "CHUNK_REPLY", "ERROR")
+Pair = tuple[Integer, Integer]  # a policy version: its numbers may be larger here than on the experience channel
 
 
 class Role(StrEnum):
@@ -43,13 +45,82 @@ class Role(StrEnum):
     OPERATOR = "operator"
 
 
-class Hello(Facts):
+class Hello(Body, frozen=True, kw_only=True):
     """First message on every socket. `session` is drawn once per process and survives its reconnections."""
 
-    role: Role = Field(strict=False)
+    COMMAND: ClassVar[str] = "HELLO"
+    role: Role
     peer_id: Name
     run_id: Name
     session: Name
+
+
+class Welcome(Body, frozen=True, kw_only=True):
+    """The server's timers, which the peer adopts."""
+
+    COMMAND: ClassVar[str] = "WELCOME"
+    run_id: Name
+    heartbeat_s: Period
+    liveness: Positive
+
+
+class Watch(Body, frozen=True, kw_only=True):
+    """Announce the newest version to me, now and at every change; `have` is the version I hold whole."""
+
+    COMMAND: ClassVar[str] = "WATCH"
+    have: Pair | None
+
+
+class Announce(Body, frozen=True, kw_only=True):
+    """The newest version that can be pulled here and its size in bytes, or that there is none."""
+
+    COMMAND: ClassVar[str] = "ANNOUNCE"
+    newest: Pair | None
+    num_bytes: Integer
+
+
+class OfVersion(Body, frozen=True, kw_only=True):
+    """Base of what is said about one version."""
+
+    lineage: Integer
+    version: Integer
+
+    @property
+    def policy_version(self) -> PolicyVersion:
+        """Both numbers."""
+        return PolicyVersion(self.lineage, self.version)
+
+
+class ManifestRequest(OfVersion, frozen=True, kw_only=True):
+    """Send me the manifest of this version."""
+
+    COMMAND: ClassVar[str] = "MANIFEST"
+
+
+class ManifestReply(OfVersion, frozen=True, kw_only=True):
+    """The manifest; its chunk hashes are one |u1 array of shape [num_chunks, 16]. See `read_manifest`."""
+
+    COMMAND: ClassVar[str] = "MANIFEST_REPLY"
+    run_id: Name
+    parent: Pair | None
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1)]
+    chunk_bytes: Annotated[int, Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)]
+    total_hash: Annotated[bytes, Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
+    created_at: Seconds
+
+
+class ChunkRequest(OfVersion, frozen=True, kw_only=True):
+    """Send me this chunk."""
+
+    COMMAND: ClassVar[str] = "CHUNK"
+    index: Integer
+
+
+class ChunkReply(OfVersion, frozen=True, kw_only=True):
+    """One chunk; its bytes are one |u1 array of one dimension. See `read_chunk`."""
+
+    COMMAND: ClassVar[str] = "CHUNK_REPLY"
+    index: Integer
 
 
 def version_text(version: PolicyVersion) -> str:
@@ -57,139 +128,94 @@ def version_text(version: PolicyVersion) -> str:
     return f"{version.lineage}.{version.version}"
 
 
-def welcome(run_id: str, heartbeat_s: float, liveness: int) -> Message:
-    """WELCOME: the server's timers, which the peer adopts."""
-    return Message("WELCOME", {"run_id": run_id, "heartbeat_s": heartbeat_s, "liveness": liveness})
-
-
-def watch(have: PolicyVersion | None) -> Message:
-    """WATCH: announce the newest version to me, now and at every change; `have` is the version I hold whole."""
-    return Message("WATCH", {"have": None if have is None else list(have)})
-
-
-def announce(newest: PolicyVersion | None, num_bytes: int) -> Message:
-    """ANNOUNCE: the newest version that can be pulled here and its size in bytes, or that there is none."""
-    return Message("ANNOUNCE", {"newest": None if newest is None else list(newest), "num_bytes": num_bytes})
-
-
 def manifest_request(version: PolicyVersion) -> Message:
-    """MANIFEST: send me the manifest of this version."""
-    return Message("MANIFEST", {"lineage": version.lineage, "version": version.version})
+    """The MANIFEST that asks for this version."""
+    return ManifestRequest(lineage=version.lineage, version=version.version).pack()
 
 
 def chunk_request(version: PolicyVersion, index: int) -> Message:
-    """CHUNK: send me this chunk."""
-    return Message("CHUNK", {"lineage": version.lineage, "version": version.version, "index": index})
+    """The CHUNK that asks for this chunk."""
+    return ChunkRequest(lineage=version.lineage, version=version.version, index=index).pack()
 
 
 def chunk_reply(version: PolicyVersion, index: int, data: Bytes) -> Message:
-    """CHUNK_REPLY: the bytes of one chunk, referenced, not copied."""
-    body = {"lineage": version.lineage, "version": version.version, "index": index}
-    return Message("CHUNK_REPLY", body, (data,))
+    """The CHUNK_REPLY with the bytes of one chunk, referenced, not copied."""
+    return ChunkReply(lineage=version.lineage, version=version.version, index=index).pack((data,))
 
 
 def manifest_reply(manifest: Manifest) -> Message:
-    """MANIFEST_REPLY: the manifest, its chunk hashes as one |u1 array of shape [num_chunks, 16]."""
-    parent = manifest.parent
-    body = {
-        "run_id": manifest.run_id,
-        "lineage": manifest.version.lineage,
-        "version": manifest.version.version,
-        "parent": None if parent is None else list(parent),
-        "tensors": [[s.name, s.dtype, list(s.shape), s.offset, s.num_bytes] for s in manifest.tensors],
-        "chunk_bytes": manifest.chunk_bytes,
-        "total_hash": manifest.total_hash,
-        "created_at": manifest.created_at,
-    }
-    hashes = np.frombuffer(b"".join(manifest.chunk_hashes), np.uint8).reshape(-1, HASH_BYTES)
-    return Message("MANIFEST_REPLY", body, (hashes,))
+    """The MANIFEST_REPLY that carries this manifest."""
+    body = ManifestReply(
+        run_id=manifest.run_id,
+        lineage=manifest.version.lineage,
+        version=manifest.version.version,
+        parent=manifest.parent,
+        tensors=manifest.tensors,
+        chunk_bytes=manifest.chunk_bytes,
+        total_hash=manifest.total_hash,
+        created_at=manifest.created_at,
+    )
+    return body.pack((np.frombuffer(b"".join(manifest.chunk_hashes), np.uint8).reshape(-1, HASH_BYTES),))
 
 
-def read_have(message: Message) -> PolicyVersion | None:
-    """`have` of a WATCH."""
-    _close(message, {"have"})
-    return _pair(message, "have")
-
-
-def read_announce(message: Message) -> tuple[PolicyVersion | None, int]:
-    """`newest` and `num_bytes` of an ANNOUNCE."""
-    _close(message, {"newest", "num_bytes"})
-    return _pair(message, "newest"), _count(message, "num_bytes")
-
-
-def read_manifest_request(message: Message) -> PolicyVersion:
-    """The version that a MANIFEST asks for."""
-    _close(message, {"lineage", "version"})
-    return _version(message)
-
-
-def read_chunk_request(message: Message) -> tuple[PolicyVersion, int]:
-    """The version and the index that a CHUNK asks for."""
-    _close(message, {"lineage", "version", "index"})
-    return _version(message), _count(message, "index")
+def policy_version(pair: Pair | None) -> PolicyVersion | None:
+    """The version that a body names as a pair."""
+    return None if pair is None else PolicyVersion(*pair)
 
 
 def read_chunk(message: Message) -> tuple[PolicyVersion, int, Bytes]:
     """Version, index and bytes of a CHUNK_REPLY. The bytes are not verified: that needs the manifest."""
-    return *read_chunk_request(message), _bytes_array(message, ndim=1)
+    body = parse_body(message, ChunkReply)
+    return body.policy_version, body.index, _bytes_array(message, ndim=1)
 
 
 def read_manifest(message: Message) -> Manifest:
     """The manifest in a MANIFEST_REPLY, consistent in itself: tensors without gaps, as many hashes as chunks."""
-    _close(message, MANIFEST_KEYS)
-    body = message.body
-    run_id, total_hash, created_at = body.get("run_id"), body.get("total_hash"), body.get("created_at")
-    if not isinstance(run_id, str) or not 1 <= len(run_id) <= 256:
-        raise _bad(message, "run_id", run_id, "text of 1 to 256 characters")
-    if not isinstance(total_hash, bytes) or len(total_hash) != HASH_BYTES:
-        raise _bad(message, "total_hash", total_hash, f"{HASH_BYTES} bytes")
-    if not isinstance(created_at, int | float) or isinstance(created_at, bool) or not 0 <= float(created_at) < math.inf:
-        raise _bad(message, "created_at", created_at, "seconds since 1970, not negative")
-    chunk_bytes = _count(message, "chunk_bytes")
-    if not MIN_CHUNK_BYTES <= chunk_bytes <= MAX_CHUNK_BYTES:
-        raise _bad(message, "chunk_bytes", chunk_bytes, f"{MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES}")
-    tensors = _read_tensors(message)
-    total_bytes = tensors[-1].offset + tensors[-1].num_bytes
+    body = parse_body(message, ManifestReply)
+    total_bytes = _check_tensors(body.tensors)
     hashes = _bytes_array(message, ndim=2)
-    num_chunks = -(-total_bytes // chunk_bytes)
+    num_chunks = -(-total_bytes // body.chunk_bytes)
     if hashes.shape != (num_chunks, HASH_BYTES):
-        raise ProtocolError(
-            ErrorCode.BAD_MESSAGE,
-            f"MANIFEST_REPLY: chunk hashes of shape {list(hashes.shape)}; {total_bytes} bytes in chunks of "
-            f"{chunk_bytes} need [{num_chunks}, {HASH_BYTES}]",
+        raise _bad(
+            f"chunk hashes of shape {list(hashes.shape)}; {total_bytes} bytes in chunks of {body.chunk_bytes} need "
+            f"[{num_chunks}, {HASH_BYTES}]"
         )
     joined = hashes.tobytes()
     chunk_hashes = tuple(joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES))
-    version, parent = _version(message), _pair(message, "parent")
-    return Manifest(run_id, version, parent, tensors, chunk_bytes, chunk_hashes, total_hash, float(created_at))
+    return Manifest(
+        body.run_id,
+        body.policy_version,
+        policy_version(body.parent),
+        body.tensors,
+        body.chunk_bytes,
+        chunk_hashes,
+        body.total_hash,
+        body.created_at,
+    )
 
 
-def _read_tensors(message: Message) -> tuple[TensorSpec, ...]:
-    rows = message.body.get("tensors")
-    if not isinstance(rows, list) or not rows:
-        raise _bad(message, "tensors", rows, "a list of [name, dtype, shape, offset, num_bytes], not empty")
-    specs: list[TensorSpec] = []
+def _check_tensors(specs: tuple[TensorSpec, ...]) -> int:
+    """Bytes of the snapshot. Raises ProtocolError unless each tensor is one, and begins where the one before ends."""
     names: set[str] = set()
-    expected = 0
-    for row in rows:
-        if not isinstance(row, list) or len(row) != 5:
-            raise _bad(message, "tensors", row, "rows [name, dtype, shape, offset, num_bytes]")
-        name, dtype, shape, offset, num_bytes = row
-        if problem := tensor_problem(name, dtype, shape):
-            raise ProtocolError(ErrorCode.BAD_MESSAGE, f"MANIFEST_REPLY: {problem}")
+    end = 0
+    for i, (name, dtype, shape, offset, num_bytes) in enumerate(specs):
+        if dtype not in DTYPES or name == "__metadata__":  # what else a tensor may not be, its type has refused
+            raise _bad(f"tensors[{i}]: {tensor_problem(name, dtype, shape)}")
         size = math.prod(shape) * DTYPES[dtype][1]
-        if type(offset) is not int or type(num_bytes) is not int or (offset, num_bytes) != (expected, size):
-            raise _bad(message, "tensors", row, f"offset {expected} and num_bytes {size} (no gap, no overlap)")
+        if offset != end or num_bytes != size:
+            raise _bad(
+                f"tensors[{i}]: tensor {name!r:.80} has offset {offset} and num_bytes {num_bytes}; allowed: offset "
+                f"{end} and num_bytes {size} (no gap, no overlap)"
+            )
         if name in names:
-            raise _bad(message, "tensors", name, "each name once")
+            raise _bad(f"tensors[{i}]: tensor {name!r:.80} is there twice; allowed: each name once")
         names.add(name)
-        expected += size
-        if expected > MAX_INT:
-            raise _bad(message, "tensors", row, "a snapshot below 2^63 bytes")
-        specs.append(TensorSpec(name, dtype, tuple(shape), offset, num_bytes))
-    if expected == 0:
-        raise ProtocolError(ErrorCode.BAD_MESSAGE, "MANIFEST_REPLY: a snapshot without a byte")
-    return tuple(specs)
+        end += size
+        if end > MAX_INT:
+            raise _bad(f"tensors[{i}]: tensor {name!r:.80} ends at byte {end}; allowed: a snapshot below 2^63 bytes")
+    if end == 0:
+        raise _bad("a snapshot without a byte; allowed: at least one tensor that is not empty")
+    return end
 
 
 def _bytes_array(message: Message, ndim: int) -> Bytes:
@@ -201,37 +227,5 @@ def _bytes_array(message: Message, ndim: int) -> Bytes:
     return message.arrays[0]
 
 
-def _close(message: Message, keys: AbstractSet[str]) -> None:
-    """Bodies are closed: refuse a key that this version of the protocol does not have, and one that is missing."""
-    if wrong := message.body.keys() ^ keys:
-        raise ProtocolError(
-            ErrorCode.BAD_MESSAGE, f"{message.command[:40]}: keys {sorted(wrong)!r:.80}; due are exactly {sorted(keys)}"
-        )
-
-
-def _version(message: Message) -> PolicyVersion:
-    return PolicyVersion(_count(message, "lineage"), _count(message, "version"))
-
-
-def _count(message: Message, key: str) -> int:
-    value = message.body.get(key)
-    if type(value) is not int or not 0 <= value <= MAX_INT:
-        raise _bad(message, key, value, "an integer, 0 to 2^63 - 1")
-    return value
-
-
-def _pair(message: Message, key: str) -> PolicyVersion | None:
-    value = message.body.get(key)
-    if value is None:
-        return None
-    if (
-        not isinstance(value, list)
-        or len(value) != 2
-        or any(type(n) is not int or not 0 <= n <= MAX_INT for n in value)
-    ):
-        raise _bad(message, key, value, "null or [lineage, version]")
-    return PolicyVersion(value[0], value[1])
-
-
-def _bad(message: Message, key: str, value: object, allowed: str) -> ProtocolError:
-    return ProtocolError(ErrorCode.BAD_MESSAGE, f"{message.command[:40]}: {key} is {value!r:.80}; allowed: {allowed}")
+def _bad(text: str) -> ProtocolError:
+    return ProtocolError(ErrorCode.BAD_MESSAGE, f"MANIFEST_REPLY: {text}")

@@ -14,11 +14,12 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from msgspec import Meta
 
 from broker.protocol.trajectory import PolicyVersion
 
@@ -27,6 +28,9 @@ MIN_CHUNK_BYTES = 4096
 MAX_CHUNK_BYTES = 64 << 20
 MAX_NAME_CHARS = 1024
 MAX_DIMS = 8
+MAX_INT = 2**63 - 1
+
+Integer = Annotated[int, Meta(ge=0, le=MAX_INT)]
 
 Bytes = npt.NDArray[np.uint8]
 Buffer = bytes | bytearray | memoryview | Bytes
@@ -48,15 +52,14 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """Where one tensor lies in the snapshot. `offset` and `num_bytes` count bytes; `dtype` is a key of `DTYPES`."""
 
-    name: str
+    name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
     dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
+    shape: Annotated[tuple[Integer, ...], Meta(max_length=MAX_DIMS)]
+    offset: Integer
+    num_bytes: Integer
 
 
 @dataclass(frozen=True, slots=True)

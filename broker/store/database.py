@@ -1,120 +1,237 @@
-"""The journal's SQLite file: how it is opened, its format, and the reserve of disk space that lets it shrink when full.
+"""The journal's LMDB environment: its lock, its identity, its tables, its transactions.
 
-Owns the schema, the pragmas and the refusal of a store that is another run's, another format's or no store. Never
-writes a ticket: `journal.py` does.
+Owns how the store is opened and refused: another run's, another format's, in use, or damaged. Never writes a ticket:
+`journal.py` and the rooms it is made of do. One process has the store: LMDB's own lock file, which would let several
+in, is not used, and so a killed process leaves nothing to clear away.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
-import sqlite3
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
+
+import lmdb
 
 from broker.process.lifecycle import ErgonError
+from broker.store.datafile import DAMAGE, FILE_NAME, LIB_VERSION, check, make, refuse_old, rewrite, sound, unusable
 
 log = logging.getLogger(__name__)
 
-FORMAT: Final = 2
-FILE_NAME: Final = "journal.db"
-RESERVE_NAME: Final = "reserve"
-RESERVE_BYTES: Final = 8 << 20  # two write-ahead logs between checkpoints
-LOCK_TIMEOUT_S: Final = 1.0
-AUTO_VACUUM_INCREMENTAL: Final = 2
-WAL_LIMIT_BYTES: Final = 64 << 20  # a larger write-ahead log is cut back at the next checkpoint
-_META: Final = "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
-_SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS sessions (session TEXT PRIMARY KEY, lineage INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS tickets (
-    ticket_id TEXT PRIMARY KEY, seq INTEGER NOT NULL, mode TEXT NOT NULL, state TEXT NOT NULL,
-    ticket BLOB, attempt INTEGER NOT NULL, result_seq INTEGER NOT NULL DEFAULT 0,
-    source TEXT NOT NULL DEFAULT '', error TEXT NOT NULL DEFAULT '', ended REAL, end_seq INTEGER) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS live ON tickets (seq) WHERE end_seq IS NULL;
-CREATE INDEX IF NOT EXISTS past ON tickets (end_seq) WHERE end_seq IS NOT NULL;
-CREATE TABLE IF NOT EXISTS ends (
-    state TEXT NOT NULL, mode TEXT NOT NULL, num INTEGER NOT NULL, PRIMARY KEY (state, mode)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS results (
-    ticket_id TEXT PRIMARY KEY, envelope BLOB NOT NULL, arrays BLOB NOT NULL, digest BLOB NOT NULL, blob TEXT);
-CREATE INDEX IF NOT EXISTS blobs ON results (blob) WHERE blob IS NOT NULL;
-"""
+FORMAT: Final = 3
+LOCK_NAME: Final = "lock"
+MAP_BYTES: Final = 256 << 30  # of addresses: neither memory nor disk is reserved
+COMPACT_BYTES: Final = 64 << 20  # a smaller file is not worth rewriting at the start
 
 
-def open_database(path: Path, run_id: str, full_sync: bool, max_pages: int | None) -> sqlite3.Connection:
-    """The store's file, made where there is none, locked for this process.
+class Tables(NamedTuple):
+    """The handles of LMDB's named databases; see `rows.py` for what is in them."""
 
-    `full_sync`: every commit is on the disk when it returns. Raises ErgonError where it is another run's or format's,
-    in use by another process, or not a store.
+    meta: Any
+    sessions: Any
+    tickets: Any
+    states: Any
+    parcels: Any
+    ended: Any
+    past: Any
+
+
+class Database:
+    """The store's file in `directory`, made where there is none, locked for this process.
+
+    `metasync`: every commit is on the disk when it returns; else it may be forgotten in a power cut until the next
+    commit or `sync`, and the store is whole all the same. `max_bytes` bounds the file; None for MAP_BYTES. Raises
+    ErgonError.
     """
-    try:
-        db = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+
+    def __init__(self, directory: Path, run_id: str, metasync: bool, max_bytes: int | None) -> None:
+        self.path = directory / FILE_NAME
+        self._metasync, self.max_bytes = metasync, max_bytes or MAP_BYTES
+        self._transaction: lmdb.Transaction[bytes] | None = None
+        self._closed: lmdb.Transaction[bytes] | None = None  # and not yet durable
+        self._environment: Any = None
+        self._lock = _lock(directory)
         try:
-            _prepare(db, full_sync, max_pages)
-            _check_identity(db, path, run_id)
+            refuse_old(directory)
+            if not self.path.exists():
+                self._make(run_id)
+            self.reopen()
+            self._check_identity(run_id)
+            self.shrink(COMPACT_BYTES)
         except BaseException:
-            db.close()
+            self.close()
             raise
-    except sqlite3.DatabaseError as error:
-        raise ErgonError(
-            f"the broker's store {path} cannot be opened ({error}); "
-            "end the other broker of this run, restore the file, or give the run another name"
-        ) from error
-    return db
 
+    def close(self) -> None:
+        """Discard the open transaction, close the file and give it free."""
+        self._close_environment()
+        os.close(self._lock)
 
-def _prepare(db: sqlite3.Connection, full_sync: bool, max_pages: int | None) -> None:
-    db.execute("PRAGMA locking_mode=EXCLUSIVE")  # a second broker on the same store is refused at once
-    if db.execute("PRAGMA auto_vacuum").fetchone()[0] != AUTO_VACUUM_INCREMENTAL:
-        # Before the first table, or without effect. It writes: a store on a full disk must be opened without it.
-        db.execute(f"PRAGMA auto_vacuum={AUTO_VACUUM_INCREMENTAL}")
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute(f"PRAGMA synchronous={'FULL' if full_sync else 'NORMAL'}")
-    db.execute(f"PRAGMA journal_size_limit={WAL_LIMIT_BYTES:d}")
-    if max_pages is not None:
-        db.execute(f"PRAGMA max_page_count={max_pages:d}")
+    def reopen(self, spare_bytes: int = 0) -> None:
+        """Open the file, anew where it is open, to grow to `max_bytes` and `spare_bytes`. Raises ErgonError."""
+        self._close_environment()
+        check(self.path)
+        map_bytes = self.max_bytes + spare_bytes
+        try:
+            # Not writemap: a write to a hole of a full disk would be a signal. Not readahead: pages are read singly.
+            self._environment = lmdb.Environment(
+                str(self.path),
+                map_size=map_bytes,
+                subdir=False,
+                metasync=self._metasync,
+                readahead=False,
+                create=False,
+                lock=False,
+                max_dbs=len(Tables._fields),
+                lib_version=LIB_VERSION,
+            )
+        except lmdb.MemoryError as error:
+            raise ErgonError(
+                f"{map_bytes >> 30} GiB of addresses for a map of the broker's store {self.path} were refused "
+                f"({error}); lift the limit on the address space of the broker (ulimit -v unlimited, RLIMIT_AS)"
+            ) from error
+        except lmdb.Error as error:
+            raise unusable(self.path, error) from error
+        try:
+            self.tables = Tables(*(self._environment.open_db(name.encode(), create=False) for name in Tables._fields))
+        except lmdb.Error as error:
+            raise unusable(self.path, error) from error
 
+    def _close_environment(self) -> None:
+        self.abort()
+        environment, self._environment = self._environment, None
+        if environment is not None:
+            environment.close()
 
-def _check_identity(db: sqlite3.Connection, path: Path, run_id: str) -> None:
-    db.execute(_META)
-    db.execute("BEGIN IMMEDIATE")
-    for key, value in (("format", str(FORMAT)), ("run_id", run_id)):
-        db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
-        found = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
-        if found != value:
-            db.execute("ROLLBACK")
-            raise ErgonError(f"the broker's store {path} has {key} {found!r}, not {value!r}; give the run another name")
-    db.execute("INSERT OR IGNORE INTO meta VALUES ('next_seq', '1')")
-    db.execute("COMMIT")
-    db.executescript(_SCHEMA)  # after the check: another format's tables are left as they are
+    def _make(self, run_id: str) -> None:
+        def fill(environment: lmdb.Environment) -> None:
+            tables = {name: environment.open_db(name.encode()) for name in Tables._fields}
+            with environment.begin(write=True) as transaction:
+                for key, value in (("format", str(FORMAT)), ("run_id", run_id)):
+                    transaction.put(key.encode(), value.encode(), db=tables["meta"])
 
+        try:
+            make(self.path, fill)
+        except (lmdb.Error, OSError) as error:
+            raise ErgonError(
+                f"the broker's store {self.path} cannot be made ({error}); make room on its disk, and let it be written"
+            ) from error
 
-class Reserve:
-    """Disk space held back, so that acks, which make room, can still be written when the disk is full."""
+    def _check_identity(self, run_id: str) -> None:
+        for key, value in (("format", str(FORMAT)), ("run_id", run_id)):
+            with self.read() as transaction:
+                found = (transaction.get(key.encode(), b"", db=self.tables.meta)).decode(errors="replace")
+            if found != value:
+                raise ErgonError(
+                    f"the broker's store {self.path} has {key} {found!r}, not {value!r}; give the run another name"
+                )
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / RESERVE_NAME
+    # --- transactions
 
     @property
-    def held(self) -> bool:
-        """Whether the space is held."""
-        return self._path.exists() and self._path.stat().st_size == RESERVE_BYTES
+    def open(self) -> bool:
+        """Whether something was written since the last commit."""
+        return self._transaction is not None
 
-    def release(self) -> None:
-        """Give the space to whoever writes next."""
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
-            log.info("The reserve was released. path=%s mb=%d", self._path, RESERVE_BYTES >> 20)
+    @property
+    def write(self) -> Any:
+        """The open transaction, begun where there is none. Raises lmdb.Error."""
+        if self._transaction is None:
+            assert self._closed is None, "nothing is written beside a commit"
+            self._transaction = self._environment.begin(write=True)
+        return self._transaction
 
-    def hold(self) -> None:
-        """Hold the space, if it is not held yet. OSError where there is not enough."""
-        if self.held:
-            return
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    @contextlib.contextmanager
+    def read(self, views: bool = False) -> Iterator[Any]:
+        """The open transaction, or one for reading. What it gives out are copies or, with `views` where none is open,
+        views that end with it. Raises ErgonError."""
+        with sound(self.path):
+            if self._transaction is not None:
+                yield self._transaction
+                return
+            with self._environment.begin(None, None, False, views) as transaction:
+                yield transaction
+
+    def commit(self) -> None:
+        """End the open transaction. Raises lmdb.Error; then `abort` is due."""
+        self.close_transaction()
+        self.flush()
+
+    def close_transaction(self) -> None:
+        """The open transaction is complete: `flush` makes it durable. Until that has returned, `read` gives what was
+        committed before, and nothing may be written."""
+        assert self._closed is None, "a transaction at a time"
+        self._closed, self._transaction = self._transaction, None
+
+    def flush(self) -> None:
+        """Make the closed transaction durable; from any thread. Raises lmdb.Error; then `abort` is due."""
+        if self._closed is not None:
+            self._closed.commit()
+            self._closed = None
+
+    def abort(self) -> None:
+        """Forget what was written since the last commit."""
+        transactions, self._transaction, self._closed = (self._transaction, self._closed), None, None
+        for transaction in transactions:
+            if transaction is not None:
+                transaction.abort()
+
+    def sync(self) -> None:
+        """Make the last commit durable. Raises lmdb.Error."""
+        self._environment.sync(True)
+
+    # --- room
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the pages that hold something."""
+        with self.read() as transaction:
+            stats = [transaction.stat(db=table) for table in self.tables]
+            pages = sum(s["branch_pages"] + s["leaf_pages"] + s["overflow_pages"] for s in stats)
+        return int(pages * stats[0]["psize"])
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all pages, free ones included."""
+        return int((self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"])
+
+    def shrink(self, least_bytes: int) -> bool:
+        """Give free pages back to the file system, where more than half of the file and `least_bytes` are free; whether
+        it was done. The file is rewritten: to be called where nothing waits."""
+        used_bytes, file_bytes = self.used_bytes, self.file_bytes
+        free_bytes = file_bytes - used_bytes
+        if self.open or free_bytes <= max(least_bytes, file_bytes // 2):
+            return False
+        if shutil.disk_usage(self.path.parent).free < used_bytes:
+            log.warning("No room to rewrite the store. store=%s used_bytes=%d", self.path, used_bytes)
+            return False
         try:
-            os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
-        except OSError:
-            self._path.unlink()
-            raise
-        finally:
-            os.close(descriptor)
+            rewrite(self.path, self._environment)
+        except DAMAGE as error:
+            raise unusable(self.path, error) from error
+        except (lmdb.Error, OSError) as error:
+            log.warning("The store could not be rewritten and stays as it is. store=%s error=%s", self.path, error)
+            return False
+        self.reopen()
+        log.info("The store was rewritten. store=%s mb=%d before_mb=%d", self.path, used_bytes >> 20, file_bytes >> 20)
+        return True
+
+
+def _lock(directory: Path) -> int:
+    """The lock on a store; it is the process's own, and goes with it. Raises ErgonError."""
+    path = directory / LOCK_NAME
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise ErgonError(
+            f"the broker's store {directory} is locked by another process ({error.strerror}); "
+            "end the other broker of this run, or give the run another name"
+        ) from error
+    return descriptor

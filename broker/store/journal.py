@@ -1,51 +1,52 @@
-"""The durable store of tickets, results and learner sessions: a SQLite file in WAL mode, one writer, group commit.
+"""The durable store of tickets, trajectories and learner sessions: an LMDB file, one writer, group commit.
 
-Everything written between two `commit` calls becomes durable together, or not at all. Owns what is written and read;
-never decides anything: it carries out the ledger's journal actions and answers what became of an ended ticket. What is
-not written: leases and assignments, which peers name again when they reconnect (see `ledger.events.Restored`). The
-trajectories are in the hands of `results.py`. Of the ended tickets the newest keep a row, for audit and for refusing a
-second life; their trajectories are deleted.
+Everything written between two `commit` calls becomes durable together, or not at all. Owns the order in which the
+tables are written, the counters, and what happens on a full disk; never decides anything: it carries out the ledger's
+journal actions and answers what became of an ended ticket. What is not written: leases and assignments, which peers
+name again when they reconnect (see `ledger.events.Restored`). The trajectories are in the hands of `parcels.py`.
+What is held in memory besides is taken from the file again after every rollback.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
-import sqlite3
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal, NoReturn
 
-import msgpack
+import lmdb
+import msgspec
 
 from broker.ledger.events import (
+    EndedRow,
     JournalAttempt,
-    JournalEnd,
+    JournalEnds,
     JournalPurge,
     JournalRecall,
-    JournalResult,
-    JournalTicket,
+    JournalResults,
+    JournalTickets,
     Restored,
     Settled,
 )
 from broker.ledger.letters import PURGED
 from broker.protocol.commands import TicketState
 from broker.protocol.frames import Frame, Message
-from broker.protocol.trajectory import Mode, Ticket
-from broker.store.database import FILE_NAME, RESERVE_BYTES, Reserve, open_database
-from broker.store.results import Results
-
-log = logging.getLogger(__name__)
+from broker.protocol.trajectory import Mode
+from broker.store.database import Database
+from broker.store.datafile import DAMAGE, unusable
+from broker.store.parcels import Parcels, Place
+from broker.store.room import RESERVE_BYTES, Refused, Room
+from broker.store.rows import COUNTERS_KEY, Counters, decode_counters, encode, number, pack_key
+from broker.store.tickets import EndedTickets, LiveTickets
 
 SYNC_INTERVAL_S: Final = 1.0
 KEEP_SESSIONS: Final = 1024  # newest learner sessions remembered
-TRIM_BATCH: Final = 2048  # rows of ended tickets forgotten in one commit at most
-VACUUM_PAGES: Final = 2048  # pages (of 4 KiB) given back to the file system in one `compact` at most
+PROBE_BYTES: Final = 65_536
+FULL_BATCH: Final = 128  # ends in one commit of a full store: some 400 pages, a fifth of the reserve
+_PROBE_KEY: Final = b"probe"
 
-JournalAction = JournalTicket | JournalResult | JournalAttempt | JournalEnd | JournalRecall | JournalPurge
+JournalAction = JournalTickets | JournalResults | JournalAttempt | JournalEnds | JournalRecall | JournalPurge
 
 
 class StoreFullError(Exception):
@@ -53,11 +54,12 @@ class StoreFullError(Exception):
 
 
 class Journal:
-    """The store in `directory`. Single-threaded. Raises ErgonError where it is another run's or not a store at all.
+    """The store in `directory`. Single-threaded. Raises ErgonError where it is another run's or not a store at all, and
+    from any call that finds it damaged.
 
     `fsync` "always": `commit` returns when the disk has it. "interval": the caller calls `sync` every SYNC_INTERVAL_S.
-    `max_pages` bounds the database, in pages of 4 KiB; None for no bound. A result whose arrays have more than
-    `blob_bytes` in all is stored in a file of its own. The newest `keep_ended` ended tickets are remembered.
+    `max_bytes` bounds the data file; None for no bound to speak of. A parcel whose arrays have more than `blob_bytes`
+    in all has them in a file of its own. The newest `keep_ended` ended tickets are remembered.
     """
 
     def __init__(
@@ -65,227 +67,247 @@ class Journal:
         directory: Path,
         run_id: str,
         fsync: Literal["always", "interval"] = "always",
-        max_pages: int | None = None,
-        blob_bytes: int = 65_536,
+        max_bytes: int | None = None,
+        blob_bytes: int = 1 << 20,
         keep_ended: int = 1_000_000,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / FILE_NAME
         self._always = fsync == "always"
-        self._keep_ended = keep_ended
-        self._db = open_database(self.path, run_id, self._always, max_pages)
-        self._results = Results(self._db, directory / "blobs", self._always, blob_bytes, self._write)
-        self._reserve = Reserve(directory)
-        self._ends: Counter[tuple[str, str]] = Counter()  # by state and mode, in the open transaction
-        self._open = False
-        self._needed_bytes = 0  # of blobs, in the transactions that found the disk full
-        self._next_seq, self._end_seq = self._counters()
+        self._db = Database(directory, run_id, self._always, max_bytes)
+        self.path = self._db.path
+        self._tickets, self._ended = LiveTickets(self._db), EndedTickets(self._db, keep_ended)
+        self._grew = self._unsynced = False  # the open transaction; the last commits
+        self._refused = Refused()
         try:
-            self._reserve.hold()
-        except OSError as error:
-            log.error("No room for the store's reserve. store=%s error=%s", self.path, error)
+            self._parcels = Parcels(self._db, directory / "blobs", self._always, blob_bytes)
+            self._reload()
+            self._parcels.collect_orphans()
+            self._room = Room(directory, self._db)
+        except BaseException:
+            self._db.close()
+            raise
 
     def close(self) -> None:
         """Close the store; what was not committed is discarded."""
-        self._results.close()
+        self._parcels.close()
         self._db.close()
 
     @property
     def reserved(self) -> bool:
         """Whether there is room to go on; False only on a disk that is full already."""
-        return self._reserve.held
+        return self._room.held
+
+    @property
+    def free_bytes(self) -> int:
+        """Room that is left, on the disk and within the data file."""
+        return self._room.free_bytes
+
+    def _reload(self) -> None:
+        """Take over what is committed."""
+        with self._db.read() as transaction:
+            packed = transaction.get(COUNTERS_KEY, db=self._db.tables.meta)
+            rows = [(key, value) for key, value in transaction.cursor(db=self._db.tables.sessions)]
+        try:
+            self._counters = Counters() if packed is None else decode_counters(packed)
+            self._sessions = {session.decode(): number(lineage) for lineage, session in rows}
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise unusable(self.path, f"its counters and sessions cannot be read: {error}") from error
+        self._lineage = max(self._sessions.values(), default=0)
+        self._tickets.reload()
+        self._parcels.reload(self._counters.parcel, self._tickets.counts())
 
     # --- writing
 
     def apply(self, action: JournalAction, frames: Sequence[Frame] = ()) -> None:
-        """Write one action into the open transaction. `frames`: the message whose trajectory a JournalResult stores."""
-        match action:
-            case JournalTicket(seq, ticket):
-                packed = msgpack.packb(ticket.model_dump(mode="json"))
-                self._write(
-                    "INSERT INTO tickets (ticket_id, seq, mode, state, ticket, attempt) VALUES (?, ?, ?, ?, ?, ?)",
-                    (ticket.ticket_id, seq, ticket.mode.value, "issued", packed, ticket.attempt),
-                )
-                self._next_seq = max(self._next_seq, seq + 1)
-            case JournalResult(seq, ticket_id, source):
-                try:
-                    self._results.put(ticket_id, frames)
-                except OSError as error:
-                    self._rollback(error)
-                self._write(
-                    "UPDATE tickets SET state = 'delivered', result_seq = ?, source = ? WHERE ticket_id = ?",
-                    (seq, source, ticket_id),
-                )
-                self._next_seq = max(self._next_seq, seq + 1)
-            case JournalAttempt(ticket_id, attempt, error, dead, seq):
-                self._write(
-                    "UPDATE tickets SET state = ?, attempt = ?, error = ?, result_seq = ? WHERE ticket_id = ?",
-                    ("dead" if dead else "issued", attempt, error, seq, ticket_id),
-                )
-                self._next_seq = max(self._next_seq, seq + 1)
-            case JournalRecall(ticket_id):
-                self._results.drop(ticket_id)
-                self._write(
-                    "UPDATE tickets SET state = 'issued', result_seq = 0, source = '' WHERE ticket_id = ?", (ticket_id,)
-                )
-            case JournalPurge(ticket_id, error):
-                self._write("UPDATE tickets SET source = ?, error = ? WHERE ticket_id = ?", (PURGED, error, ticket_id))
-            case JournalEnd(ticket_id, state):
-                self._end(ticket_id, state)
+        """Write one action into the open transaction. `frames`: the message whose trajectories a JournalResults stores;
+        they are not referred to afterwards. Raises StoreFullError.
 
-    def _end(self, ticket_id: str, state: TicketState) -> None:
-        self._results.drop(ticket_id)
-        self._end_seq += 1
-        rows = self._write(
-            "UPDATE tickets SET state = ?, ticket = NULL, ended = ?, end_seq = ? WHERE ticket_id = ? RETURNING mode",
-            (state.value, time.time(), self._end_seq, ticket_id),
-        )
-        self._ends.update((state.value, mode) for (mode,) in rows)
+        While the disk is full, ends are committed at once and a few at a time: the reserve is small, and what the first
+        ones free serves the next."""
+        try:
+            match action:
+                case JournalTickets(rows) if rows:
+                    self._grew = True
+                    self._tickets.add(rows)
+                    self._seen(max(seq for seq, _ in rows))
+                case JournalResults(_, rows) if rows:
+                    self._grew = True
+                    self._parcels.put(action, frames)
+                    self._seen(max(row.result_seq for row in rows))
+                case JournalEnds(rows) if self.reserved:
+                    self._end(rows)
+                case JournalEnds(rows):
+                    for start in range(0, len(rows), FULL_BATCH):
+                        self._end(rows[start : start + FULL_BATCH])
+                        self.commit()
+                case JournalAttempt():
+                    self._tickets.attempt(action)
+                    self._seen(action.result_seq)
+                case JournalRecall(seq, ticket_id):
+                    self._parcels.drop(ticket_id)
+                    self._tickets.recall(seq, self._parcels.last)
+                case JournalPurge(seq, _, error):
+                    self._tickets.purge(seq, PURGED, error)
+        except (lmdb.Error, OSError) as error:
+            self._rollback(error)
+
+    def _seen(self, seq: int) -> None:
+        self._counters.next_seq = max(self._counters.next_seq, seq + 1)
+
+    def _end(self, rows: Sequence[EndedRow]) -> None:
+        if not rows:
+            return
+        drop, source_of, ended = self._parcels.drop, self._tickets.source, []
+        for row in rows:
+            source = drop(row.ticket_id)
+            ended.append((row.ticket_id, row.state, source_of(row.seq) if source is None else source))
+        self._tickets.remove(rows)
+        self._counters.end = self._ended.add(ended, self._counters.end)
+        for (state, mode), num in Counter((row.state, row.mode) for row in rows).items():
+            ends = self._counters.ends.setdefault(state.value, {})
+            ends[mode.value] = ends.get(mode.value, 0) + num
 
     def lineage(self, session: str) -> int:
-        """The lineage of this learner session: the stored one, or the next number of the durable counter."""
-        row = self._db.execute("SELECT lineage FROM sessions WHERE session = ?", (session,)).fetchone()
-        if row is None:
-            lineage = int(self._db.execute("SELECT COALESCE(MAX(lineage), 0) FROM sessions").fetchone()[0]) + 1
-            self._write("INSERT INTO sessions VALUES (?, ?)", (session, lineage))
-            self._write("DELETE FROM sessions WHERE lineage <= ?", (lineage - KEEP_SESSIONS,))
-            return lineage
-        return int(row[0])
-
-    def _write(self, statement: str, parameters: tuple[object, ...]) -> sqlite3.Cursor:
-        try:
-            if not self._open:
-                self._db.execute("BEGIN IMMEDIATE")
-                self._open = True
-            return self._db.execute(statement, parameters)
-        except sqlite3.OperationalError as error:
-            self._rollback(error)
+        """The lineage of this learner session: the stored one, or the next number of the durable counter. Raises
+        StoreFullError."""
+        if session not in self._sessions:
+            self._lineage += 1
+            self._sessions[session] = self._lineage
+            self._sessions = {key: num for key, num in self._sessions.items() if num > self._lineage - KEEP_SESSIONS}
+            try:
+                table = self._db.tables.sessions
+                self._db.write.put(pack_key(self._lineage), session.encode(), db=table)
+                if self._lineage > KEEP_SESSIONS:
+                    self._db.write.delete(pack_key(self._lineage - KEEP_SESSIONS), db=table)
+            except lmdb.Error as error:
+                self._rollback(error)
+        return self._sessions[session]
 
     def commit(self) -> bool:
         """Make durable what was written since the last call; whether there was anything. Raises StoreFullError."""
-        if not self._open:
+        if not self.prepare():
             return False
-        self._write("UPDATE meta SET value = ? WHERE key = 'next_seq'", (str(self._next_seq),))
-        for (state, mode), num in self._ends.items():
-            self._write(
-                "INSERT INTO ends VALUES (?, ?, ?) ON CONFLICT (state, mode) DO UPDATE SET num = num + excluded.num",
-                (state, mode, num),
-            )
-        self._ends.clear()
-        self._trim()
         try:
-            self._results.settle()  # first: a row never names a file that is not there
-            self._db.execute("COMMIT")
-        except (sqlite3.OperationalError, OSError) as error:
-            self._rollback(error)
-        self._open = False
-        self._results.committed()
-        if self._always:
-            self._results.collect()
+            self.flush()
+        except (lmdb.Error, OSError) as error:
+            self.fail(error)
+        self.finish()
         return True
 
-    def _rollback(self, error: Exception) -> NoReturn:
-        self._open = False
-        self._ends.clear()
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
-        self._needed_bytes = max(self._needed_bytes, self._results.tried_bytes)
-        self._results.rolled_back()
-        self._next_seq, self._end_seq = self._counters()
-        self._reserve.release()
-        raise StoreFullError(f"{self.path}: {error}") from error
+    def prepare(self) -> bool:
+        """The first of the three parts of a commit, of which the second may run in another thread: `flush`, and then
+        `finish`, or `fail` where `flush` raised. In between nothing may be written; what is read is what was durable
+        before. False where there is nothing to commit. Raises StoreFullError."""
+        if not self._db.open:
+            return False
+        try:
+            if self.reserved:
+                self._ended.trim(self._counters.end)
+            self._parcels.delete_orphans()
+            self._counters.parcel = self._parcels.last
+            self._db.write.put(COUNTERS_KEY, encode(self._counters), db=self._db.tables.meta)
+            if self._grew:
+                self._room.spare()
+            self._db.close_transaction()
+        except (lmdb.Error, OSError) as error:
+            self._rollback(error)
+        return True
 
-    def _trim(self) -> None:
-        """Forget the oldest ended tickets beyond `keep_ended`, a batch at a time."""
-        bound = self._end_seq - self._keep_ended
-        if bound <= 0:
-            return
-        oldest = self._db.execute("SELECT MIN(end_seq) FROM tickets WHERE end_seq IS NOT NULL").fetchone()[0]
-        if oldest is not None and oldest <= bound:
-            self._write("DELETE FROM tickets WHERE end_seq <= ?", (min(bound, oldest + TRIM_BATCH - 1),))
+    def flush(self) -> None:
+        """Wait for the disk. Raises lmdb.Error or OSError."""
+        self._parcels.settle()  # before the commit: a row never names a file that is not there
+        self._db.flush()
+
+    def finish(self) -> None:
+        """What was prepared is durable."""
+        self._grew, self._unsynced = False, True
+        self._parcels.committed()
+        if self._always:
+            self._parcels.collect()
+
+    def fail(self, error: Exception) -> NoReturn:
+        """What was prepared could not be made durable. Raises StoreFullError, or what is no matter of room."""
+        if not isinstance(error, lmdb.Error | OSError):
+            raise error
+        self._rollback(error)
+
+    def _rollback(self, error: Exception) -> NoReturn:
+        self._grew = False
+        self._db.abort()
+        if isinstance(error, DAMAGE):
+            raise unusable(self.path, error) from error
+        parcels = self._parcels
+        self._refused.add(parcels.tried_bytes, parcels.tried_blob_bytes, parcels.tried_row_bytes)
+        self._room.release()
+        self._db.reopen(RESERVE_BYTES)  # also where a failed sync has made LMDB refuse everything
+        self._reload()
+        parcels.rolled_back()
+        # LMDB calls a write that a full disk cut short an input/output error.
+        num_free = shutil.disk_usage(self.path.parent).free
+        raise StoreFullError(f"{self.path}: {error}; its disk has {num_free} bytes free") from error
 
     # --- the disk
 
     def probe(self) -> None:
         """Raise StoreFullError unless the store takes writes again, as large ones as those that it refused last."""
-        needed_bytes = self._needed_bytes + (0 if self._reserve.held else RESERVE_BYTES)
-        free_bytes = shutil.disk_usage(self.path.parent).free
-        if free_bytes < needed_bytes:  # the reserve stays with the acks until there is room for all
-            raise StoreFullError(f"{self.path}: {needed_bytes} bytes are needed, {free_bytes} are free")
         try:
-            self._reserve.hold()
-        except OSError as error:
+            self._room.regain(self._refused)
+        except OSError as error:  # whatever is left of the reserve stays with the acks
             raise StoreFullError(f"{self.path}: {error}") from error
-        self._write("INSERT INTO results VALUES ('', ?, x'', x'', NULL)", (bytes(65_536),))
-        self._write("DELETE FROM results WHERE ticket_id = ''", ())
-        self.commit()
-        self._needed_bytes = 0
+        try:
+            self._db.reopen()
+            value = bytes(max(PROBE_BYTES, self._refused.largest_row_bytes))
+            self._db.write.put(_PROBE_KEY, value, db=self._db.tables.meta)
+            self._db.commit()
+            self._db.write.delete(_PROBE_KEY, db=self._db.tables.meta)
+            self._db.commit()
+        except (lmdb.Error, OSError) as error:
+            self._rollback(error)
+        self._refused = Refused()
 
     def sync(self) -> None:
-        """With fsync "interval": make durable what has been committed, blobs before the rows that name them."""
-        if self._always:
+        """With fsync "interval": make durable what has been committed, blobs before the rows that name them. Raises
+        StoreFullError."""
+        if self._always or not self._unsynced:
             return
-        wal = self.path.with_name(self.path.name + "-wal")
-        self._results.sync()
-        if wal.exists():
-            descriptor = os.open(wal, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        self._results.collect()  # not before: a lost ack must find its result
-
-    def compact(self) -> int:
-        """Give free pages of the database back to the file system, a batch at a time; returns how many were free."""
-        free_pages = int(self._db.execute("PRAGMA freelist_count").fetchone()[0])
-        num_pages = int(self._db.execute("PRAGMA page_count").fetchone()[0])
-        # What was freed will be used again soon: only a file that is mostly air is cut.
-        if not self._open and free_pages > VACUUM_PAGES and free_pages > num_pages // 2:
-            try:
-                self._db.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES:d})").fetchall()
-            except sqlite3.OperationalError as error:
-                self._rollback(error)
-        return free_pages
+        try:
+            self._parcels.sync()
+            self._db.sync()
+        except (lmdb.Error, OSError) as error:
+            self._rollback(error)
+        self._unsynced = False
+        self._parcels.collect()  # not before: a lost ack must find its result
 
     # --- reading
 
     def settled(self, ticket_id: str) -> Settled | None:
         """How a ticket that is not live ended, or None for an unknown or long forgotten one."""
-        row = self._db.execute("SELECT state, source FROM tickets WHERE ticket_id = ?", (ticket_id,)).fetchone()
-        return None if row is None else Settled(TicketState(row[0]), row[1])
+        return self._ended.settled(ticket_id)
 
     def settled_ids(self, ticket_ids: Iterable[str]) -> frozenset[str]:
-        """Those of the ids that the journal has seen."""
-        return frozenset(key for key in ticket_ids if self.settled(key) is not None)
+        """Those of the ids that have ended and are remembered."""
+        return self._ended.settled_ids(ticket_ids)
 
-    def load(self, ticket_id: str) -> Message | None:
-        """The stored TRAJECTORY of a ticket, its arrays views of one buffer or file; None where the ticket has ended.
+    def place(self, ticket_id: str) -> Place | None:
+        """Where a live ticket's result lies; None where it has none."""
+        return self._parcels.place(ticket_id)
+
+    def load(self, parcel: int) -> Message:
+        """The stored TRAJECTORY of the results in this parcel, its arrays views of one buffer or file.
 
         Raises DamagedError where it is not what was written.
         """
-        return self._results.load(ticket_id)
+        return self._parcels.load(parcel)
 
     def live(self) -> Iterator[Restored]:
         """Every live ticket, in the order of issue."""
-        rows = self._db.execute(
-            "SELECT seq, ticket, state, attempt, result_seq, source, error FROM tickets"
-            " WHERE end_seq IS NULL ORDER BY seq"
-        )
-        for seq, packed, state, attempt, result_seq, source, error in rows:
-            ticket = Ticket.model_validate(msgpack.unpackb(packed) | {"attempt": attempt})
-            yield Restored(seq, ticket, TicketState(state), result_seq, source, error)
+        return self._tickets.live(self._parcels.taken(self._tickets.counts()))
 
     def ended(self) -> dict[tuple[TicketState, Mode], int]:
         """Number of ended tickets by state and mode, forgotten ones included."""
-        rows = self._db.execute("SELECT state, mode, num FROM ends")
-        return {(TicketState(state), Mode(mode)): num for state, mode, num in rows}
+        ends = self._counters.ends
+        return {(TicketState(state), Mode(mode)): num for state in ends for mode, num in ends[state].items()}
 
     def next_seq(self) -> int:
         """A number above every seq and result_seq in use."""
-        return self._next_seq
-
-    def _counters(self) -> tuple[int, int]:
-        """The next free seq, and the number of the last end."""
-        next_seq = self._db.execute("SELECT value FROM meta WHERE key = 'next_seq'").fetchone()[0]
-        end_seq = self._db.execute("SELECT MAX(end_seq) FROM tickets WHERE end_seq IS NOT NULL").fetchone()[0]
-        return int(next_seq), int(end_seq or 0)
+        return self._counters.next_seq

@@ -142,9 +142,9 @@ class Fetch:
         elif isinstance(event, Reconnected):
             self._newest = None
             self._ask_again()
-        elif event.command == "MANIFEST_REPLY":
+        elif event.command == messages.ManifestReply.COMMAND:
             self._on_manifest(messages.read_manifest(event))
-        elif event.command == "CHUNK_REPLY":
+        elif event.command == messages.ChunkReply.COMMAND:
             self._on_chunk(*messages.read_chunk(event))
         else:
             self._on_error(parse_body(event, ErrorBody))

@@ -7,20 +7,20 @@ written only when it is complete and verified.
 from __future__ import annotations
 
 import contextlib
-import logging
 import queue
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from broker.client.connection import Connection, ConnectionClosedError
 from broker.process.keys import Identity
 from broker.process.security import OPEN, Security
 from broker.protocol import weight_messages as messages
 from broker.protocol import weights
+from broker.protocol.commands import parse_body
 from broker.protocol.frames import Limits, Message
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Manifest
@@ -28,8 +28,6 @@ from broker.weights import metrics
 from broker.weights.fetch import Announced, Event, Fetch, Reconnected, WeightsSupersededError
 from broker.weights.sinks import FileSink, MemorySink, Sink, WeightsCorruptError
 from broker.weights.store import Snapshot, WeightStore
-
-logger = logging.getLogger(__name__)
 
 REPLY_LIMITS = Limits(max_frames=3, max_envelope_bytes=64 << 20, max_array_bytes=weights.MAX_CHUNK_BYTES)
 
@@ -74,7 +72,7 @@ class WeightSubscriber:
         hello = messages.Hello(role=messages.Role(role), peer_id=peer_id, run_id=run_id, session=uuid.uuid4().hex)
         self._connection = Connection(
             endpoint,
-            hello=lambda: hello.model_dump(mode="json"),
+            hello=hello.pack,
             on_welcome=self._on_welcome,
             on_message=self._on_message,
             on_failure=self._on_failure,
@@ -188,19 +186,19 @@ class WeightSubscriber:
 
     def _watch(self) -> None:
         with contextlib.suppress(ConnectionClosedError):  # closed meanwhile: nobody watches any more
-            self._connection.send(messages.watch(self._have))
+            self._connection.send(messages.Watch(have=self._have).pack())
 
     # --- callbacks, in the connection's thread ----------------------------------------------------------------------
 
-    def _on_welcome(self, _welcome: dict[str, Any], _first: bool) -> None:
+    def _on_welcome(self, _welcome: Message, _first: bool) -> None:
         self._watch()
         self._post(Reconnected())
 
     def _on_message(self, message: Message) -> None:
-        if message.command != "ANNOUNCE":
+        if message.command != messages.Announce.COMMAND:
             self._post(message)
             return
-        newest, _num_bytes = messages.read_announce(message)
+        newest = messages.policy_version(parse_body(message, messages.Announce).newest)
         with self._changed:
             newer = newest if newest is not None and (self._latest is None or newest > self._latest) else None
             if newer is not None:

@@ -2,10 +2,12 @@
 
 Real processes (broker, relay, actors, learner) do a fixed amount of work while they are killed, stopped, cut off,
 denied their disk and given other clocks, at random instants, alone and in pairs. Afterwards the trained set must be the
-issued set, by the learner's audit, by its last checkpoint and by the broker's store. The last line is JSON.
+issued set, by the learner's audit, by its last checkpoint and by the broker's store. The last line is JSON. With
+`--curve` both channels are encrypted.
 
 `effective_fraction` is the time that the work takes without faults, divided by the time it took. The former is that
 of a shorter run without faults, made first on the same machine, and its steady rate for the rest of the work.
+`shared` says that the faults hit parcels of several trajectories: how many at least needed no message of their own.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class Plan:
     directory: Path
     deadline_s: float
     keep: bool
+    curve: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +61,15 @@ class Outcome:
     problems: tuple[str, ...]
     restarts: dict[str, int]
     unavailable: dict[str, str]
+    num_shared: int
 
 
 def run_one(
-    directory: Path,
-    name: str,
-    seed: int,
-    num_steps: int,
-    num_faults: int,
-    deadline_s: float,
-    keep: bool,
-    stop: threading.Event,
+    directory: Path, name: str, plan: Plan, num_steps: int, num_faults: int, deadline_s: float, stop: threading.Event
 ) -> Outcome:
-    """One run from its first process to its verdict. Its folder stays where something is wrong, or to `keep` it."""
-    with Stage(directory, name, seed, num_steps) as stage:
-        schedule = make_schedule(seed, num_faults, stage.num_tickets, NUM_ACTORS, tuple(stage.unavailable))
+    """One run from its first process to its verdict. Its folder stays where something is wrong, or to keep it."""
+    with Stage(directory, name, plan.seed, num_steps, plan.curve) as stage:
+        schedule = make_schedule(plan.seed, num_faults, stage.num_tickets, NUM_ACTORS, tuple(stage.unavailable))
         _say(f"{name}: {len(schedule)} faults over {stage.num_tickets} tickets; logs in {stage.run_dir}")
         timing, problems = None, []
         started = time.monotonic()
@@ -85,7 +82,9 @@ def run_one(
         problems += [*stage.crashes, *verdict.problems]
         if timing and len(stage.injected) < num_faults:
             problems.append(f"the work was done after {len(stage.injected)} of {num_faults} faults")
-        stage.disposable = not problems and not keep
+        if timing and not stage.num_shared:
+            problems.append("every trajectory travelled alone: no parcel of several was under test")
+        stage.disposable = not problems and not (plan.keep and num_faults)
         return Outcome(
             stage.num_tickets,
             tuple(stage.injected),
@@ -95,6 +94,7 @@ def run_one(
             tuple(f"{name}: {problem}" for problem in problems),
             {child.name: child.num_restarts for child in stage.children.values()},
             stage.unavailable,
+            stage.num_shared,
         )
 
 
@@ -104,11 +104,11 @@ def run_matrix(plan: Plan, stop: threading.Event) -> dict[str, Any]:
     baseline = None
     if plan.num_baseline_steps:
         limit_s = 60.0 + 10 * plan.num_baseline_steps
-        baseline = run_one(directory, "baseline", plan.seed, plan.num_baseline_steps, 0, limit_s, False, stop)
+        baseline = run_one(directory, "baseline", plan, plan.num_baseline_steps, 0, limit_s, stop)
         if baseline.problems:
             return report(baseline, None)
         _say(f"baseline: {baseline.num_tickets} tickets in {baseline.wall_s:.1f} s")
-    outcome = run_one(directory, "matrix", plan.seed, plan.num_steps, plan.num_faults, plan.deadline_s, plan.keep, stop)
+    outcome = run_one(directory, "matrix", plan, plan.num_steps, plan.num_faults, plan.deadline_s, stop)
     if not outcome.problems and not plan.keep:
         directory.rmdir()
     return report(outcome, baseline and without_faults_s(baseline, outcome.num_tickets))
@@ -123,6 +123,7 @@ def report(outcome: Outcome, expected_s: float | None) -> dict[str, Any]:
         "trained": verdict.trained,
         "lost": verdict.lost,
         "duplicated": verdict.duplicated,
+        "shared": outcome.num_shared,
         "effective_fraction": round(expected_s / outcome.wall_s, 3) if expected_s and outcome.timing else None,
         "without_faults_s": round(expected_s, 1) if expected_s else None,
         "wall_s": round(outcome.wall_s, 1),
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("runs/chaos"))
     parser.add_argument("--deadline-s", type=float, help="default 120 + 5 for each fault")
     parser.add_argument("--keep", action="store_true", help="keep logs and store of a run that went well, too")
+    parser.add_argument("--curve", action="store_true", help="encrypt both channels, with keys")
     arguments = parser.parse_args()
     configure_logging("chaos")
     num_tickets = arguments.tickets or max(128, TICKETS_PER_FAULT * arguments.faults)
@@ -179,9 +181,10 @@ def main() -> None:
         arguments.directory,
         arguments.deadline_s or 120 + 5 * arguments.faults,
         arguments.keep,
+        arguments.curve,
     )
     command = ["python", "-m", "tests.chaos.matrix", "--seed", plan.seed, "--faults", plan.num_faults]
-    command += ["--tickets", num_tickets, "--baseline-tickets", baseline_tickets]
+    command += ["--tickets", num_tickets, "--baseline-tickets", baseline_tickets, *["--curve"] * plan.curve]
     _say(f"seed={plan.seed}")
     result: dict[str, Any] = {"ok": False, "problems": ["the matrix itself failed"]}
     try:
@@ -190,7 +193,7 @@ def main() -> None:
         if not result["ok"]:
             _say("FAILED: " + "; ".join(result["problems"]))
             _say(f"logs: {plan.directory}; repeat: {shlex.join(map(str, command))}")
-    print(json.dumps(result | {"seed": plan.seed}))
+    print(json.dumps(result | {"seed": plan.seed, "curve": plan.curve}))
     sys.exit(0 if result["ok"] else 1)
 
 

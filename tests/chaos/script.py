@@ -25,6 +25,7 @@ from broker.protocol.trajectory import (
 
 INFRA_FAILURES = 0.03  # share of attempts that give their ticket back
 FLAT_GROUPS = 0.1  # share of groups without variance, which fill no batch
+BEAT_S = 0.2  # episodes end on the beat, so that several of an actor end together and share a message
 WEIGHT_BYTES = 256 << 10
 NUM_PROMPT = 8
 
@@ -34,7 +35,8 @@ def _draw(seed: int, *what: object) -> random.Random:
 
 
 def duration_s(seed: int, ticket: Ticket) -> float:
-    """Seconds this attempt takes: 0.7 on average, with a tail beyond the lease (which heartbeats renew)."""
+    """Seconds this attempt takes at least, to the next beat: 0.7 on average, with a tail beyond the lease (which
+    heartbeats renew)."""
     return min(6.0, _draw(seed, ticket.ticket_id, ticket.attempt, "duration").lognormvariate(-0.7, 0.8))
 
 
@@ -51,9 +53,11 @@ def reward(seed: int, ticket: Ticket) -> float:
 
 
 def num_tokens(seed: int, ticket_id: str) -> int:
-    """Sampled tokens of a ticket's episode: mostly small, one in twenty up to a megabyte on the wire."""
+    """Sampled tokens of a ticket's episode: mostly small; one in twenty up to a megabyte on the wire, which is a file
+    beside the store; one in a hundred more, which is offered before it is sent."""
     rng = _draw(seed, ticket_id, "size")
-    low, high = rng.choices(((16, 512), (512, 8_000), (20_000, 110_000)), weights=(80, 15, 5))[0]
+    sizes = ((16, 512), (512, 8_000), (20_000, 110_000), (120_000, 220_000))
+    low, high = rng.choices(sizes, weights=(80, 14, 5, 1))[0]
     return rng.randint(low, high)
 
 

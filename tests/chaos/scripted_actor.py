@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -20,7 +21,9 @@ from actors.rollout import InfraFailureError
 from actors.weights import WeightAdopter
 from broker.client import ActorClient
 from broker.process.config import load_settings
+from broker.process.keys import Identity
 from broker.process.lifecycle import install_stop, run_main
+from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion, Ticket, Trajectory
 from broker.weights.subscriber import WeightSubscriber
@@ -84,21 +87,40 @@ class ScriptedActor(Actor):
     async def _episode(self, ticket: Ticket) -> Trajectory:
         version = self._adopter.adopted
         assert version is not None, "the loop waits for the ticket's min_version"
-        await asyncio.sleep(script.duration_s(self._seed, ticket))
+        await _sleep_to_beat(script.duration_s(self._seed, ticket))
         if script.fails(self._seed, ticket):
             raise InfraFailureError("scripted")
         return script.make_trajectory(self._seed, ticket, self._id, version)
 
 
+async def _sleep_to_beat(seconds: float) -> None:
+    """Sleep so long, and on to the next beat: whoever sleeps to the same one wakes in the same turn of the loop."""
+    loop = asyncio.get_running_loop()
+    beat: asyncio.Future[None] = loop.create_future()
+    due = math.ceil((loop.time() + seconds) / script.BEAT_S) * script.BEAT_S
+
+    def wake() -> None:
+        if not beat.done():
+            beat.set_result(None)
+
+    timer = loop.call_at(due, wake)
+    try:
+        await beat
+    finally:
+        timer.cancel()
+
+
 async def serve(settings: Settings, index: int, stop: threading.Event) -> None:
     """Run the actor until `stop`."""
     actor_id, run_id, links = f"actor-{index}", settings.run.name, settings.weights
+    security = load_security(settings, Identity.ACTOR)
     client = ActorClient(
         f"tcp://{settings.broker.host}:{settings.broker.port}",
         run_id,
         actor_id,
         heartbeat_s=settings.broker.heartbeat_s,
         liveness=settings.broker.liveness,
+        security=security,
     )
     subscriber = WeightSubscriber(
         f"tcp://{links.relay_host}:{links.relay_port}",
@@ -107,6 +129,7 @@ async def serve(settings: Settings, index: int, stop: threading.Event) -> None:
         credit=links.credit,
         heartbeat_s=links.heartbeat_s,
         liveness=links.liveness,
+        security=security,
     )
     async with contextlib.AsyncExitStack() as stack:
         engine = ScriptedEngine(settings.run_dir)

@@ -18,7 +18,9 @@ import xxhash
 
 from broker.client import DeadLetter, LearnerClient
 from broker.process.config import load_settings
+from broker.process.keys import Identity
 from broker.process.lifecycle import install_stop, run_main
+from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion
 from broker.weights.publisher import WeightPublisher
@@ -50,6 +52,7 @@ class ScriptedLearner:
     def __init__(self, settings: Settings, stop: threading.Event) -> None:
         self._settings, self._stop = settings, stop
         learner, broker, links = settings.learner, settings.broker, settings.weights
+        security = load_security(settings, Identity.LEARNER)
         self._num_groups = learner.num_steps * learner.groups_per_step
         self._num_tickets = self._num_groups * learner.group_size
         self._store = CheckpointStore(settings.run_dir / CHECKPOINTS, learner.keep_checkpoints)
@@ -73,6 +76,7 @@ class ScriptedLearner:
             settings.run.name,
             heartbeat_s=broker.heartbeat_s,
             liveness=broker.liveness,
+            security=security,
         )
         self._publisher = WeightPublisher(
             f"tcp://{links.host}:{links.port}",
@@ -80,6 +84,7 @@ class ScriptedLearner:
             chunk_bytes=links.chunk_bytes,
             heartbeat_s=links.heartbeat_s,
             liveness=links.liveness,
+            security=security,
         )
 
     def run(self) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from broker.process.config import save_settings
+from broker.process.keys import make_keys
 from broker.process.settings import (
     ActorSection,
     BrokerSection,
@@ -26,6 +27,7 @@ from broker.process.settings import (
     LearnerSection,
     MetricsSection,
     RunSection,
+    SecuritySection,
     Settings,
     SupervisorSection,
     WeightsSection,
@@ -33,6 +35,7 @@ from broker.process.settings import (
 from deploy.local import Child, Supervisor
 from tests.chaos.injector import Injector
 from tests.chaos.machine import Clocks, Disk
+from tests.chaos.parcels import ParcelWatch
 from tests.chaos.proxy import Link, Network
 from tests.chaos.schedule import Fault
 from tests.chaos.scripted_learner import AUDIT
@@ -94,9 +97,10 @@ class Progress:
 
 
 class Stage:
-    """A run named `name` below `directory`; a context manager. `settings` holds once it is entered."""
+    """A run named `name` below `directory`; a context manager. `settings` holds once it is entered. `curve`: both
+    channels are encrypted, with keys of this run's own."""
 
-    def __init__(self, directory: Path, name: str, seed: int, num_steps: int) -> None:
+    def __init__(self, directory: Path, name: str, seed: int, num_steps: int, curve: bool = False) -> None:
         ports = _ports(9)
         self._servers = dict(zip(("broker", "learner", "relay"), ports[:3], strict=True))
         self._proxies = dict(
@@ -123,6 +127,7 @@ class Stage:
                 lease_s=LEASE_S,
                 max_attempts=1000,  # faults must not use them up: the trained set is to be the whole issued set
                 min_free_mb=6,
+                blob_bytes=64 << 10,
             ),
             weights=WeightsSection(
                 port=self._servers["learner"],
@@ -133,6 +138,7 @@ class Stage:
                 liveness=LIVENESS,
             ),
             metrics=MetricsSection(broker_port=ports[7], relay_port=ports[8]),
+            security=SecuritySection(mode="curve" if curve else "none", keys=directory.resolve() / name / "keys"),
             supervisor=SupervisorSection(
                 restart_backoff_s=0.05, restart_max_backoff_s=0.1, restart_reset_s=0.001, grace_s=5
             ),
@@ -146,6 +152,7 @@ class Stage:
         self.children: dict[str, Child] = {}
         self.injected: list[Fault] = []
         self.crashes: list[str] = []
+        self.num_shared = 0  # trajectories that needed no message of their own, at least
         self.disposable = False  # whether nothing of it is kept
         self._stack = contextlib.ExitStack()
 
@@ -168,6 +175,8 @@ class Stage:
             self._stack.callback(self._clean)
             self.disk.mount()
             self.clocks.build()
+            if self.settings.security.mode == "curve":
+                make_keys(self.settings.security.keys)
             self._stack.enter_context(self.network)
             save_settings(self.settings, self.run_dir / "config.toml")
             self.children = {child.name: child for child in self._children()}
@@ -194,6 +203,7 @@ class Stage:
             self.run_dir / "faults.jsonl",
         )
         supervisor = _Mender(self.settings.supervisor, list(self.children.values()), injector.finish)
+        watch = ParcelWatch(self.settings.metrics.broker_port)
         started = time.monotonic()
 
         def ended() -> bool:
@@ -201,11 +211,13 @@ class Stage:
             return stop.is_set() or injector.error is not None or late or len(supervisor.crashes) > MAX_CRASHES
 
         injector.start()
+        watch.start()
         try:
             finished = supervisor.run(ended, lambda: None)
         finally:
             injector.finish()
-            self.injected, self.crashes = injector.done, supervisor.crashes
+            watch.finish()
+            self.injected, self.crashes, self.num_shared = injector.done, supervisor.crashes, watch.num_shared
         total_s = time.monotonic() - started
         if injector.error is not None:
             raise injector.error

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import itertools
 import json
-import sqlite3
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import lmdb
+
 from broker.process.settings import Settings
+from broker.store.datafile import FILE_NAME, LIB_VERSION
+from broker.store.rows import STATES, decode_ticket
 from learner.checkpoint import CheckpointStore
 from tests.chaos.scripted_actor import VIOLATIONS
 from tests.chaos.scripted_learner import AUDIT, CHAIN, CHECKPOINTS, chained
+
+LIVE = "live"  # of a ticket that has not ended
 
 
 @dataclass(slots=True)
@@ -43,7 +48,7 @@ def judge(settings: Settings) -> Verdict:
     issued = issued_ids(settings)
     lines = _audit(run_dir / AUDIT)
     ids = Counter(ticket_id for ticket_id, _ in lines)
-    states = store_states(run_dir / "broker" / "journal.db")
+    states = store_states(run_dir / "broker" / FILE_NAME)
     missing = [key for key in issued if key not in ids or states.get(key) != "acked"]
     verdict = Verdict(len(issued), len(ids), len(missing), ids.total() - len(ids))
     say = verdict.problems.append
@@ -77,10 +82,16 @@ def store_states(path: Path) -> dict[str, str]:
     """The state of every ticket that the broker's store knows, read from the file itself."""
     if not path.exists():
         return {}
-    with sqlite3.connect(path) as database:
-        states = dict(database.execute("SELECT ticket_id, state FROM tickets"))
-    database.close()
-    return states
+    with (
+        lmdb.Environment(
+            str(path), subdir=False, readonly=True, lock=False, max_dbs=16, lib_version=LIB_VERSION
+        ) as store,
+        store.begin() as transaction,
+    ):
+        live = transaction.cursor(store.open_db(b"tickets", transaction, create=False))
+        ended = transaction.cursor(store.open_db(b"ended", transaction, create=False))
+        states = {decode_ticket(packed).ticket_id: LIVE for packed in live.iternext(keys=False)}
+        return states | {key.decode(): STATES[row[0]].value for key, row in ended.iternext()}
 
 
 def _newest_chain(run_dir: Path) -> str | None:

@@ -6,6 +6,7 @@ it. Whatever comes in, only ProtocolError may come out; and what was accepted mu
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import tempfile
@@ -18,26 +19,25 @@ except ImportError:
         "the coverage-guided fuzz needs atheris, which is not among the locked packages; type: pip install atheris"
     )
 
-with atheris.instrument_imports(include=["broker.protocol", "msgpack"]):
+with atheris.instrument_imports(include=["broker.protocol"]):
     from broker.protocol import weight_messages as weights
-    from broker.protocol.codec import trajectory_from_message, trajectory_to_message
-    from broker.protocol.commands import COMMANDS, parse_body
+    from broker.protocol.codec import Parcel, pack_trajectories, pick, read_parcel, unpack_trajectories
+    from broker.protocol.commands import COMMANDS, Deliver, TrajectoryBody, parse_body
     from broker.protocol.errors import ProtocolError
-    from broker.protocol.frames import decode, encode
+    from broker.protocol.frames import Message, decode, encode
 
 from broker.protocol.commands import Role
 from tests.fuzz import corpus
 from tests.fuzz.mutate import mutate
 
-READERS = {
-    "WATCH": weights.read_have,
-    "ANNOUNCE": weights.read_announce,
-    "MANIFEST": weights.read_manifest_request,
-    "CHUNK": weights.read_chunk_request,
-    "CHUNK_REPLY": weights.read_chunk,
-    "MANIFEST_REPLY": weights.read_manifest,
+PARCELS = {body.COMMAND: body for body in (TrajectoryBody, Deliver)}
+BODIES = {
+    *(spec.body for spec in COMMANDS.values()),
+    *(weights.Hello, weights.Welcome, weights.Watch, weights.Announce),
+    *(weights.ManifestRequest, weights.ManifestReply, weights.ChunkRequest, weights.ChunkReply),
 }
-SEEDS = 2000
+SEEDS = 3000
+MAX_BYTES = 8192  # of one input
 
 
 def join(frames: list[bytes]) -> bytes:
@@ -61,21 +61,64 @@ def one_input(data: bytes) -> None:
         message = decode(split(data))
     except ProtocolError:
         return
-    again = decode([bytes(frame) for frame in encode(message)])
-    if again.command != message.command or len(again.arrays) != len(message.arrays):
+    if not _equal(decode([bytes(frame) for frame in encode(message)]), message):
         raise AssertionError("a message changes when it is encoded again")
+    for body in BODIES:  # whatever command it claims to be
+        with contextlib.suppress(ProtocolError):
+            facts = parse_body(message, body)
+            if parse_body(facts.pack(), body) != facts:
+                raise AssertionError(f"a {body.COMMAND} changes when it is packed again")
+    for read in (weights.read_chunk, weights.read_manifest):
+        with contextlib.suppress(ProtocolError):
+            read(message)
+    if message.command in PARCELS:
+        _read_parcel(message, PARCELS[message.command])
+
+
+def _read_parcel(message: Message, body: type[Parcel]) -> None:
+    """What is accepted says the same after it was packed again, and after it was taken apart."""
     try:
-        if message.command in READERS:
-            READERS[message.command](message)
-            return
-        spec = COMMANDS.get(message.command)
-        if spec is not None:
-            parse_body(message, spec.body)
-            if message.command in ("TRAJECTORY", "DELIVER"):
-                trajectory = trajectory_from_message(message)
-                trajectory_from_message(trajectory_to_message(trajectory))
+        content = read_parcel(message, body)
     except ProtocolError:
         return
+    trajectories = unpack_trajectories(message, body)
+    if not _equal(pack_trajectories(trajectories, body), pick(message, content, range(len(content.items)))):
+        raise AssertionError("a parcel changes when it is packed again")
+    for index, trajectory in enumerate(trajectories):
+        one = pick(message, content, [index])
+        read_parcel(one, body)
+        if not _equal(one, pack_trajectories([trajectory], body)):
+            raise AssertionError(f"item {index} of a parcel is not the same alone")
+    if not _equal(pack_trajectories(trajectories[::-1], body), pick(message, content, range(len(trajectories))[::-1])):
+        raise AssertionError("a parcel taken apart and turned round is another one")
+
+
+def _equal(one: Message, other: Message) -> bool:
+    return [bytes(frame) for frame in encode(one)] == [bytes(frame) for frame in encode(other)]
+
+
+def mutate_input(data: bytes, max_size: int, seed: int) -> bytes:
+    """Another input: of a parcel, or of a new message, a mutation that knows what it changes; else one of bytes."""
+    rng = random.Random(seed)
+    kind = rng.random()
+    try:
+        if kind < 0.3:
+            message = decode(split(data))
+            read_parcel(message, PARCELS.get(message.command, TrajectoryBody))
+            return join(mutate(rng, message))[:max_size]
+    except ProtocolError:
+        kind = rng.random()
+    return join(mutate(rng, _valid(rng)))[:max_size] if kind < 0.2 else atheris.Mutate(data, max_size)
+
+
+def _valid(rng: random.Random) -> Message:
+    role = rng.choice(tuple(Role))
+    choices = (
+        lambda: corpus.weight(rng, "fuzz", role),
+        lambda: corpus.experience(rng, "fuzz", role),
+        lambda: corpus.parcel(rng, rng.choice(tuple(PARCELS.values()))),
+    )
+    return rng.choice(choices)()
 
 
 def main() -> None:
@@ -83,11 +126,11 @@ def main() -> None:
     rng = random.Random(0)
     with tempfile.TemporaryDirectory(prefix="ergon-corpus-") as directory:
         for index in range(SEEDS):
-            valid = corpus.weight if index % 4 == 0 else corpus.experience
-            frames = mutate(rng, valid(rng, "fuzz", rng.choice(tuple(Role))))
-            if sum(map(len, frames)) < 4096:
+            frames = mutate(rng, _valid(rng))
+            if sum(map(len, frames)) < MAX_BYTES:
                 (Path(directory) / f"{index:05d}").write_bytes(join(frames))
-        atheris.Setup([sys.argv[0], directory, "-max_len=4096", *sys.argv[1:]], one_input)
+        options = [sys.argv[0], directory, f"-max_len={MAX_BYTES}", *sys.argv[1:]]
+        atheris.Setup(options, one_input, custom_mutator=mutate_input)
         atheris.Fuzz()
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 import uuid
 
+import numpy as np
+
 from broker.protocol import commands as wire
 from broker.protocol import weight_messages as weights
-from broker.protocol.codec import trajectory_to_message
+from broker.protocol.codec import Parcel, pack_trajectories
 from broker.protocol.commands import COMMANDS, Role
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
+from broker.protocol.weights import MIN_CHUNK_BYTES, describe, lay_out
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
-TICKETS = 400  # ids that the attackers draw from; honest peers use others
+TICKETS = 2000  # ids that the attackers draw from; honest peers use others
 
 
 def hello(rng: random.Random, run_id: str, role: Role) -> Message:
@@ -40,34 +43,68 @@ def experience(rng: random.Random, run_id: str, role: Role) -> Message:
 
 def _actor(rng: random.Random) -> Message:
     ids, request_id = _ids(rng), f"r{rng.randrange(50)}"
-    trajectory = make_trajectory(make_ticket(f"fuzz-t{rng.randrange(TICKETS)}"), num_segments=rng.choice((1, 1, 2, 5)))
+    ticket_id = f"fuzz-t{rng.randrange(TICKETS)}"
     credit = rng.choice((0, 1, 1, 2, 2, 5) if rng.random() < 0.95 else (4096, 2**40))
     choices = (
-        lambda: trajectory_to_message(trajectory),
-        lambda: trajectory_to_message(trajectory),
-        lambda: trajectory_to_message(trajectory, wire.Deliver),
+        lambda: parcel(rng),
+        lambda: parcel(rng),
+        lambda: parcel(rng),
+        lambda: wire.Offer(ticket_id=ticket_id, num_bytes=rng.choice((0, 1, 2 << 20, 2**40))).pack(),
         lambda: wire.Heartbeat(leases=ids).pack(),
         lambda: wire.Lease(credit=credit).pack(),
         lambda: wire.Release(request_id=request_id, ticket_ids=ids, reason="infra_failure", error="fuzz").pack(),
         lambda: wire.Release(request_id=request_id, ticket_ids=ids, reason="drain").pack(),
-        lambda: wire.Durable(ticket_id=trajectory.ticket.ticket_id, status="accepted").pack(),
+        lambda: _of_the_broker(rng),
+    )
+    return rng.choice(choices)()
+
+
+def parcel(rng: random.Random, body: type[Parcel] = wire.TrajectoryBody) -> Message:
+    """One to eight trajectories of different tickets, of a few segments each."""
+    ids = rng.sample(range(TICKETS), rng.choice((1, 1, 2, 3, 8)))
+    trajectories = [
+        make_trajectory(make_ticket(f"fuzz-t{number}"), num_segments=rng.choice((1, 1, 2, 5))) for number in ids
+    ]
+    return pack_trajectories(trajectories, body)
+
+
+def _of_the_broker(rng: random.Random) -> Message:
+    """What only the broker may say, said by a peer."""
+    ids, request_id = [f"fuzz-t{n}" for n in rng.sample(range(TICKETS), 3)], f"r{rng.randrange(50)}"
+    statuses: tuple[wire.SendStatus, ...] = ("accepted", "late", "unwanted")
+    choices = (
+        lambda: parcel(rng, wire.Deliver),
+        lambda: wire.Durable(results=tuple(zip(ids, statuses, strict=True))).pack(),
+        lambda: wire.TicketBody(tickets=tuple(make_ticket(ticket_id) for ticket_id in ids)).pack(),
+        lambda: wire.Clear(ticket_id=ids[0]).pack(),
+        lambda: wire.Withdrawn(ticket_ids=tuple(ids)).pack(),
+        lambda: wire.Acked(request_id=request_id, count=3).pack(),
     )
     return rng.choice(choices)()
 
 
 def _learner(rng: random.Random) -> Message:
     ids, request_id = _ids(rng), f"r{rng.randrange(50)}"
-    tickets = tuple(make_ticket(ticket_id) for ticket_id in ids)
     credit = rng.choice((0, 3, 64, 2**40))
     choices = (
         lambda: wire.Resume(request_id=request_id, acked=ids, held=_ids(rng)).pack(),
-        lambda: wire.Issue(request_id=request_id, tickets=tickets).pack(),
+        lambda: _issue(rng, request_id),
+        lambda: _issue(rng, request_id),
+        lambda: _issue(rng, request_id),
         lambda: wire.Credit(credit=credit, credit_bytes=rng.choice((None, 0, 2**40))).pack(),
         lambda: wire.Ack(request_id=request_id, ticket_ids=ids, dropped=ids[:1]).pack(),
         lambda: wire.Cancel(request_id=request_id).pack(),
         lambda: wire.Cancel(request_id=request_id, ticket_ids=ids, group_ids=("group-f",)).pack(),
+        lambda: _of_the_broker(rng),
     )
     return rng.choice(choices)()
+
+
+def _issue(rng: random.Random, request_id: str) -> Message:
+    """Tickets, some of which were issued before; many at a time, so that attackers' results meet live tickets."""
+    first = rng.randrange(TICKETS)
+    tickets = tuple(make_ticket(f"fuzz-t{number}") for number in range(first, first + rng.choice((0, 1, 8, 100))))
+    return wire.Issue(request_id=request_id, tickets=tickets).pack()
 
 
 def _operator(rng: random.Random) -> Message:
@@ -85,17 +122,26 @@ def weight(rng: random.Random, run_id: str, _role: Role) -> Message:
     version = PolicyVersion(rng.choice((1, 1, 1, 0, 2**62)), rng.choice((0, 0, 0, 1, 2**62)))
     choices = (
         lambda: weight_hello(rng, run_id),
-        lambda: Message("HEARTBEAT", {}),
-        lambda: weights.watch(rng.choice((None, version))),
+        lambda: Message("HEARTBEAT"),
+        lambda: weights.Watch(have=rng.choice((None, version))).pack(),
         lambda: weights.manifest_request(version),
         lambda: weights.chunk_request(version, rng.choice((0, 1, 2, 3, 1000, 2**62))),
-        lambda: weights.announce(version, 17),
-        lambda: weights.welcome(run_id, 1.0, 15),
+        lambda: weights.Announce(newest=version, num_bytes=17).pack(),
+        lambda: weights.Welcome(run_id=run_id, heartbeat_s=1.0, liveness=15).pack(),
+        lambda: weights.chunk_reply(version, 0, np.zeros(64, np.uint8)),
+        lambda: _manifest(rng, run_id, version),
     )
     return rng.choice(choices)()
 
 
+def _manifest(rng: random.Random, run_id: str, version: PolicyVersion) -> Message:
+    """What only a server of weights may say, said by a receiver."""
+    tensors = lay_out([("w", "bfloat16", (64, 32)), ("b", "float32", (rng.choice((1, 64, 5000)),))])
+    snapshot = np.zeros(tensors[-1].offset + tensors[-1].num_bytes, np.uint8)
+    return weights.manifest_reply(describe(run_id, version, tensors, snapshot, MIN_CHUNK_BYTES, 1.75e9))
+
+
 def weight_hello(rng: random.Random, run_id: str) -> Message:
     """A HELLO of the weight channel that is welcome."""
-    body = {"role": rng.choice(("relay", "actor")), "peer_id": f"fuzz-{rng.randrange(100)}", "run_id": run_id}
-    return Message("HELLO", body | {"session": "fuzz"})
+    role = rng.choice((weights.Role.RELAY, weights.Role.ACTOR))
+    return weights.Hello(role=role, peer_id=f"fuzz-{rng.randrange(100)}", run_id=run_id, session="fuzz").pack()

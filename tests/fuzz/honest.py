@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,8 @@ from broker.weights.subscriber import WeightSubscriber
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
 BATCH = 50
+TOGETHER = 3  # episodes that an honest worker finishes at once
+TOGETHER_S = 0.02  # how long it waits for so many
 
 
 class Learner(threading.Thread):
@@ -101,9 +104,15 @@ class Actors(threading.Thread):
             raise failed[0]
 
     async def _work(self, client: ActorClient) -> None:
+        """Episodes that end together, so that their trajectories may travel together."""
         while True:
-            ticket = await client.tickets.lease()
-            self.statuses[await client.sender.send(make_trajectory(ticket, client.actor_id))] += 1
+            tickets = [await client.tickets.lease()]
+            with contextlib.suppress(TimeoutError):  # the last tickets come singly
+                async with asyncio.timeout(TOGETHER_S):
+                    while len(tickets) < TOGETHER:
+                        tickets.append(await client.tickets.lease())
+            trajectories = [make_trajectory(ticket, client.actor_id) for ticket in tickets]
+            self.statuses.update(await asyncio.gather(*map(client.sender.send, trajectories)))
 
     def finish(self) -> None:
         """Stop, give the leases back."""

@@ -1,7 +1,8 @@
 """A valid message -> the frames of one that is wrong somewhere. Pure: all chance comes from the given Random.
 
 Wrong in every layer: values in the body, the body's shape, the envelope, the announced arrays, the arrays' content, the
-envelope's bytes, the frames, the preamble. Now and then nothing is wrong, or something is huge.
+envelope's bytes, the frames, the preamble; what only a parcel can have wrong is in `parcels.py`. Now and then nothing
+is wrong, or something is huge.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import numpy as np
 
 from broker.protocol.commands import COMMANDS
 from broker.protocol.frames import DEFAULT_LIMITS, PREAMBLE, Message, encode
+from tests.fuzz import parcels
 
 Frames = list[bytes]
 HUGE_ONE_IN = 4000  # messages that are huge; they are slow to make and to send
+PARCEL_SHARE = 0.6  # of what is wrong with a parcel
 
 
 def junk(rng: random.Random, depth: int = 0) -> Any:
@@ -65,13 +68,6 @@ def _change_body(rng: random.Random, body: dict[str, Any]) -> None:
             container[key] = max(-(2**63), -container[key]) if rng.random() < 0.5 else container[key] * 2**20 % 2**63
         else:
             container[key] = junk(rng)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, so that every place can be changed."""
-    if isinstance(value, dict):
-        return {key: _plain(child) for key, child in value.items()}
-    return [_plain(child) for child in value] if isinstance(value, list | tuple) else value
 
 
 def _change_arrays(rng: random.Random, frames: Frames) -> None:
@@ -143,6 +139,10 @@ def _change_frames(rng: random.Random, frames: Frames) -> Frames:
     return frames or [b""]
 
 
+# An envelope up to 4,000,000 empty lists that are to be text: each takes 64 times its byte where somebody reads it.
+_LISTS = b"\x83\xa1t\xa9HEARTBEAT\xa1a\x90\xa1b\x81\xa6leases\xdd\x00\x3d\x09\x00"
+
+
 def huge(rng: random.Random) -> Frames:
     """A message near or beyond a limit: depth, frames, envelope, ids."""
     envelope = {"t": "HEARTBEAT", "b": {"leases": ["x" * 200] * 18_000}, "a": []}
@@ -153,6 +153,7 @@ def huge(rng: random.Random) -> Frames:
             lambda: [PREAMBLE, bytes(DEFAULT_LIMITS.max_envelope_bytes + 1)],
             lambda: [PREAMBLE, b"\xc0"] + [b""] * (DEFAULT_LIMITS.max_frames + 10),
             lambda: [PREAMBLE, msgpack.packb(envelope)],
+            lambda: [PREAMBLE, _LISTS + b"\x90" * 4_000_000],
             lambda: [PREAMBLE, b"\x83\xa1t\xa4DONE\xa1b\x80\xa1a\xdd\x00\x10\x00\x00" + b"\xc0" * (1 << 20)],
             lambda: [rng.randbytes(1 << 20)],
         )
@@ -166,7 +167,9 @@ def mutate(rng: random.Random, message: Message) -> Frames:
     kind = rng.random()
     if kind < 0.2:
         return [bytes(frame) for frame in encode(message)]
-    body = _plain(message.body)
+    if message.command in parcels.COMMANDS and message.arrays and rng.random() < PARCEL_SHARE:
+        return parcels.change(rng, message)
+    body = msgpack.unpackb(bytes(message.body))
     if kind < 0.7:
         _change_body(rng, body)
     raw = [array.tobytes() for array in message.arrays]

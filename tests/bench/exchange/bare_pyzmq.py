@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import zmq
 
-from broker.protocol.codec import trajectory_to_message
+from broker.protocol.codec import pack_trajectories
 from broker.protocol.frames import encode
 from tests.bench.exchange.load import Job, make_trajectory
 
@@ -28,7 +28,7 @@ class PyzmqActors:
 
     def connect(self, job: Job) -> dict[str, float]:
         self.left, self._copy = 1 << 60, job.size < COPY_BELOW
-        self._frames = encode(trajectory_to_message(make_trajectory(job)))
+        self._frames = encode(pack_trajectories([make_trajectory(job)]))
         for _ in range(job.actors):
             push = self._context.socket(zmq.PUSH)
             push.setsockopt(zmq.SNDHWM, job.window)

@@ -1,7 +1,11 @@
-"""Ergon's two sides as thin clients: raw DEALERs that speak the exact protocol with the project's own frames and codec.
+"""Ergon's two sides as thin clients: raw DEALERs that speak the exact protocol, with parcels prebuilt as Redis'
+pipelines are (tests/bench/exchange/parcel.py).
 
 The real clients validate and keep state for reconnections, in Python, one thread each; 256 of them would measure
-themselves. What is left out costs the broker nothing less: every byte that a real client sends is sent.
+themselves. What a real client sends these send, byte for byte, but for two things: their heartbeats name no lease,
+because leases outlast every run, and what is above 1 MiB is sent without an OFFER, because the load itself bounds what
+is on the way. Of what they hear, actors read the tickets, which stay packed, and the statuses of a DURABLE; the learner
+reads the ids of a DELIVER and leaves everything else of it unread, the arrays included.
 """
 
 from __future__ import annotations
@@ -13,47 +17,107 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import msgpack
+import msgspec
 import zmq
 
-from broker.protocol.codec import trajectory_to_message
-from broker.protocol.frames import Frame, Message, encode
-from tests.bench.exchange.load import RUN_ID, Job, make_ticket, make_trajectory, ticket_id
+from broker.process.keys import Identity, read_pair
+from broker.process.security import OPEN, Security
+from broker.protocol.commands import (
+    Ack,
+    Body,
+    Cancel,
+    Credit,
+    ErrorBody,
+    Heartbeat,
+    Hello,
+    Issue,
+    Lease,
+    Resume,
+    Role,
+)
+from broker.protocol.frames import Frame, encode
+from tests.bench.exchange.load import RUN_ID, Job, make_ticket
+from tests.bench.exchange.parcel import Parcels
 
 ISSUE_CHUNK = 1000
 LEASE_CHUNK = 2000  # tickets asked for at once, over all actors' sockets
-COPY_BELOW = 64 << 10  # smaller frames are cheaper copied than referenced
 
 
-def hello(role: str, peer_id: str) -> list[Frame]:
+class _Envelope(msgspec.Struct):
+    t: str
+    b: msgspec.Raw
+
+
+class _Tickets(msgspec.Struct):
+    tickets: tuple[msgspec.Raw, ...]
+
+
+class _Results(msgspec.Struct):
+    results: tuple[tuple[msgspec.Raw, str], ...]
+
+
+class _Ticket(msgspec.Struct):
+    ticket_id: str
+
+
+class _Head(msgspec.Struct):
+    ticket: _Ticket
+
+
+class _Item(msgspec.Struct):
+    head: _Head
+
+
+class _Items(msgspec.Struct):
+    items: tuple[_Item, ...]
+
+
+class _Counted(msgspec.Struct):
+    request_id: str
+    count: int
+
+
+_read_envelope = msgspec.msgpack.Decoder(_Envelope).decode
+_read_tickets = msgspec.msgpack.Decoder(_Tickets).decode
+_read_results = msgspec.msgpack.Decoder(_Results).decode
+_read_items = msgspec.msgpack.Decoder(_Items).decode
+_read_counted = msgspec.msgpack.Decoder(_Counted).decode
+
+
+def hello(role: Role, peer_id: str) -> list[Frame]:
     """The HELLO of a new process."""
-    body = {"role": role, "peer_id": peer_id, "run_id": RUN_ID, "session": uuid.uuid4().hex}
-    return encode(Message("HELLO", body))
+    return encode(Hello(role=role, peer_id=peer_id, run_id=RUN_ID, session=uuid.uuid4().hex).pack())
 
 
-def open_dealer(context: zmq.Context[zmq.Socket[bytes]], port: int) -> zmq.Socket[bytes]:
+def client_security(job: Job, identity: Identity) -> Security:
+    """What a peer of this identity shows, and expects of the broker: nothing, unless the job names keys."""
+    return OPEN if job.keys is None else Security(identity, read_pair(job.keys, identity), job.keys)
+
+
+def open_dealer(context: zmq.Context[zmq.Socket[bytes]], port: int, security: Security = OPEN) -> zmq.Socket[bytes]:
     """A DEALER connected to the broker."""
     dealer = context.socket(zmq.DEALER)
     dealer.setsockopt(zmq.LINGER, 0)
     dealer.setsockopt(zmq.SNDHWM, 0)
+    security.protect_client(dealer, Identity.BROKER)
     dealer.connect(f"tcp://127.0.0.1:{port}")
     return dealer
 
 
-def unpack(parts: list[Any]) -> tuple[str, dict[str, Any]]:
-    """Command and body; an ERROR is the benchmark's end."""
-    envelope = msgpack.unpackb(parts[1])
-    if envelope["t"] == "ERROR":
-        raise RuntimeError(f"the broker refused a message: {envelope['b']}")
-    return envelope["t"], envelope["b"]
+def unpack(envelope: Any) -> tuple[str, msgspec.Raw]:
+    """Command and packed body; an ERROR is the benchmark's end."""
+    read = _read_envelope(envelope)
+    if read.t == ErrorBody.COMMAND:
+        raise RuntimeError(f"the broker refused a message: {msgspec.msgpack.decode(read.b)}")
+    return read.t, read.b
 
 
-def expect(dealer: zmq.Socket[bytes], command: str) -> dict[str, Any]:
-    """The body of the next message of this command."""
+def expect(dealer: zmq.Socket[bytes], command: str) -> msgspec.Raw:
+    """The packed body of the next message of this command."""
     while True:
         if not dealer.poll(60_000):
             raise TimeoutError(f"no {command} from the broker within 60 s")
-        name, body = unpack(dealer.recv_multipart())
+        name, body = unpack(dealer.recv_multipart()[1])
         if name == command:
             return body
 
@@ -70,21 +134,18 @@ class ErgonActors:
         self._index: dict[zmq.Socket[bytes], int] = {}
 
     def connect(self, job: Job) -> dict[str, float]:
-        self._in_loop, self._window = job.lease_in_loop, job.window
-        frames = encode(trajectory_to_message(make_trajectory(job)))
-        self._head, self._tail = bytes(frames[1]).split(ticket_id(job, 0).encode())
-        self._preamble, self._arrays, self._copy = frames[0], frames[3:], job.size < COPY_BELOW
-        self._token_ids, self._num_sent = bytes(frames[2])[4:], 0
+        self._in_loop, self._parcels = job.lease_in_loop, Parcels(job)
+        security = client_security(job, Identity.ACTOR)
         for actor in range(job.actors):
-            dealer = open_dealer(self._context, job.port)
-            dealer.send_multipart(hello("actor", f"actor-{actor:04d}"))
+            dealer = open_dealer(self._context, job.port, security)
+            dealer.send_multipart(hello(Role.ACTOR, f"actor-{actor:04d}"))
             self._dealers.append(dealer)
             self._index[dealer] = actor
             self._poller.register(dealer, zmq.POLLIN)
         for dealer in self._dealers:
             expect(dealer, "WELCOME")
-            dealer.send_multipart(encode(Message("HEARTBEAT", {"leases": []})))
-        self._ready: list[deque[str]] = [deque() for _ in self._dealers]
+            dealer.send_multipart(encode(Heartbeat().pack()))
+        self._ready: list[deque[msgspec.Raw]] = [deque() for _ in self._dealers]
         self._credit = [0] * job.actors
         self.left = job.tickets if self._in_loop else 0
         if self._in_loop:
@@ -103,16 +164,15 @@ class ErgonActors:
 
     def _lease(self, actor: int, num: int) -> None:
         self._credit[actor] += num
-        self._dealers[actor].send_multipart(encode(Message("LEASE", {"credit": self._credit[actor]})))
+        self._dealers[actor].send_multipart(encode(Lease(credit=self._credit[actor]).pack()))
 
     def send(self, actor: int, num: int) -> int:
-        dealer, ready = self._dealers[actor], self._ready[actor]
+        ready = self._ready[actor]
         num = min(num, len(ready))
-        for _ in range(num):
-            envelope = self._head + ready.popleft().encode() + self._tail
-            self._num_sent += 1  # the first token: no two trajectories are equal, as the store would notice
-            token_ids = self._num_sent.to_bytes(4, "little") + self._token_ids
-            dealer.send_multipart([self._preamble, envelope, token_ids, *self._arrays], copy=self._copy)
+        tickets = [ready.popleft() for _ in range(num)]
+        self._parcels.take_back(actor)
+        for frames, copy in self._parcels.make(actor, tickets):
+            self._dealers[actor].send_multipart(frames, copy=copy)
         self.left -= num
         return num
 
@@ -121,16 +181,18 @@ class ErgonActors:
             actor, num = self._index[dealer], 0
             while True:
                 try:
-                    command, body = unpack(dealer.recv_multipart(zmq.NOBLOCK))
+                    command, body = unpack(dealer.recv_multipart(zmq.NOBLOCK)[1])
                 except zmq.Again:
                     break
                 if command == "DURABLE":
-                    if body["status"] != "accepted":
-                        raise RuntimeError(f"the broker answered {body}")
-                    num += 1
+                    results = _read_results(body).results
+                    if wrong := {status for _, status in results} - {"accepted"}:
+                        raise RuntimeError(f"the broker answered {sorted(wrong)} to an actor's first results")
+                    num += len(results)
                 elif command == "TICKET":
-                    self._ready[actor].append(body["ticket"]["ticket_id"])
-                    self.left += not self._in_loop
+                    tickets = _read_tickets(body).tickets
+                    self._ready[actor] += tickets
+                    self.left += 0 if self._in_loop else len(tickets)
             if num:
                 if self._in_loop:
                     self._lease(actor, num)
@@ -152,10 +214,11 @@ class ErgonLearner:
         self._window = job.learner_window
         self._received = self._credit = self._num_asked = 0
         self._asked: dict[str, int] = {}
+        security = client_security(job, Identity.LEARNER)
         started = time.monotonic()
         while True:  # the learner of the run before may be on its way out
-            self._dealer = open_dealer(self._context, job.port)
-            self._dealer.send_multipart(hello("learner", f"learner-{os.getpid()}"))
+            self._dealer = open_dealer(self._context, job.port, security)
+            self._dealer.send_multipart(hello(Role.LEARNER, f"learner-{os.getpid()}"))
             try:
                 expect(self._dealer, "WELCOME")
                 break
@@ -164,52 +227,49 @@ class ErgonLearner:
                 if time.monotonic() - started > 30:
                     raise
                 time.sleep(0.05)
-        self._send("RESUME", request_id="resume", acked=[], held=[])
+        self._send(Resume(request_id="resume"))
         expect(self._dealer, "RESUMED")
-        template = make_ticket(job, 0).model_dump(mode="json")
-        tickets = []
-        for index in range(job.tickets):
-            ticket = make_ticket(job, index)
-            task = template["task"] | {"index": index}
-            tickets.append(template | {"ticket_id": ticket.ticket_id, "group_id": ticket.group_id, "task": task})
+        tickets = tuple(make_ticket(job, index) for index in range(job.tickets))
         started = time.monotonic()
         for start in range(0, job.tickets, ISSUE_CHUNK):
-            self._send("ISSUE", request_id=f"issue-{start}", tickets=tickets[start : start + ISSUE_CHUNK])
+            self._send(Issue(request_id=f"issue-{start}", tickets=tickets[start : start + ISSUE_CHUNK]))
             expect(self._dealer, "ISSUED")
         return {"issue_s": time.monotonic() - started, "issued": job.tickets}
 
-    def _send(self, command: str, **body: Any) -> None:
-        self._dealer.send_multipart(encode(Message(command, body)))
+    def _send(self, body: Body) -> None:
+        self._dealer.send_multipart(encode(body.pack()))
 
     def receive(self, timeout_s: float) -> int:
         if self._received + self._window - self._credit >= max(1, self._window // 4):
             self._credit = self._received + self._window
-            self._send("CREDIT", credit=self._credit)
+            self._send(Credit(credit=self._credit))
         if not self._dealer.poll(int(timeout_s * 1000)):
             return 0
-        ids, confirmed = [], 0
+        ids: list[str] = []
+        confirmed = 0
         while len(ids) < self._window:
             try:
                 parts = self._dealer.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
-            command, body = unpack([None, parts[1].buffer])
+            command, body = unpack(parts[1].buffer)
             if command == "DELIVER":
-                ids.append(body["head"]["ticket"]["ticket_id"])
+                ids += [item.head.ticket.ticket_id for item in _read_items(body).items]
             elif command == "ACKED":
-                num = self._asked.pop(body["request_id"])
-                if body["count"] != num:
-                    raise RuntimeError(f"{body['count']} of {num} trajectories were newly acked")
+                acked = _read_counted(body)
+                num = self._asked.pop(acked.request_id)
+                if acked.count != num:
+                    raise RuntimeError(f"{acked.count} of {num} trajectories were newly acked")
                 confirmed += num
         if ids:
             self._received += len(ids)
             self._num_asked += 1
             self._asked[f"ack-{self._num_asked}"] = len(ids)
-            self._send("ACK", request_id=f"ack-{self._num_asked}", ticket_ids=ids)
+            self._send(Ack(request_id=f"ack-{self._num_asked}", ticket_ids=tuple(ids)))
         return confirmed
 
     def close(self) -> None:
-        self._send("CANCEL", request_id="cancel")
+        self._send(Cancel(request_id="cancel"))
         expect(self._dealer, "CANCELLED")
         self._dealer.close()
         self._context.term()

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,6 +49,7 @@ class Job:
     tickets: int  # how many there are at most
     port: int
     lease_in_loop: bool = False  # Ergon only: actors lease while the clock runs, not before
+    keys: Path | None = None  # Ergon only: the key directory of a run with CURVE
 
     @property
     def window(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from redis.connection import Connection
 
-from broker.protocol.codec import trajectory_to_message
+from broker.protocol.codec import pack_trajectories
 from broker.protocol.frames import encode
 from tests.bench.exchange.load import Job, make_trajectory
 
@@ -31,7 +31,7 @@ class RedisActors:
 
     def connect(self, job: Job) -> dict[str, float]:
         self.left, self._waiting = 1 << 60, [0] * job.actors  # Redis has no tickets
-        _, envelope, *arrays = encode(trajectory_to_message(make_trajectory(job)))
+        _, envelope, *arrays = encode(pack_trajectories([make_trajectory(job)]))
         for actor in range(job.actors):
             connection = Connection(host="127.0.0.1", port=job.port)
             connection.connect()

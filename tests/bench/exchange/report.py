@@ -10,6 +10,7 @@ from tests.bench.exchange.standing import Done, Idle
 
 ERGON, REDIS, EVERYSEC, BARE = "ergon", "redis always", "redis everysec", "pyzmq"
 SYSTEMS = (ERGON, REDIS, EVERYSEC, BARE)
+CURVE = "ergon curve"
 WITH_LEASES = "ergon, leasing too"
 BUSY = 0.9  # a load thread above this share of a core was the bottleneck
 MIN_VS_REDIS = {"2KiB": 1.0, "16KiB": 1.0, "256KiB": 2.0, "16MiB": 2.0}
@@ -61,8 +62,8 @@ def ratios(cells: Mapping[Cell, Figures], other: str) -> dict[str, float]:
     }
 
 
-def summary(cells: Mapping[Cell, Figures], idle: Idle) -> dict[str, object]:
-    """The last line."""
+def summary(cells: Mapping[Cell, Figures], idle: Idle | None) -> dict[str, object]:
+    """The last line; null for what was not measured."""
     ergon = {cell.key: figures for cell, figures in cells.items() if cell.system == ERGON}
     return {
         "vs_redis_always": ratios(cells, REDIS),
@@ -71,21 +72,22 @@ def summary(cells: Mapping[Cell, Figures], idle: Idle) -> dict[str, object]:
         "p99_ms": {key: round(figures.p99_ms, 2) for key, figures in ergon.items()},
         "cpu_s_per_gb": {key: round(figures.cpu_s_per_gb, 2) for key, figures in ergon.items()},
         "peak_mb": {key: round(figures.peak_mib, 1) for key, figures in ergon.items()},
-        "mb_per_1000_peers": round(idle.mib_per_1000, 1),
+        "mb_per_1000_peers": None if idle is None else round(idle.mib_per_1000, 1),
     }
 
 
-def markdown(cells: Mapping[Cell, Figures], idle: Idle, done: Sequence[Done], conditions: str) -> str:
-    """The report."""
+def markdown(cells: Mapping[Cell, Figures], idle: Idle | None, done: Sequence[Done] | None, conditions: str) -> str:
+    """The report. `idle` and `done` are None where they were not measured."""
     parts = [
         f"## Broker benchmark\n\n{conditions}",
         _ratio_table(cells),
         _targets(cells, idle),
         _figures_table(cells),
         _ticket_table(cells),
-        _standing(idle, done),
+        _curve_table(cells),
+        _standing(idle, done) if idle and done else "",
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -105,7 +107,7 @@ def _ratio_table(cells: Mapping[Cell, Figures]) -> str:
     return _table(head, rows)
 
 
-def _targets(cells: Mapping[Cell, Figures], idle: Idle) -> str:
+def _targets(cells: Mapping[Cell, Figures], idle: Idle | None) -> str:
     """What was asked for, and by how much it was missed."""
     lines = []
     for name, other, minimum in (("Redis always", REDIS, MIN_VS_REDIS), ("bare pyzmq", BARE, MIN_VS_PYZMQ)):
@@ -114,10 +116,11 @@ def _targets(cells: Mapping[Cell, Figures], idle: Idle) -> str:
             if int(actors) in TARGET_ACTORS and size in minimum:
                 verdict = "met" if ratio >= minimum[size] else f"MISSED, {ratio / minimum[size]:.0%} of it"
                 lines.append(f"- {key} vs {name}: {ratio:.2f}×, at least {minimum[size]:g}× is asked for: {verdict}")
-    verdict = "met" if idle.after_mib < MAX_IDLE_MIB else "MISSED"
-    lines.append(
-        f"- {idle.num} connected actors: {idle.after_mib:.0f} MiB, below {MAX_IDLE_MIB} is asked for: {verdict}"
-    )
+    if idle is not None:
+        verdict = "met" if idle.after_mib < MAX_IDLE_MIB else "MISSED"
+        lines.append(
+            f"- {idle.num} connected actors: {idle.after_mib:.0f} MiB, below {MAX_IDLE_MIB} is asked for: {verdict}"
+        )
     return "\n".join(lines)
 
 
@@ -145,7 +148,20 @@ def _ticket_table(cells: Mapping[Cell, Figures]) -> str:
             plain = cells[cell._replace(system=ERGON)]
             rates = (plain.issue_per_s, plain.lease_per_s, plain.per_s, got.per_s)
             rows.append([cell.size, str(cell.actors), *(f"{rate:,.0f}" for rate in rates)])
-    return "What Ergon's tickets cost beside the results:\n\n" + _table(head, rows)
+    return "What Ergon's tickets cost beside the results:\n\n" + _table(head, rows) if rows else ""
+
+
+def _curve_table(cells: Mapping[Cell, Figures]) -> str:
+    head = ("trajectory", "actors", "trajectories/s", "encrypted", "ratio", "server CPU s/GB", "encrypted")
+    rows = []
+    for cell, got in cells.items():
+        if cell.system == CURVE:
+            plain = cells[cell._replace(system=ERGON)]
+            rates = [f"{plain.per_s:,.0f}", f"{got.per_s:,.0f}", f"{got.per_s / plain.per_s:.2f}×"]
+            costs = [f"{plain.cpu_s_per_gb:.1f}", f"{got.cpu_s_per_gb:.1f}"]
+            rows.append([cell.size, str(cell.actors), *rates, *costs])
+    text = "What CURVE costs, with the encryption of all actors in one I/O thread of the load:\n\n"
+    return text + _table(head, rows) if rows else ""
 
 
 def _standing(idle: Idle, done: Sequence[Done]) -> str:

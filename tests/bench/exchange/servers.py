@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from broker.process.config import save_settings
-from broker.process.settings import BrokerSection, MetricsSection, RunSection, Settings
+from broker.process.settings import BrokerSection, MetricsSection, RunSection, SecuritySection, Settings
 from tests.bench.exchange.load import RUN_ID
 from tests.ports import free_ports
 
@@ -70,20 +70,24 @@ class Server:
             self._process.wait()
 
 
-def ergon_settings(directory: Path) -> Settings:
-    """A broker with the defaults, fsync=always among them, but for leases: they outlast every run."""
+def ergon_settings(directory: Path, keys: Path | None = None) -> Settings:
+    """A broker with the defaults, fsync=always among them, but for leases: they outlast every run.
+
+    `keys`: the key directory of a broker with CURVE.
+    """
     port, metrics_port = free_ports(2)
     return Settings(
         run=RunSection(name=RUN_ID, directory=directory),
         broker=BrokerSection(port=port, lease_s=3600.0, fsync="always"),
         metrics=MetricsSection(broker_port=metrics_port),
+        security=SecuritySection() if keys is None else SecuritySection(mode="curve", keys=keys),
     )
 
 
-def start_ergon(directory: Path, settings: Settings | None = None) -> Server:
-    """`python -m broker serve`."""
+def start_ergon(directory: Path, settings: Settings | None = None, keys: Path | None = None) -> Server:
+    """`python -m broker serve`, with these settings or with those of `ergon_settings`."""
     directory.mkdir(parents=True, exist_ok=True)
-    settings = settings or ergon_settings(directory)
+    settings = settings or ergon_settings(directory, keys)
     config = directory / "run.toml"
     save_settings(settings, config)
     command = [sys.executable, "-m", "broker", "serve", "--config", str(config)]

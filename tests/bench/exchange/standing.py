@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import zmq
 
-from broker.protocol.frames import Message, encode
+from broker.ledger.events import EndedRow, JournalEnds, JournalTickets
+from broker.protocol.commands import Heartbeat, Lease, Role, Status, StatusReply, TicketState
+from broker.protocol.frames import encode
+from broker.store.journal import Journal
 from tests.bench.exchange.ergon import expect, hello, open_dealer
-from tests.bench.exchange.load import Job, Worker, run
+from tests.bench.exchange.load import Job, Worker, make_ticket, run
 from tests.bench.exchange.servers import ergon_settings, start_ergon
 
 HEARTBEATS = 3  # of every idle actor, before the memory is read
+ROWS = 10_000  # tickets written in one commit
 
 
 class Idle(NamedTuple):
@@ -41,15 +45,15 @@ def idle_peers(directory: Path, num: int) -> Idle:
     try:
         before_mib = server.memory_mib("VmRSS")
         server.reset_peak()
-        beat = encode(Message("HEARTBEAT", {"leases": []}))
+        beat, lease = encode(Heartbeat().pack()), encode(Lease(credit=32).pack())
         for index in range(num):
             dealer = open_dealer(context, server.port)
-            dealer.send_multipart(hello("actor", f"idle-{index:05d}"))
+            dealer.send_multipart(hello(Role.ACTOR, f"idle-{index:05d}"))
             dealers.append(dealer)
         for dealer in dealers:
             expect(dealer, "WELCOME")
             dealer.send_multipart(beat)
-            dealer.send_multipart(encode(Message("LEASE", {"credit": 32})))
+            dealer.send_multipart(lease)
         cpu_s, started = server.cpu_s(), time.monotonic()
         for _ in range(HEARTBEATS):
             due = time.monotonic() + 1.0
@@ -73,10 +77,11 @@ def idle_peers(directory: Path, num: int) -> Idle:
 def _connected(port: int, context: zmq.Context[zmq.Socket[bytes]]) -> int:
     operator = open_dealer(context, port)
     try:
-        operator.send_multipart(hello("operator", "bench"))
+        operator.send_multipart(hello(Role.OPERATOR, "bench"))
         expect(operator, "WELCOME")
-        operator.send_multipart(encode(Message("STATUS", {"request_id": "status"})))
-        return int(expect(operator, "STATUS_REPLY")["peers"]["actor"])
+        operator.send_multipart(encode(Status(request_id="status").pack()))
+        reply = msgspec.msgpack.decode(expect(operator, "STATUS_REPLY"), type=StatusReply)
+        return reply.peers[Role.ACTOR]
     finally:
         operator.close()
 
@@ -97,31 +102,26 @@ def done_tickets(
     """The same load on stores with few and with many ended tickets, alternating; the median of each."""
     runs: dict[int, list[Done]] = {num: [] for num in nums}
     for num in nums:
-        _make_done(directory / str(num), num, job, workers)
+        _make_done(directory / str(num), num, job)
     for repeat in range(repeats):
         for num in nums:
             runs[num].append(_measure(directory / str(num), num, replace(job, name=f"done{repeat}"), workers))
     return [sorted(runs[num], key=lambda done: done.cpu_ms)[repeats // 2] for num in nums]
 
 
-def _make_done(directory: Path, num: int, job: Job, workers: tuple[Worker, Worker]) -> None:
-    """A store with `num` acked tickets: some through the broker, the rest as copies of the last one's row."""
+def _make_done(directory: Path, num: int, job: Job) -> None:
+    """A store with `num` acked tickets, as the broker's own journal writes them."""
     settings = ergon_settings(directory)
-    server = start_ergon(directory, settings)
-    run("ergon", replace(job, name="seed", port=server.port), *workers)
-    server.end()
-    database = sqlite3.connect(settings.run_dir / "broker" / "journal.db")
-    columns = [row[1] for row in database.execute("PRAGMA table_info(tickets)")]
-    (have,) = database.execute("SELECT COUNT(*) FROM tickets").fetchone()
-    values = ", ".join({"ticket_id": "'old-' || n", "seq": "-n", "end_seq": "n"}.get(name, name) for name in columns)
-    database.execute(
-        f"WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < ?) "
-        f"INSERT INTO tickets ({', '.join(columns)}) SELECT {values} FROM numbers, "
-        f"(SELECT * FROM tickets WHERE state = 'acked' ORDER BY seq DESC LIMIT 1)",
-        (max(1, num - have),),
-    )
-    database.commit()
-    database.close()
+    journal = Journal(settings.run_dir / "broker", settings.run.name, "interval")
+    old = replace(job, name="old")
+    for start in range(0, num, ROWS):
+        tickets = [(index + 1, make_ticket(old, index)) for index in range(start, min(num, start + ROWS))]
+        journal.apply(JournalTickets(tuple(tickets)))
+        ends = (EndedRow(seq, ticket.ticket_id, ticket.mode, TicketState.ACKED) for seq, ticket in tickets)
+        journal.apply(JournalEnds(tuple(ends)))
+        journal.commit()
+    journal.sync()
+    journal.close()
 
 
 def _measure(directory: Path, num: int, job: Job, workers: tuple[Worker, Worker]) -> Done:

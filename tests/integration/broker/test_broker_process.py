@@ -21,7 +21,7 @@ from broker.client import ActorClient, DeadLetter, LearnerClient
 from broker.exchange.server import Server
 from broker.process.lifecycle import ErgonError
 from broker.process.settings import BrokerSection, RunSection, Settings
-from broker.protocol.commands import ErrorBody, Role, TicketState, parse_body
+from broker.protocol.commands import ErrorBody, Hello, Lease, Role, Status, TicketState, parse_body
 from broker.protocol.frames import Message, decode, encode
 from broker.protocol.trajectory import Mode, Ticket, Trajectory
 from tests.integration.broker.conftest import HEARTBEAT_S, LIVENESS, RUN_ID, BrokerProcess, free_port
@@ -297,23 +297,22 @@ async def test_cancelling_a_wait_loses_no_ticket(broker: BrokerProcess) -> None:
 
 def test_peers_that_do_not_fit_get_one_sentence(broker: BrokerProcess) -> None:
     broker.learner().close()  # it is up
-    hello = [bytes(frame) for frame in encode(Message("HELLO", {}))]
+    hello = [bytes(frame) for frame in encode(Message("HELLO"))]
     error = ask_raw(broker.endpoint, [b"ERGN\x02\x00", hello[1]])
     assert error.code == "BAD_VERSION"
     assert error.fatal
     assert error.message.startswith("peer speaks protocol 2.0, this side 1.0")
     assert ask_raw(broker.endpoint, [b"GET / HTTP/1.1"]).code == "BAD_FRAME"
     assert ask_raw(broker.endpoint, hello).code == "BAD_MESSAGE"
-    unknown = ask_raw(broker.endpoint, [bytes(frame) for frame in encode(Message("STATUS", {"request_id": "r"}))])
+    unknown = ask_raw(broker.endpoint, [bytes(frame) for frame in encode(Status(request_id="r").pack())])
     assert (unknown.code, unknown.about) == ("UNKNOWN_PEER", "r")
     assert ask_raw(broker.endpoint, [bytes(frame) for frame in encode(Message("DANCE"))]).code == "UNKNOWN_COMMAND"
     with pytest.raises(ErgonError, match="is of run 'another-run', this broker serves 'test-run'"):
         LearnerClient(broker.endpoint, "another-run").connect(30)
     with raw_socket(broker.endpoint) as dealer:
-        body = {"role": Role.OPERATOR.value, "peer_id": "me", "run_id": RUN_ID, "session": "s"}
-        dealer.send_multipart(encode(Message("HELLO", body)))
+        dealer.send_multipart(encode(Hello(role=Role.OPERATOR, peer_id="me", run_id=RUN_ID, session="s").pack()))
         assert decode(dealer.recv_multipart()).command == "WELCOME"
-        dealer.send_multipart(encode(Message("LEASE", {"credit": 1})))
+        dealer.send_multipart(encode(Lease(credit=1).pack()))
         message = decode(dealer.recv_multipart())
         while message.command == "HEARTBEAT":
             message = decode(dealer.recv_multipart())
@@ -373,13 +372,13 @@ def test_metrics_and_health_tell_what_happens(broker: BrokerProcess) -> None:
 
 
 @contextmanager
-def small_store(directory: Path, max_pages: int) -> Iterator[Server]:
-    """A broker in a thread, whose store takes no more than this many pages of 4 KiB."""
+def small_store(directory: Path, max_bytes: int) -> Iterator[Server]:
+    """A broker in a thread, whose store takes no more bytes than this."""
     settings = Settings(
         run=RunSection(name=RUN_ID, directory=directory),
         broker=BrokerSection(port=free_port(), heartbeat_s=HEARTBEAT_S, liveness=LIVENESS, min_free_mb=0),
     )
-    server = Server(settings, max_store_pages=max_pages)
+    server = Server(settings, max_store_bytes=max_bytes)
     stop = threading.Event()
     loop = threading.Thread(target=server.run, args=(stop,))
     loop.start()
@@ -392,9 +391,9 @@ def small_store(directory: Path, max_pages: int) -> Iterator[Server]:
 
 
 def test_a_full_disk_loses_nothing_and_passes(tmp_path: Path) -> None:
-    num = 600
+    num = 2000
     ids = [f"t{n}" for n in range(num)]
-    with small_store(tmp_path, max_pages=160) as server:
+    with small_store(tmp_path, max_bytes=1 << 20) as server:
         learner = LearnerClient(server.endpoint, RUN_ID, window=1, heartbeat_s=HEARTBEAT_S, liveness=LIVENESS)
         learner.connect(30)
         learner.resume([])
@@ -403,7 +402,7 @@ def test_a_full_disk_loses_nothing_and_passes(tmp_path: Path) -> None:
         actors.start()
         deadline = time.monotonic() + 30
         while server.health().ok:
-            assert time.monotonic() < deadline, "600 results fit into 640 KiB"
+            assert time.monotonic() < deadline, "all results fit into 1 MiB"
             time.sleep(0.05)
         received: list[str] = []
         while len(received) < num:
@@ -418,8 +417,8 @@ def test_a_full_disk_loses_nothing_and_passes(tmp_path: Path) -> None:
 
 
 def test_no_ticket_is_leased_while_the_disk_is_nearly_full(tmp_path: Path) -> None:
-    with small_store(tmp_path, max_pages=1 << 20) as server:
-        server._broker = server._broker.model_copy(update={"min_free_mb": 1 << 40})
+    with small_store(tmp_path, max_bytes=1 << 30) as server:
+        server._watch.min_free_mb = 1 << 40
         learner = LearnerClient(server.endpoint, RUN_ID)
         learner.connect(30)
         learner.resume([])
@@ -431,7 +430,7 @@ def test_no_ticket_is_leased_while_the_disk_is_nearly_full(tmp_path: Path) -> No
         actors = Actors(server.endpoint, num=1)
         actors.start()
         assert learner.receive(1.5) is None
-        server._broker = server._broker.model_copy(update={"min_free_mb": 0})
+        server._watch.min_free_mb = 0
         assert receive(learner, 1) == ["t0"]
         actors.finish()
         learner.close()

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 
+import msgspec
 import pytest
 
 from broker.client import ActorClient, DeadLetter
@@ -17,7 +18,7 @@ from tests.unit.broker.samples import make_ticket, make_trajectory
 
 def ended(ticket: Ticket, **facts: object) -> Trajectory:
     trajectory = make_trajectory(ticket)
-    return dataclasses.replace(trajectory, head=trajectory.head.model_copy(update=facts))
+    return dataclasses.replace(trajectory, head=msgspec.structs.replace(trajectory.head, **facts))
 
 
 async def test_an_actor_hears_that_its_tickets_are_cancelled_also_after_the_broker_was_killed(
@@ -93,6 +94,27 @@ async def test_outcomes_have_their_rules_and_are_counted(broker: BrokerProcess) 
     }
     assert 'ergon_broker_outcomes_total{env="shop",outcome="timeout"} 1.0' in broker.http("/metrics")
     assert 'ergon_broker_groups_closed_total{end="complete",env="shop"} 1.0' in broker.http("/metrics")
+    await actor.close()
+    learner.close()
+
+
+async def test_one_bad_result_of_many_that_are_sent_together_fails_alone(broker: BrokerProcess) -> None:
+    learner = broker.learner()
+    learner.resume([])
+    learner.issue([make_ticket(f"t{number}") for number in range(8)])
+    actor = ActorClient(broker.endpoint, RUN_ID, "actor-0")
+    await actor.connect()
+    tickets = await asyncio.wait_for(asyncio.gather(*(actor.lease() for _ in range(8))), 30)
+    outcomes = [Outcome.INFRA_FAILURE if number == 3 else Outcome.COMPLETED for number in range(8)]
+    sends = [actor.send(ended(ticket, outcome=outcome)) for ticket, outcome in zip(tickets, outcomes, strict=True)]
+    statuses = await asyncio.wait_for(asyncio.gather(*sends, return_exceptions=True), 30)
+    refused = statuses.pop(3)
+    assert isinstance(refused, ProtocolError)
+    assert f"ticket {tickets[3].ticket_id} is infra_failure" in refused.message
+    assert statuses == ["accepted"] * 7
+    items = [await asyncio.to_thread(learner.receive, 30) for _ in statuses]
+    received = {item.ticket.ticket_id for item in items if isinstance(item, Trajectory)}
+    assert received == {ticket.ticket_id for ticket in tickets} - {tickets[3].ticket_id}
     await actor.close()
     learner.close()
 

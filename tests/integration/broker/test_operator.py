@@ -124,7 +124,9 @@ def test_dead_letters_are_seen_requeued_and_purged(run: Run) -> None:
     assert seen["environments"] == {"shop": {"dead": 4}}
     assert seen["num_dead"] == 4
     assert seen["oldest_lease"] is None
-    assert seen["tickets"] == {"issued": {"train": 0}, "leased": {"train": 0}, "dead": {"train": 4}}
+    tickets = seen["tickets"]
+    assert isinstance(tickets, dict)
+    assert {state: modes for state, modes in tickets.items() if any(modes.values())} == {"dead": {"train": 4}}
     page = ergon("broker", "inspect", run.file).stdout
     assert re.search(r"^dead +4 +0 +0$", page, re.MULTILINE)
     assert re.search(r"^a1 +shop +train +1 +no +no sandbox for a1$", page, re.MULTILINE)

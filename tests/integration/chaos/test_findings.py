@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from broker.ledger.events import JournalTicket
-from broker.store.database import RESERVE_NAME
+from broker.ledger.events import JournalTickets
 from broker.store.journal import Journal
+from broker.store.room import RESERVE_NAME
 from tests.unit.broker.samples import make_ticket
 
 ROOT = Path(__file__).parents[3]
@@ -25,7 +25,7 @@ print(len(list(journal.live())), journal.reserved)
 
 def test_a_broker_killed_on_a_full_disk_starts_again_on_it(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "run")
-    journal.apply(JournalTicket(1, make_ticket("t1")))
+    journal.apply(JournalTickets(((1, make_ticket("t1")),)))
     journal.commit()
     journal.close()
     (tmp_path / RESERVE_NAME).unlink()

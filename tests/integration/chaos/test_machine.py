@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from broker.store.datafile import FILE_NAME
 from tests.chaos.machine import Clocks, Disk
 from tests.chaos.proxy import Link, Network
 from tests.ports import free_ports
@@ -124,7 +125,7 @@ def test_a_full_disk_refuses_writes_until_it_is_freed(
     disk = Disk(directory, lambda: pids[0])
     disk.mount()
     try:
-        with child(sys.executable, "-c", WRITER, str(directory / "journal.db")) as writer:
+        with child(sys.executable, "-c", WRITER, str(directory / FILE_NAME)) as writer:
             pids.append(writer.pid)
             assert ask(writer, "100000") == "written"
             assert disk.fill(0)

@@ -9,16 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zmq
+from msgspec import msgpack
 from prometheus_client import REGISTRY
 
 from broker.process.lifecycle import ErgonError
 from broker.protocol import frames
 from broker.protocol import weight_messages as messages
+from broker.protocol.commands import ErrorBody, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Frame, Message
 from broker.protocol.trajectory import PolicyVersion
+from broker.weights.peers import SEND_QUEUE
 from broker.weights.publisher import WeightPublisher
-from broker.weights.server import MAX_WAITING, SEND_QUEUE
+from broker.weights.server import MAX_WAITING
 from broker.weights.sinks import WeightsCorruptError
 from broker.weights.subscriber import WeightsTimeoutError, WeightSubscriber
 from tests.integration.weights.conftest import HEARTBEAT_S, RUN, file_holds, random_tensors, until
@@ -59,7 +62,13 @@ class RawPeer:
 
     def hello(self, **changes: object) -> None:
         body = {"role": "actor", "peer_id": "raw", "run_id": RUN, "session": "s", **changes}
-        self.send(Message("HELLO", body))
+        self.send(Message("HELLO", msgpack.encode(body)))
+
+
+def announced(raw: RawPeer) -> tuple[PolicyVersion | None, int]:
+    """What the next announcement says."""
+    body = parse_body(raw.expect("ANNOUNCE"), messages.Announce)
+    return messages.policy_version(body.newest), body.num_bytes
 
 
 @pytest.fixture
@@ -86,14 +95,14 @@ def subscriber(publisher: WeightPublisher) -> Iterator[WeightSubscriber]:
 def test_hello_watch_announce_and_repetition(publisher: WeightPublisher, raw: RawPeer) -> None:
     raw.hello()
     welcome = raw.expect("WELCOME")
-    assert welcome.body == {"run_id": RUN, "heartbeat_s": HEARTBEAT_S, "liveness": LIVENESS}
-    raw.send(messages.watch(None))
-    assert messages.read_announce(raw.expect("ANNOUNCE")) == (None, 0)
+    assert msgpack.decode(welcome.body) == {"run_id": RUN, "heartbeat_s": HEARTBEAT_S, "liveness": LIVENESS}
+    raw.send(messages.Watch(have=None).pack())
+    assert announced(raw) == (None, 0)
     publisher.publish(V1, random_tensors(1 << 20, seed=0))
-    while messages.read_announce(raw.expect("ANNOUNCE")) != (V1, 1 << 20):
+    while announced(raw) != (V1, 1 << 20):
         raw.send(Message("HEARTBEAT"))
     raw.send(Message("HEARTBEAT"))
-    assert messages.read_announce(raw.expect("ANNOUNCE")) == (V1, 1 << 20)
+    assert announced(raw) == (V1, 1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -108,17 +117,17 @@ def test_hello_is_refused_with_a_sentence(
     raw: RawPeer, changes: dict[str, object], code: ErrorCode, words: str
 ) -> None:
     raw.hello(**changes)
-    error = raw.expect("ERROR").body
-    assert error["code"] == code
-    assert words in error["message"]
+    error = parse_body(raw.expect("ERROR"), ErrorBody)
+    assert error.code == code
+    assert words in error.message
 
 
 def test_another_major_version_is_refused_with_a_sentence(raw: RawPeer) -> None:
-    parts: list[Frame] = frames.encode(Message("HELLO", {}))
+    parts: list[Frame] = frames.encode(Message("HELLO"))
     raw.socket.send_multipart([frames.MAGIC + bytes((frames.PROTOCOL_MAJOR + 1, 0)), *parts[1:]])
-    error = raw.expect("ERROR").body
-    assert (error["code"], error["fatal"]) == ("BAD_VERSION", True)
-    assert "run the same major version of Ergon on both sides" in error["message"]
+    error = parse_body(raw.expect("ERROR"), ErrorBody)
+    assert (error.code, error.fatal) == ("BAD_VERSION", True)
+    assert "run the same major version of Ergon on both sides" in error.message
 
 
 def test_other_refusals(publisher: WeightPublisher, raw: RawPeer) -> None:
@@ -126,20 +135,33 @@ def test_other_refusals(publisher: WeightPublisher, raw: RawPeer) -> None:
 
     def refusal(message: Message) -> tuple[str, str]:
         raw.send(message)
-        error = raw.expect("ERROR").body
-        return error["code"], error["about"]
+        error = parse_body(raw.expect("ERROR"), ErrorBody)
+        return error.code, error.about
 
     assert refusal(messages.manifest_request(V1)) == ("UNKNOWN_PEER", "")
     raw.hello()
     raw.expect("WELCOME")
-    assert refusal(Message("LEASE", {"credit": 1})) == ("UNKNOWN_COMMAND", "")
+    assert refusal(Message("LEASE", msgpack.encode({"credit": 1}))) == ("UNKNOWN_COMMAND", "")
     assert refusal(messages.manifest_request(V2)) == ("NOT_FOUND", "1.1")
     assert refusal(messages.chunk_request(V2, 0)) == ("NOT_FOUND", "1.1")
     assert refusal(messages.chunk_request(V1, 1)) == ("BAD_MESSAGE", "CHUNK")
-    assert refusal(Message("CHUNK", {"lineage": 1, "version": "x", "index": 0})) == ("BAD_MESSAGE", "")
-    raw.socket.send_multipart([b"noise", b"\xff"])
-    assert raw.expect("ERROR").body["code"] == "BAD_FRAME"
-    assert refusal(messages.watch(None)) == ("UNKNOWN_PEER", "")
+    for body in (
+        {"lineage": 1, "version": "x", "index": 0},
+        {"lineage": 1, "version": True, "index": 0},
+        {"lineage": 1, "version": 2**63, "index": 0},
+        {"lineage": 1, "version": 1},
+        {"lineage": 1, "version": 1, "index": 0, "more": 0},
+    ):
+        assert refusal(Message("CHUNK", msgpack.encode(body))) == ("BAD_MESSAGE", "")
+    assert refusal(Message("WATCH", b"\x81\xa4have" + b"\x91" * 100 + b"\xc0")) == ("BAD_MESSAGE", "")
+    assert refusal(Message("WATCH", b"\x82\xa4have\xc0\xa1\xff\x01")) == ("BAD_MESSAGE", "")
+    deep = frames.encode(Message("WATCH", b"\x81\xa4have" + b"\x91" * 30_000 + b"\xc0"))
+    for noise in ([b"noise", b"\xff"], deep):
+        raw.socket.send_multipart(noise)
+        assert parse_body(raw.expect("ERROR"), ErrorBody).code == "BAD_FRAME"
+        assert refusal(messages.Watch(have=None).pack()) == ("UNKNOWN_PEER", "")
+        raw.hello()
+        raw.expect("WELCOME")
 
 
 def test_a_peer_that_does_not_read_delays_nobody_and_still_gets_everything(
@@ -179,7 +201,7 @@ def test_more_requests_than_any_credit_are_refused(publisher: WeightPublisher, r
     while sum(reply.command == "CHUNK_REPLY" for reply in replies) + refusals("BAD_STATE") - before < num:
         if raw.socket.poll(100):
             replies.append(raw.receive())
-    assert {reply.body["code"] for reply in replies if reply.command == "ERROR"} <= {"BAD_STATE"}
+    assert {parse_body(reply, ErrorBody).code for reply in replies if reply.command == "ERROR"} <= {"BAD_STATE"}
     assert sum(reply.command == "CHUNK_REPLY" for reply in replies) >= MAX_WAITING
 
 

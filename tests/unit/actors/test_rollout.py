@@ -8,7 +8,7 @@ import pytest
 
 from actors.engine import EngineDeadError
 from actors.rollout import InfraFailureError, run_episode
-from broker.protocol.codec import check_segment
+from broker.protocol.codec import pack_trajectories
 from broker.protocol.trajectory import Mode, Outcome, TaskRef, Ticket, Trajectory, VersionRun
 from envs.interface import Action, EnvironmentFailureError, Observation, Reward, SandboxError
 from tests.unit.actors.support import ScriptedEngine, WordEnvironment, make_renderer, make_ticket
@@ -31,8 +31,7 @@ class Run:
             self.ticket, self.environment, self.engine, RENDERER, actor_id="a", max_model_len=self.max_model_len
         )
         assert self.environment.closed == self.environment.opened
-        (segment,) = trajectory.segments
-        check_segment(segment, 0)
+        pack_trajectories((trajectory,))  # raises unless the wire carries it
         return trajectory
 
 
@@ -62,6 +61,17 @@ async def test_a_completed_episode_is_recorded_token_for_token() -> None:
     assert second[: len(first)] == first
     assert second[len(first) :][: len(RENDERER.turn(SOLUTION[0]))] == RENDERER.turn(SOLUTION[0])
     assert run.environment.closed == 1
+
+
+async def test_a_reward_in_numpys_numbers_is_carried_by_the_wire() -> None:
+    run = Run(SOLUTION)
+
+    async def grade() -> Reward:
+        return Reward(np.float32(0.5), {"exact": np.float64(0.25), "rounds": 2})  # type: ignore[arg-type]
+
+    run.environment.on_grade = grade
+    head = (await run()).head
+    assert (head.reward, head.reward_components) == (0.5, {"exact": 0.25, "rounds": 2.0})
 
 
 async def test_versions_are_kept_per_token_across_a_switch() -> None:

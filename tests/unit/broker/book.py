@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+from msgspec.structs import replace
+
 from broker.ledger.events import (
     Action,
     ActorJoined,
     AnnounceDead,
+    Arrived,
+    Count,
     Credit,
     Deliver,
     Event,
@@ -15,16 +19,16 @@ from broker.ledger.events import (
     Grant,
     Issue,
     JournalAttempt,
-    JournalEnd,
+    JournalEnds,
     JournalPurge,
     JournalRecall,
-    JournalResult,
-    JournalTicket,
+    JournalResults,
+    JournalTickets,
     LearnerJoined,
     Renew,
     Reply,
     Restored,
-    Result,
+    Results,
     Resume,
     Settled,
     Want,
@@ -43,8 +47,8 @@ FINISH = Finish(Outcome.COMPLETED, 1.0, 2.0)
 def ticket_of(ticket_id: str, mode: Mode = Mode.TRAIN, group_id: str | None = None, env: str = "shop") -> Ticket:
     """A ticket of this group and environment."""
     ticket = make_ticket(ticket_id, mode)
-    task = ticket.task.model_copy(update={"env": env})
-    return ticket.model_copy(update={"task": task, "group_id": group_id or ticket.group_id})
+    task = replace(ticket.task, env=env)
+    return replace(ticket, task=task, group_id=group_id or ticket.group_id)
 
 
 class Book:
@@ -62,34 +66,50 @@ class Book:
         actions = self.ledger.handle(event, self.now)
         for action in actions:
             self.write(action)
+        counted = [(action.name, action.env) for action in actions if isinstance(action, Count)]
+        assert len(counted) == len(set(counted)), "counted in two actions"
         return actions
 
     def write(self, action: Action) -> None:
         match action:
-            case JournalTicket(seq, ticket):
-                assert ticket.ticket_id not in self.rows
-                assert ticket.ticket_id not in self.ended, "an ended ticket lives a second time"
-                self.rows[ticket.ticket_id] = Restored(seq, ticket, T.ISSUED)
-            case JournalResult(seq, ticket_id, source):
-                row = self.rows[ticket_id]
-                assert row.state is T.ISSUED, "a second result was taken"
-                self.rows[ticket_id] = Restored(row.seq, row.ticket, T.DELIVERED, seq, source)
-            case JournalAttempt(ticket_id, attempt, error, dead, seq):
-                row = self.rows[ticket_id]
-                ticket = row.ticket.model_copy(update={"attempt": attempt})
-                self.rows[ticket_id] = Restored(row.seq, ticket, T.DEAD if dead else T.ISSUED, seq, "", error)
-            case JournalRecall(ticket_id):
-                row = self.rows[ticket_id]
+            case JournalTickets(tickets):
+                assert tickets, "an action about nothing"
+                for seq, ticket in tickets:
+                    assert ticket.ticket_id not in self.rows
+                    assert ticket.ticket_id not in self.ended, "an ended ticket lives a second time"
+                    self.rows[ticket.ticket_id] = Restored(seq, ticket, T.ISSUED)
+            case JournalResults(source, taken):
+                assert taken, "an action about nothing"
+                for _, seq, result_seq, ticket_id in taken:
+                    row = self.row(seq, ticket_id)
+                    assert row.state is T.ISSUED, "a second result was taken"
+                    self.rows[ticket_id] = Restored(row.seq, row.ticket, T.DELIVERED, result_seq, source)
+            case JournalAttempt(seq, ticket_id, attempt, error, dead, result_seq):
+                row = self.row(seq, ticket_id)
+                ticket = replace(row.ticket, attempt=attempt)
+                self.rows[ticket_id] = Restored(row.seq, ticket, T.DEAD if dead else T.ISSUED, result_seq, "", error)
+            case JournalRecall(seq, ticket_id):
+                row = self.row(seq, ticket_id)
                 assert row.state is T.DELIVERED, "recalled without a result"
                 self.rows[ticket_id] = Restored(row.seq, row.ticket, T.ISSUED)
-            case JournalPurge(ticket_id, error):
-                row = self.rows[ticket_id]
+            case JournalPurge(seq, ticket_id, error):
+                row = self.row(seq, ticket_id)
                 assert row.state is T.DEAD, "purged although it is no dead letter"
                 self.rows[ticket_id] = Restored(row.seq, row.ticket, T.DEAD, row.result_seq, PURGED, error)
-            case JournalEnd(ticket_id, state):
-                row = self.rows.pop(ticket_id)
-                self.ended[ticket_id] = Settled(state, row.source)
-                self.ended_modes[ticket_id] = row.ticket.mode
+            case JournalEnds(ended):
+                assert ended, "an action about nothing"
+                for seq, ticket_id, mode, state in ended:
+                    row = self.row(seq, ticket_id)
+                    assert row.ticket.mode is mode
+                    del self.rows[ticket_id]
+                    self.ended[ticket_id] = Settled(state, row.source)
+                    self.ended_modes[ticket_id] = mode
+
+    def row(self, seq: int, ticket_id: str) -> Restored:
+        """What the journal has of a ticket, which the ledger must name by its key."""
+        row = self.rows[ticket_id]
+        assert row.seq == seq
+        return row
 
     def restart(self) -> None:
         ended = Counter((settled.state, self.ended_modes[key]) for key, settled in self.ended.items())
@@ -110,8 +130,15 @@ class Book:
         self.do(ActorJoined(session, actor_id or session))
         return [*self.do(Renew(session, leases)), *(self.do(Want(session, credit)) if credit else [])]
 
-    def result(self, session: str, ticket_id: str) -> str | None:
-        return reply(self.do(Result(session, ticket_id, self.settled(ticket_id), finish=FINISH))).status
+    def result(self, session: str, ticket_id: str) -> str:
+        return self.results(session, ticket_id)[0]
+
+    def results(self, session: str, *ticket_ids: str) -> list[str]:
+        """The statuses of a parcel."""
+        arrived = tuple(Arrived(ticket_id, FINISH, self.settled(ticket_id)) for ticket_id in ticket_ids)
+        statuses = reply(self.do(Results(session, arrived))).statuses
+        assert [ticket_id for ticket_id, _ in statuses] == list(ticket_ids)
+        return [status for _, status in statuses]
 
     def learner(
         self, session: str = "L", credit: int = 100, acked: tuple[str, ...] = (), held: tuple[str, ...] = ()
@@ -126,11 +153,19 @@ def reply(actions: list[Action]) -> Reply:
 
 
 def granted(actions: list[Action]) -> list[str]:
-    return [action.ticket.ticket_id for action in actions if isinstance(action, Grant)]
+    return [ticket.ticket_id for action in actions if isinstance(action, Grant) for ticket in action.tickets]
 
 
 def outgoing(actions: list[Action]) -> list[str]:
-    return [action.ticket_id for action in actions if isinstance(action, Deliver | AnnounceDead)]
+    """Results and dead letters, in order."""
+    ids: list[str] = []
+    for action in actions:
+        if isinstance(action, Deliver):
+            assert action.ticket_ids, "an action about nothing"
+            ids += action.ticket_ids
+        elif isinstance(action, AnnounceDead):
+            ids.append(action.ticket_id)
+    return ids
 
 
 def withdrawn(actions: list[Action]) -> dict[str, tuple[str, ...]]:

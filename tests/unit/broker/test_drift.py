@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from msgspec.structs import replace
 
 from broker.exchange import drift
 from broker.exchange.drift import NUM_BINS, QUANTITIES, SHORTEST_S, DriftMonitor
@@ -27,17 +28,18 @@ class Run:
         """The results of one more group, and whether it is a slow one."""
         slow = self.num_groups % 2 == 1
         ids = [f"{self.num_groups}/{i}" for i in range(GROUP)]
+        results = []
         for ticket_id in ids:
             seconds = self.random.uniform(30, 60) if slow else self.random.uniform(1, 2)
             reward = float(self.random.random() < (0.2 if slow else 0.8))
-            ticket = make_ticket(ticket_id, mode).model_copy(update={"group_id": f"g{self.num_groups}"})
-            self.monitor.observe(Finished(ticket, Finish(Outcome.COMPLETED, reward, seconds)))
+            ticket = replace(make_ticket(ticket_id, mode), group_id=f"g{self.num_groups}")
+            results.append((ticket, Finish(Outcome.COMPLETED, reward, seconds)))
+        self.monitor.observe(Finished(tuple(results)))
         self.num_groups += 1
         return ids, slow
 
     def settle(self, ids: list[str], consumed: bool = True) -> None:
-        for ticket_id in ids:
-            self.monitor.observe(Settle(ticket_id, consumed))
+        self.monitor.observe(Settle(tuple(ids), frozenset(() if consumed else ids)))
 
     def drift(self) -> dict[str, float]:
         return {quantity: value for (env, quantity), value in self.monitor.drift().items() if env == "shop"}
@@ -120,6 +122,15 @@ def test_memory_is_bounded_by_what_is_open() -> None:
     assert len(monitor._groups) <= len(monitor._results)
     assert len(monitor._by_age) <= 4 * (50 + GROUP)
     assert len(monitor._histograms) == 1
+
+
+def test_one_ack_may_use_some_and_drop_others() -> None:
+    run = Run()
+    for _ in range(200):
+        (fast, _), (slow, _) = run.finish(), run.finish()
+        run.monitor.observe(Settle((*fast, *slow), frozenset({*slow, "of another ack"})))
+    assert run.drift()["duration"] == pytest.approx(0.5, abs=0.08)
+    assert run.monitor._results == {}
 
 
 def test_evaluation_and_unknown_results_do_not_count_and_a_replaced_one_counts_once() -> None:

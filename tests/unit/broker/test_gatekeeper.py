@@ -11,7 +11,7 @@ from zmq.utils import z85
 from broker.exchange.peers import ADMITTED as EXPERIENCE
 from broker.process.gatekeeper import AllowList, judge
 from broker.process.keys import Identity, make_keys, read_pair
-from broker.weights.server import ADMITTED as WEIGHTS
+from broker.weights.peers import ADMITTED as WEIGHTS
 
 
 def request(key: bytes, mechanism: bytes = b"CURVE", version: bytes = b"1.0") -> list[bytes]:

@@ -7,56 +7,26 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from broker.ledger.events import JournalEnd, JournalRecall, JournalResult, JournalTicket
-from broker.protocol.codec import trajectory_to_message
+from broker.ledger.events import JournalRecall
 from broker.protocol.commands import TicketState as T
-from broker.protocol.frames import Message, encode
-from broker.protocol.trajectory import Segment, Trajectory, VersionRun
 from broker.store.blobs import BlobStore, DamagedError
 from broker.store.journal import Journal
-from tests.unit.broker.samples import make_ticket, make_trajectory
+from broker.store.rows import pack_key
+from tests.unit.broker.stored import blobs, end, load, make_message, put, rows, same, take
 
 BLOB_BYTES = 1000
-
-
-def make_message(ticket_id: str, num_tokens: int = 1000, salt: int = 0) -> Message:
-    """A TRAJECTORY with 9 bytes of arrays a token."""
-    rng = np.random.default_rng(salt)
-    mask_T = np.ones(num_tokens, dtype=np.bool_)
-    logprobs_T = -rng.random(num_tokens, dtype=np.float32)
-    token_ids_T = rng.integers(0, 1000, num_tokens, dtype=np.int32)
-    segment = Segment(token_ids_T, mask_T, logprobs_T, (VersionRun(1, 1, num_tokens),))
-    return trajectory_to_message(Trajectory(make_trajectory(make_ticket(ticket_id)).head, (segment,)))
 
 
 def open_journal(directory: Path, fsync: str = "always") -> Journal:
     return Journal(directory, "run", "always" if fsync == "always" else "interval", blob_bytes=BLOB_BYTES)
 
 
-def put(journal: Journal, ticket_id: str, seq: int = 1, message: Message | None = None) -> None:
-    journal.apply(JournalTicket(seq, make_ticket(ticket_id)))
-    journal.apply(JournalResult(seq + 1, ticket_id, "s1"), encode(message or make_message(ticket_id)))
-
-
-def blobs(directory: Path) -> list[Path]:
-    return sorted(path for path in (directory / "blobs").glob("*/*") if path.is_file())
-
-
-def same(loaded: Message | None, stored: Message) -> bool:
-    return (
-        loaded is not None
-        and loaded.body == stored.body
-        and all(np.array_equal(mine, theirs) for mine, theirs in zip(loaded.arrays, stored.arrays, strict=True))
-    )
-
-
 def test_large_arrays_lie_in_a_file_until_the_ticket_ends(tmp_path: Path) -> None:
     journal = open_journal(tmp_path)
-    put(journal, "large", 1)
-    put(journal, "small", 3, make_message("small", 100))
+    large = put(journal, "large")
+    put(journal, "small", message=make_message("small", num_tokens=100))
     assert not [path for path in blobs(tmp_path) if path.parent.name != "tmp"]  # it has its name with the commit
     journal.commit()
     (path,) = blobs(tmp_path)
@@ -65,10 +35,10 @@ def test_large_arrays_lie_in_a_file_until_the_ticket_ends(tmp_path: Path) -> Non
     assert path.parent.name == path.name[0]
     journal.close()
     journal = open_journal(tmp_path)
-    assert same(journal.load("large"), make_message("large"))
-    assert same(journal.load("small"), make_message("small", 100))
-    loaded = journal.load("large")
-    journal.apply(JournalEnd("large", T.ACKED))
+    assert same(load(journal, "large"), make_message("large"))
+    assert same(load(journal, "small"), make_message("small", num_tokens=100))
+    loaded = load(journal, "large")
+    end(journal, large, "large")
     assert path.exists()
     journal.commit()
     assert blobs(tmp_path) == []
@@ -76,21 +46,38 @@ def test_large_arrays_lie_in_a_file_until_the_ticket_ends(tmp_path: Path) -> Non
     journal.close()
 
 
-def test_one_content_is_one_file_while_any_result_names_it(tmp_path: Path) -> None:
+def test_a_parcel_of_several_has_one_file_until_the_last_of_them_has_ended(tmp_path: Path) -> None:
     journal = open_journal(tmp_path)
-    put(journal, "a", 1)
-    put(journal, "b", 3)
+    seqs = put(journal, "a", "b", "c")
     journal.commit()
-    put(journal, "c", 5)
+    (path,) = blobs(tmp_path)
+    assert path.stat().st_size == 27_000
+    end(journal, seqs[:2], "a", "b")
     journal.commit()
-    assert len(blobs(tmp_path)) == 1
-    for ticket_id in ("a", "b"):
-        journal.apply(JournalEnd(ticket_id, T.ACKED))
-        journal.commit()
-    assert same(journal.load("c"), make_message("c"))
-    journal.apply(JournalEnd("c", T.ACKED))
+    journal.close()
+    journal = open_journal(tmp_path)
+    assert same(load(journal, "c"), make_message("a", "b", "c"))
+    end(journal, seqs[2:], "c")
     journal.commit()
     assert blobs(tmp_path) == []
+    journal.close()
+
+
+def test_one_content_is_one_file_while_any_result_names_it(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    seqs = [*put(journal, "a"), *put(journal, "b")]
+    journal.commit()
+    seqs += put(journal, "c")
+    journal.commit()
+    assert len(blobs(tmp_path)) == 1
+    for seq, ticket_id in zip(seqs[:2], ("a", "b"), strict=True):
+        end(journal, [seq], ticket_id)
+        journal.commit()
+    assert same(load(journal, "c"), make_message("c"))
+    end(journal, seqs[2:], "c")
+    put(journal, "d")  # in one commit the last name goes and a new one comes
+    journal.commit()
+    assert same(load(journal, "d"), make_message("d"))
     journal.close()
 
 
@@ -98,7 +85,7 @@ def test_files_of_no_result_are_deleted_at_the_start(tmp_path: Path) -> None:
     journal = open_journal(tmp_path)
     put(journal, "a")
     journal.commit()
-    put(journal, "open", 3, make_message("open", salt=1))
+    put(journal, "open", message=make_message("open", salt=1))
     # Killed here: the second result's file is there, its row is not.
     killed = tmp_path / "killed"
     shutil.copytree(tmp_path, killed, ignore=shutil.ignore_patterns("killed"))
@@ -107,7 +94,7 @@ def test_files_of_no_result_are_deleted_at_the_start(tmp_path: Path) -> None:
     assert len(blobs(killed)) == 3
     again = open_journal(killed)
     assert len(blobs(killed)) == 1
-    assert same(again.load("a"), make_message("a"))
+    assert same(load(again, "a"), make_message("a"))
     again.close()
     journal.close()
     assert len(blobs(tmp_path)) == 1
@@ -132,71 +119,69 @@ def test_a_damaged_blob_is_never_taken_for_whole(tmp_path: Path, how: str) -> No
     for offset in [*range(0, len(whole), 97), len(whole) - 1]:
         damage(path, how, offset)
         with pytest.raises(DamagedError, match=path.name):
-            journal.load("a")
+            load(journal, "a")
         path.write_bytes(whole)
-    assert same(journal.load("a"), make_message("a"))
+    assert same(load(journal, "a"), make_message("a"))
     path.unlink()
     with pytest.raises(DamagedError, match="No such file"):
-        journal.load("a")
+        load(journal, "a")
     journal.close()
 
 
 def test_a_row_with_other_bytes_is_damaged_too(tmp_path: Path) -> None:
+    """Of every byte of a row: it is loaded as it was written, or said to be damaged; at the start too."""
     journal = open_journal(tmp_path)
-    put(journal, "a", message=make_message("a", 10))
+    message = make_message("a", "b", num_tokens=10)
+    put(journal, "a", "b", message=message)
     journal.commit()
-    arrays = bytearray(journal._db.execute("SELECT arrays FROM results").fetchone()[0])
-    arrays[5] ^= 1
-    journal._db.execute("UPDATE results SET arrays = ?", (bytes(arrays),))
-    with pytest.raises(DamagedError, match="ticket a"):
-        journal.load("a")
+    (_, whole), table = dict(rows(journal))["parcels"][0], journal._db.tables.parcels
+    for offset in range(len(whole)):
+        row = bytearray(whole)
+        row[offset] ^= 1
+        journal._db.write.put(pack_key(1), bytes(row), db=table)
+        with pytest.raises(DamagedError, match="parcel 1"):
+            load(journal, "a")
+    journal._db.write.put(pack_key(1), whole[:30], db=table)  # its head cannot be read
+    journal.commit()
+    journal.close()
+    journal = open_journal(tmp_path)
+    assert [row.state for row in journal.live()] == [T.ISSUED, T.ISSUED]
+    assert journal.place("a") is None
+    put(journal, "c")
+    journal.commit()
+    assert [key for key, _ in dict(rows(journal))["parcels"]] == [pack_key(2)]
     journal.close()
 
 
-def test_a_recalled_ticket_is_issued_and_takes_another_result(tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [(), ("b", "c")])
+def test_a_recalled_ticket_is_issued_and_takes_another_result(tmp_path: Path, others: tuple[str, ...]) -> None:
     journal = open_journal(tmp_path)
-    put(journal, "a")
+    ids = ("a", *others)
+    seqs = put(journal, *ids)
     journal.commit()
     damage(blobs(tmp_path)[0], "cut", 10)
-    journal.apply(JournalRecall("a"))
+    journal.apply(JournalRecall(seqs[0], "a"))
+    journal.commit()
+    assert len(blobs(tmp_path)) == (1 if others else 0)
+    for _ in range(2):
+        assert journal.place("a") is None
+        row = next(iter(journal.live()))
+        assert (row.state, row.ticket.attempt, row.result_seq, row.source) == (T.ISSUED, 0, 0, "")
+        assert [row.state for row in journal.live()][1:] == [T.DELIVERED] * len(others)
+        journal.close()
+        journal = open_journal(tmp_path)
+    take(journal, seqs[:1], ["a"], make_message("a", salt=2), "s2")
+    journal.commit()
+    for _ in range(2):
+        assert same(load(journal, "a"), make_message("a", salt=2))
+        assert next(iter(journal.live())).source == "s2"
+        journal.close()
+        journal = open_journal(tmp_path)
+    end(journal, seqs, *ids)
     journal.commit()
     assert blobs(tmp_path) == []
-    (row,) = journal.live()
-    assert (row.state, row.ticket.attempt, row.result_seq, row.source) == (T.ISSUED, 0, 0, "")
-    journal.apply(JournalResult(7, "a", "s2"), encode(make_message("a", salt=2)))
-    journal.commit()
-    assert same(journal.load("a"), make_message("a", salt=2))
-    journal.close()
-
-
-def test_a_write_torn_at_any_byte_leaves_whole_commits(tmp_path: Path) -> None:
-    """The log of a killed broker, cut or changed anywhere: a prefix of the commits, each result whole."""
-    num = 6
-    journal = open_journal(tmp_path / "store")
-    for n in range(num):
-        put(journal, f"t{n}", 2 * n + 1, make_message(f"t{n}", 1000 if n % 2 else 50, salt=n))
-        journal.commit()
-    wal_bytes = (tmp_path / "store" / "journal.db-wal").stat().st_size
-    assert wal_bytes > 40_000
-    seen = set()
-    for how in ("cut", "changed"):
-        for offset in range(0, wal_bytes, wal_bytes // 24):
-            torn = tmp_path / f"{how}-{offset}"
-            shutil.copytree(tmp_path / "store", torn, ignore=shutil.ignore_patterns("reserve"))
-            damage(torn / "journal.db-wal", how, offset)
-            if len(list((torn).glob("journal.db*"))) and (torn / "journal.db").stat().st_size == 0:
-                continue  # torn within the making of the store: SQLite starts anew, covered by the offsets before
-            again = open_journal(torn, "interval")
-            ids = [row.ticket.ticket_id for row in again.live()]
-            assert ids == [f"t{n}" for n in range(len(ids))]
-            for n, ticket_id in enumerate(ids):
-                assert same(again.load(ticket_id), make_message(ticket_id, 1000 if n % 2 else 50, salt=n))
-            assert len(blobs(torn)) == len(ids) // 2
-            assert again.next_seq() == 2 * len(ids) + 1 or not ids
-            again.close()
-            shutil.rmtree(torn)
-            seen.add(len(ids))
-    assert len(seen) > num // 2
+    stored = dict(rows(journal))
+    assert stored["parcels"] == stored["states"] == stored["tickets"] == []
     journal.close()
 
 
@@ -225,7 +210,7 @@ def test_always_syncs_file_and_directory_before_the_commit(tmp_path: Path, monke
     journal.commit()
     (path,) = blobs(tmp_path)
     assert spy.take() == [path.name, path.parent.name]
-    put(journal, "b", 3)
+    put(journal, "b", message=make_message("a"))
     journal.commit()  # the same bytes: their file is durable before it takes the other one's place
     assert spy.take() == [f"{os.getpid()}-2", path.parent.name]
     journal.sync()
@@ -238,13 +223,13 @@ def test_interval_syncs_when_told_blobs_first_and_deletes_only_then(
 ) -> None:
     journal = open_journal(tmp_path, "interval")
     spy = Spy(monkeypatch)
-    put(journal, "a")
+    seqs = put(journal, "a")
     journal.commit()
     assert spy.take() == []
     (path,) = blobs(tmp_path)
     journal.sync()
-    assert spy.take() == [path.name, path.parent.name, "journal.db-wal"]
-    journal.apply(JournalEnd("a", T.ACKED))
+    assert spy.take() == [path.name, path.parent.name]
+    end(journal, seqs, "a")
     journal.commit()
     assert path.exists()  # if the ack is forgotten in a crash, the result must still be there
     journal.sync()

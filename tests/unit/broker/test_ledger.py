@@ -9,10 +9,13 @@ import pytest
 from broker.ledger.events import (
     Ack,
     ActorJoined,
+    AnnounceDead,
+    Arrived,
     Cancel,
     Count,
     Credit,
     Damaged,
+    Deliver,
     Event,
     Finish,
     Finished,
@@ -20,15 +23,17 @@ from broker.ledger.events import (
     Hold,
     Issue,
     JournalAttempt,
+    JournalResults,
     LearnerJoined,
     PeerGone,
     Release,
     Renew,
     Requeue,
-    Result,
+    Results,
     Resume,
     Settle,
     Settled,
+    TakenRow,
     Tick,
     Want,
 )
@@ -38,6 +43,11 @@ from broker.protocol.commands import TicketState as T
 from broker.protocol.trajectory import Mode, Outcome
 from tests.unit.broker.book import FINISH, LEASE_S, Book, granted, outgoing, reply, ticket_of, withdrawn
 from tests.unit.broker.samples import make_ticket
+
+
+def one(session: str, ticket_id: str, finish: Finish = FINISH) -> Results:
+    """A parcel of one."""
+    return Results(session, (Arrived(ticket_id, finish),))
 
 
 def test_the_life_of_a_ticket() -> None:
@@ -88,7 +98,8 @@ def test_actors_take_turns() -> None:
     book.join("s1", credit=2)
     book.join("s2", credit=2)
     actions = book.issue("a", "b", "c", "d")
-    assert [action.session for action in actions if isinstance(action, Grant)] == ["s1", "s2", "s1", "s2"]
+    grants = [(action.session, granted([action])) for action in actions if isinstance(action, Grant)]
+    assert grants == [("s1", ["a", "c"]), ("s2", ["b", "d"])]
 
 
 def test_an_expired_lease_uses_up_an_attempt_and_a_heartbeat_renews_it() -> None:
@@ -103,7 +114,21 @@ def test_an_expired_lease_uses_up_an_attempt_and_a_heartbeat_renews_it() -> None
     book.do(Tick())
     assert book.rows["a"].ticket.attempt == 1
     (action,) = [a for a in book.join("s2", credit=1) if isinstance(a, Grant)]
-    assert action.ticket.attempt == 1
+    (ticket,) = action.tickets
+    assert ticket.attempt == 1
+
+
+def test_a_lease_that_is_not_renewed_ends_in_time_though_an_older_one_is() -> None:
+    book = Book()
+    book.issue("a", "b")
+    book.join("s1", credit=1)
+    book.now = 1
+    book.join("s2", credit=1)
+    book.now = 9
+    book.do(Renew("s1", ("a",)))
+    book.now = 11
+    book.do(Tick())
+    assert {key: row.ticket.attempt for key, row in book.rows.items()} == {"a": 0, "b": 1}
 
 
 def test_a_late_result_counts_when_it_is_the_first() -> None:
@@ -213,7 +238,58 @@ def test_a_peer_that_is_gone_gets_nothing() -> None:
     book.join("s2", credit=1)
     book.learner()
     book.do(PeerGone("L"))
-    assert outgoing(book.do(Result("s2", "a", finish=FINISH))) == []
+    assert outgoing(book.do(one("s2", "a", FINISH))) == []
+
+
+def test_every_trajectory_of_a_parcel_gets_its_own_answer() -> None:
+    book = Book()
+    book.issue("a", "b", "c", "d", "e")
+    book.join("s1", credit=2)  # a, b
+    book.join("s2", credit=2)  # c, d
+    book.result("s1", "a")
+    book.do(Cancel(ticket_ids=("d",)))
+    arrived = tuple(Arrived(key, FINISH) for key in ("a", "c", "d", "never", "b", "e"))
+    actions = book.do(Results("s2", arrived))
+    statuses = {"a": "duplicate", "c": "accepted", "d": "unwanted", "never": "unwanted", "b": "late", "e": "late"}
+    assert reply(actions).statuses == tuple(statuses.items())
+    assert [a for a in actions if isinstance(a, JournalResults)] == [
+        JournalResults("s2", (TakenRow(1, 3, 8, "c"), TakenRow(4, 2, 9, "b"), TakenRow(5, 5, 10, "e")))
+    ]
+    assert withdrawn(actions) == {"s1": ("b",)}
+    counts = {a.name: a.num for a in actions if isinstance(a, Count) and not a.env}
+    assert counts == {"duplicate": 1, "accepted": 1, "unwanted": 2, "late": 2}
+    assert book.results("s2", "c", "never", "a") == ["accepted", "unwanted", "duplicate"]
+
+
+def test_a_ticket_that_is_twice_in_a_parcel_counts_once() -> None:
+    book = Book()
+    book.issue("a")
+    book.join("s1", credit=1)
+    actions = book.do(Results("s1", (Arrived("a", FINISH), Arrived("a", FINISH))))
+    assert reply(actions).statuses == (("a", "accepted"), ("a", "accepted"))
+    assert {a.name: a.num for a in actions if isinstance(a, Count) and not a.env} == {"accepted": 1, "repeated": 1}
+    assert [len(a.results) for a in actions if isinstance(a, Finished)] == [1]
+    assert book.learner() == ["a"]
+
+
+def test_a_parcel_goes_out_in_one_action_but_for_the_dead_letters_in_between() -> None:
+    book = Book(max_attempts=1)
+    book.issue("a", "b", "c", "d", "e")
+    book.join("s1", credit=5)
+    assert book.results("s1", "a", "b") == ["accepted", "accepted"]
+    book.do(Release("s1", ("c",), "infra_failure"))
+    assert book.results("s1", "e", "d") == ["accepted", "accepted"]
+    book.do(LearnerJoined("L"))
+    book.do(Resume("L", (), ()))
+    actions = book.do(Credit("L", 4))
+    assert [a.ticket_ids if isinstance(a, Deliver) else a for a in actions] == [
+        ("a", "b"),
+        AnnounceDead("L", "c", "group-c", Mode.TRAIN, ""),
+        ("e",),
+    ]
+    book.do(LearnerJoined("L"))
+    book.do(Resume("L", (), ("b",)))
+    assert outgoing(book.do(Credit("L", 100))) == ["a", "c", "e", "d"]
 
 
 def test_some_tickets_can_be_cancelled_and_their_groups_close_with_dead_letters_for_every_learner_to_come() -> None:
@@ -254,8 +330,8 @@ def test_the_second_of_two_that_run_a_ticket_is_told_when_there_is_a_result() ->
     book.now = LEASE_S
     book.do(Tick())
     book.join("s2", credit=1)
-    actions = book.do(Result("s1", "a", finish=FINISH))
-    assert (reply(actions).status, withdrawn(actions)) == ("late", {"s2": ("a",)})
+    actions = book.do(one("s1", "a", FINISH))
+    assert (reply(actions).statuses, withdrawn(actions)) == ((("a", "late"),), {"s2": ("a",)})
     assert withdrawn(book.do(Renew("s1", ("a",)))) == {}  # its own result, not answered yet
 
 
@@ -279,6 +355,10 @@ def test_a_result_makes_the_rest_of_its_group_come_sooner() -> None:
     book.do(Issue(tuple(ticket_of(f"{group}{i}", group_id=group) for group in "ab" for i in range(4))))
     book.result("s1", "b0")  # of a lease that had run out
     assert granted(book.join("s2", credit=3)) == ["b1", "b2", "b3"]
+    book = Book()
+    book.do(Issue(tuple(ticket_of(f"{group}{i}", group_id=group) for group in "ab" for i in range(2))))
+    book.result("s1", "b0")
+    assert granted(book.join("s2", credit=1)) == ["b1"]  # a single one, too
 
 
 def test_environments_take_turns_though_one_was_there_first_with_many() -> None:
@@ -297,10 +377,10 @@ def test_results_are_counted_by_outcome_and_groups_by_how_they_closed() -> None:
     def count(event: Event) -> None:
         seen.update((a.name, a.env) for a in book.do(event) if isinstance(a, Count) and a.env)
 
-    count(Result("s1", "a1", finish=Finish(Outcome.TIMEOUT, 0.0, 9.0)))
-    count(Result("s1", "a1", finish=Finish(Outcome.TIMEOUT, 0.0, 9.0)))
-    count(Result("s1", "a2", finish=Finish(Outcome.EXPLOIT, 0.0, 9.0)))
-    count(Result("s1", "b1", finish=FINISH))
+    count(one("s1", "a1", Finish(Outcome.TIMEOUT, 0.0, 9.0)))
+    count(one("s1", "a1", Finish(Outcome.TIMEOUT, 0.0, 9.0)))
+    count(one("s1", "a2", Finish(Outcome.EXPLOIT, 0.0, 9.0)))
+    count(one("s1", "b1", FINISH))
     count(Release("s1", ("b2",), "infra_failure", "sandbox died"))
     assert seen == {
         ("outcome_timeout", "env-a"): 1,
@@ -315,23 +395,23 @@ def test_the_monitor_hears_of_every_result_once_and_of_its_fate() -> None:
     book = Book()
     book.issue("a", "b")
     book.join("s1", credit=2)
-    assert [a for a in book.do(Result("s1", "a", finish=FINISH)) if isinstance(a, Finished)] == [
-        Finished(make_ticket("a"), FINISH)
+    assert [a for a in book.do(one("s1", "a", FINISH)) if isinstance(a, Finished)] == [
+        Finished(((make_ticket("a"), FINISH),))
     ]
-    assert [a for a in book.do(Result("s1", "a", finish=FINISH)) if isinstance(a, Finished)] == []
+    assert [a for a in book.do(one("s1", "a", FINISH)) if isinstance(a, Finished)] == []
     book.result("s1", "b")
     book.learner()
     actions = book.do(Ack(("a", "b"), frozenset({"b"})))
-    assert [a for a in actions if isinstance(a, Settle)] == [Settle("a", consumed=True), Settle("b", consumed=False)]
+    assert [a for a in actions if isinstance(a, Settle)] == [Settle(("a", "b"), frozenset({"b"}))]
 
 
 def test_every_transition_of_the_table_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
     move = TicketTable.move
 
-    def recorded(table: TicketTable, ticket_id: str, transition: str) -> Entry:
+    def recorded(table: TicketTable, entry: Entry, transition: str) -> None:
         seen.add(transition)
-        return move(table, ticket_id, transition)
+        move(table, entry, transition)
 
     monkeypatch.setattr(TicketTable, "move", recorded)
     book = Book(max_attempts=1)
@@ -356,9 +436,9 @@ def test_every_transition_of_the_table_happens(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_illegal_transition_is_a_bug_and_says_so() -> None:
     table = TicketTable((), {}, 1)
-    table.add(make_ticket("a"))
+    entry = table.add(make_ticket("a"))
     with pytest.raises(AssertionError, match="deliver of ticket a in state issued"):
-        table.move("a", "deliver")
+        table.move(entry, "deliver")
     assert {target for _, target in TRANSITIONS.values()} == set(T)
 
 
@@ -375,5 +455,5 @@ def test_done_tickets_leave_no_trace_in_memory() -> None:
         book.do(Tick())
     table = book.ledger._table
     assert len(book.ledger) == 0
-    assert len(table._expiries) + len(table._results) + len(table.assigned) < 10
+    assert len(table._leases) + len(table._new_results) + len(table._old_results) == 0
     assert len(table.schedule) + len(table._groups) == 0

@@ -14,6 +14,7 @@ from broker.ledger.events import (
     Action,
     ActorJoined,
     AnnounceDead,
+    Arrived,
     Cancel,
     Credit,
     Damaged,
@@ -24,16 +25,16 @@ from broker.ledger.events import (
     Grant,
     Hold,
     Issue,
-    JournalEnd,
+    JournalEnds,
     JournalRecall,
-    JournalResult,
+    JournalResults,
     LearnerJoined,
     PeerGone,
     Purge,
     Release,
     Renew,
     Requeue,
-    Result,
+    Results,
     Resume,
     Settle,
     Tick,
@@ -43,7 +44,7 @@ from broker.ledger.events import (
 from broker.ledger.table import OPEN
 from broker.protocol.commands import TicketState as T
 from broker.protocol.trajectory import Mode, Outcome, Ticket
-from tests.unit.broker.book import LEASE_S, Book, reply, ticket_of
+from tests.unit.broker.book import FINISH, LEASE_S, Book, reply, ticket_of
 
 MAX_ATTEMPTS = 4
 ACTORS = st.sampled_from(["s0", "s1", "s2", "s3"])  # s0 and s1 are two processes of one actor
@@ -51,6 +52,7 @@ NUMBERS = list(range(8))
 IDS = st.sampled_from([f"t{number}" for number in NUMBERS])
 GROUPS = st.sampled_from(["g0", "g1", "g2"])
 OUTCOMES = st.sampled_from([outcome for outcome in Outcome if outcome is not Outcome.INFRA_FAILURE])
+FINISHES = st.builds(Finish, OUTCOMES, st.floats(-1, 2), st.floats(0, 1e6))
 
 
 def ticket(ticket_id: str) -> Ticket:
@@ -79,7 +81,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def do(self, event: Event) -> list[Action]:
         actions = self.book.do(event)
-        unreadable = [ticket_id for action in actions if (ticket_id := self.check(action))]
+        unreadable = [ticket_id for action in actions for ticket_id in self.check(action)]
         told = {(a.session, key) for a in actions if isinstance(a, Withdraw) for key in a.ticket_ids}
         for session, ticket_id in told:
             assert session in self.joined
@@ -89,28 +91,38 @@ class LedgerMachine(RuleBasedStateMachine):
             self.do(Damaged("L", ticket_id))
         return actions
 
-    def check(self, action: Action) -> str | None:
-        """The ticket whose trajectory was to be delivered and cannot be read."""
+    def check(self, action: Action) -> list[str]:
+        """The tickets whose trajectories were to be delivered and cannot be read."""
         match action:
             case Grant(session, granted):
                 assert session in self.joined
-                self.sent[session] += 1
+                self.sent[session] += len(granted)
                 assert self.sent[session] <= self.credit[session], "more than the credit"
-                assert self.book.rows[granted.ticket_id].state is T.ISSUED, "granted although it has a result"
-            case Deliver(_, ticket_id) | AnnounceDead(_, ticket_id):
-                self.sent["L"] += 1
-                assert self.sent["L"] <= self.credit["L"], "more than the credit"
-                assert ticket_id not in self.acked, "delivered after its ack"
-                assert ticket_id not in self.learner_has, "delivered twice to one learner"
-                if ticket_id in self.rotten and isinstance(action, Deliver):
-                    self.sent["L"] -= 1
-                    return ticket_id
-                self.learner_has.add(ticket_id)
-            case JournalResult(_, ticket_id) | JournalRecall(ticket_id) | JournalEnd(ticket_id):
+                for ticket in granted:
+                    assert self.book.rows[ticket.ticket_id].state is T.ISSUED, "granted although it has a result"
+            case Deliver(_, ticket_ids):
+                return [ticket_id for ticket_id in ticket_ids if not self.arrives(ticket_id, ticket_id in self.rotten)]
+            case AnnounceDead(_, ticket_id):
+                self.arrives(ticket_id, rotten=False)
+            case JournalResults(_, rows) | JournalEnds(rows):
+                self.rotten.difference_update(row.ticket_id for row in rows)
+            case JournalRecall(_, ticket_id):
                 self.rotten.discard(ticket_id)
             case Finished() | Settle():
                 self.monitor.observe(action)
-        return None
+        return []
+
+    def arrives(self, ticket_id: str, rotten: bool) -> bool:
+        """Whether the learner gets it."""
+        self.sent["L"] += 1
+        assert self.sent["L"] <= self.credit["L"], "more than the credit"
+        assert ticket_id not in self.acked, "delivered after its ack"
+        assert ticket_id not in self.learner_has, "delivered twice to one learner"
+        if rotten:
+            self.sent["L"] -= 1
+            return False
+        self.learner_has.add(ticket_id)
+        return True
 
     # --- tickets
 
@@ -179,22 +191,22 @@ class LedgerMachine(RuleBasedStateMachine):
             self.credit[session] += more
             self.do(Want(session, self.credit[session]))
 
-    @rule(session=ACTORS, ticket_id=IDS, outcome=OUTCOMES, reward=st.floats(-1, 2), duration_s=st.floats(0, 1e6))
-    def result(
-        self,
-        session: str,
-        ticket_id: str,
-        outcome: Outcome = Outcome.COMPLETED,
-        reward: float = 1.0,
-        duration_s: float = 1.0,
-    ) -> None:
-        row, settled = self.book.rows.get(ticket_id), self.book.settled(ticket_id)
-        finish = Finish(outcome, reward, duration_s)
-        actions = self.do(Result(session, ticket_id, settled, finish=finish))
-        taken = row is not None and row.state is T.ISSUED
-        assert reply(actions).status in ("late", "accepted") or not taken
-        assert reply(actions).status != "late" or taken
-        assert sum(isinstance(action, Finished) for action in actions) == taken, "a result was counted twice, or never"
+    @rule(session=ACTORS, parcel=st.lists(st.tuples(IDS, FINISHES), min_size=1, max_size=4))
+    def results(self, session: str, parcel: list[tuple[str, Finish]]) -> None:
+        arrived = tuple(Arrived(ticket_id, finish, self.book.settled(ticket_id)) for ticket_id, finish in parcel)
+        wanted = {key for key, _ in parcel if key in self.book.rows and self.book.rows[key].state is T.ISSUED}
+        actions = self.do(Results(session, arrived))
+        statuses = reply(actions).statuses
+        assert [ticket_id for ticket_id, _ in statuses] == [ticket_id for ticket_id, _ in parcel]
+        seen = set()
+        for ticket_id, status in statuses:
+            is_first = ticket_id in wanted and ticket_id not in seen
+            assert status in ("late", "accepted") or not is_first
+            assert status != "late" or is_first
+            assert status == "accepted" or ticket_id not in seen or ticket_id not in wanted
+            seen.add(ticket_id)
+        finished = [entry.ticket_id for a in actions if isinstance(a, Finished) for entry, _ in a.results]
+        assert sorted(finished) == sorted(wanted), "a result was counted twice, or never"
 
     @rule(session=ACTORS, ticket_id=IDS, drain=st.booleans())
     def release(self, session: str, ticket_id: str, drain: bool) -> None:
@@ -280,15 +292,17 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def the_schedule_holds_exactly_what_waits(self) -> None:
         table = self.book.ledger._table
-        issued = {key for key, entry in table.entries.items() if entry.state is T.ISSUED}
+        entries = table.entries
+        issued = {key for key, entry in entries.items() if entry.state is T.ISSUED}
         assert issued == table.schedule._places.keys()
         leased = Counter(
             e.ticket.task.env for e in table.entries.values() if e.state is T.LEASED and not_urgent(e.ticket)
         )
         for env, environment in table.schedule._environments.items():
             assert environment.leased.running == leased[env]
-            for group_id, num_missing in environment._missing.items():
-                assert num_missing == table._groups[group_id].num_open
+            for group_id, group in environment.groups.items():
+                assert group.num_missing == table._groups[group_id].num_open
+                assert group.tickets.num == table._groups[group_id].num_issued
 
     @invariant()
     def groups_know_their_tickets(self) -> None:
@@ -298,6 +312,8 @@ class LedgerMachine(RuleBasedStateMachine):
             members = [entry for entry in entries.values() if entry.ticket.group_id == group_id]
             assert group.ticket_ids == {entry.ticket.ticket_id for entry in members}
             assert group.num_open == sum(entry.state in OPEN for entry in members)
+            assert group.num_issued == sum(entry.state is T.ISSUED for entry in members)
+            assert all(entry.group is group for entry in members)
             assert group.num_dead >= sum(entry.state is T.DEAD for entry in members)
 
     @invariant()
@@ -310,7 +326,10 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def no_lease_outlives_its_time(self) -> None:
         self.do(Tick())
+        expiries = [entry.expires_at for entry in self.book.ledger._table._leases.values()]
+        assert expiries == sorted(expiries)
         for entry in self.book.ledger._table.entries.values():
+            assert (entry.state is T.LEASED) == (entry.ticket.ticket_id in self.book.ledger._table._leases)
             if entry.state is T.LEASED:
                 assert entry.leased_at <= self.book.now < entry.expires_at <= self.book.now + LEASE_S
                 assert entry.ticket.ticket_id in self.book.ledger._leases.actors[entry.holder].leases
@@ -325,7 +344,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.do(Tick())
         self.want("s3", 100)
         for ticket_id in [key for key, row in self.book.rows.items() if row.state is T.ISSUED]:
-            self.result("s3", ticket_id)
+            self.results("s3", [(ticket_id, FINISH)])
         self.more_credit(100)
         self.do(Ack(tuple(self.learner_has)))
         assert self.book.rows == {}

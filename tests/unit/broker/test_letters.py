@@ -12,39 +12,41 @@ from broker.ledger.events import (
     Action,
     ActorJoined,
     AnnounceDead,
+    Arrived,
     Cancel,
     Credit,
+    Deliver,
     Event,
     Finish,
     Grant,
     Issue,
     JournalAttempt,
-    JournalEnd,
+    JournalEnds,
     JournalPurge,
     JournalRecall,
-    JournalResult,
-    JournalTicket,
+    JournalResults,
+    JournalTickets,
     LearnerJoined,
     Purge,
     Release,
     Renew,
     Reply,
     Requeue,
-    Result,
+    Results,
     Resume,
     Settled,
     Want,
 )
 from broker.ledger.ledger import CANCELLED_ERROR, Ledger
-from broker.protocol.codec import trajectory_to_message
+from broker.protocol.codec import pack_trajectories
 from broker.protocol.commands import StatusReply
 from broker.protocol.commands import TicketState as T
-from broker.protocol.frames import encode
+from broker.protocol.frames import Frame, encode
 from broker.protocol.trajectory import Mode, Outcome
 from broker.store.journal import Journal
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
-JOURNALLED = (JournalTicket, JournalResult, JournalAttempt, JournalEnd, JournalPurge, JournalRecall)
+JOURNALLED = (JournalTickets, JournalResults, JournalAttempt, JournalEnds, JournalPurge, JournalRecall)
 
 
 class Desk:
@@ -71,9 +73,10 @@ class Desk:
         actions = self.ledger.handle(event, 0.0)
         for action in actions:
             if isinstance(action, JOURNALLED):
-                frames = ()
-                if isinstance(action, JournalResult):
-                    frames = encode(trajectory_to_message(make_trajectory(make_ticket(action.ticket_id))))
+                frames: list[Frame] = []
+                if isinstance(action, JournalResults):
+                    trajectories = [make_trajectory(make_ticket(row.ticket_id)) for row in action.rows]
+                    frames = encode(pack_trajectories(trajectories))
                 self.journal.apply(action, frames)
         self.journal.commit()
         return actions
@@ -123,7 +126,7 @@ def test_a_requeued_ticket_is_issued_with_no_attempt_used(desk: Desk, restarted:
     actions = desk.do(Requeue(("a1",)))
     assert reply(actions) == Reply(count=1)
     (grant,) = (action for action in actions if isinstance(action, Grant))
-    assert (grant.ticket.ticket_id, grant.ticket.attempt) == ("a1", 0)
+    assert [(ticket.ticket_id, ticket.attempt) for ticket in grant.tickets] == [("a1", 0)]
     assert (desk.state("a1"), desk.state("a2")) == (T.LEASED, T.DEAD)
     assert desk.ledger.counts[T.DEAD, Mode.TRAIN] == 1
     desk.restart()
@@ -133,11 +136,10 @@ def test_a_requeued_ticket_is_issued_with_no_attempt_used(desk: Desk, restarted:
 def test_its_result_is_delivered_once_and_its_second_death_told(desk: Desk) -> None:
     desk.do(Requeue(everything=True))
     finish = Finish(Outcome.COMPLETED, 1.0, 1.0)
-    assert reply(desk.do(Result("s", "a1", finish=finish))).status == "accepted"
+    assert reply(desk.do(Results("s", (Arrived("a1", finish),)))).statuses == (("a1", "accepted"),)
     desk.kill("a2")
     actions = desk.learner()
-    delivered = [action for action in actions if type(action).__name__ == "Deliver"]
-    assert [action.ticket_id for action in delivered] == ["a1"]
+    assert [action.ticket_ids for action in actions if isinstance(action, Deliver)] == [("a1",)]
     assert told(actions) == ["a2"]
     assert reply(desk.do(Ack(("a1", "a2")))).count == 2
     assert "a1" not in desk.ledger

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from broker.protocol.codec import trajectory_from_message
+from broker.protocol.codec import unpack_trajectories
 from broker.protocol.commands import COMMANDS, Role, parse_body
 from broker.protocol.errors import ProtocolError
 from broker.protocol.frames import decode
@@ -36,7 +36,7 @@ def test_they_reach_every_layer_and_raise_only_protocol_errors() -> None:
                 continue
             parse_body(message, spec.body)
             if message.command in ("TRAJECTORY", "DELIVER"):
-                trajectory_from_message(message)
+                unpack_trajectories(message, spec.body)
             ends["accepted"] += 1
         except ProtocolError as error:
             ends[error.code.value] += 1

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.ledger.schedule import MEMORY_LEASES, OLDEST_EVERY, LeasedTime, Ranked, Schedule
+from broker.ledger.schedule import MEMORY_LEASES, OLDEST_EVERY, LeasedTime, Schedule, Waiting
 
 
 def fill(schedule: Schedule, env: str, num: int, first_seq: int = 1, group_size: int = 1) -> list[str]:
@@ -46,7 +46,7 @@ def test_almost_complete_groups_come_first_and_their_retried_tickets_at_the_very
     fill(schedule, "a", 8, group_size=4)
     assert [schedule.take() for _ in range(3)] == ["a1", "a2", "a3"]
     schedule.set_missing("a", "a-group-5", 1)
-    schedule._environments["a"]._num_grants = 0
+    schedule._environments["a"].num_grants = 0
     assert schedule.take() == "a5"
     schedule.set_missing("a", "a-group-1", 1)
     schedule.add("a2", env="a", group_id="a-group-1", seq=2, num_missing=1)  # it comes back
@@ -125,39 +125,95 @@ def test_what_was_taken_or_discarded_leaves_no_trace() -> None:
             schedule.set_missing("a", f"a-group-{1 + 10 * round_}", num_missing)
         assert ids[3] not in drain(schedule)
     environment = schedule._environments["a"]
-    assert (len(schedule), len(environment._members), len(environment._missing)) == (0, 0, 0)
-    for ranked in (environment._oldest, environment._groups, schedule._turns, schedule._urgent):
-        assert len(ranked) == 0
-        assert len(ranked._heap) <= 16
+    assert (len(schedule), len(environment), len(environment.groups)) == (0, 0, 0)
+    for heap in (environment.oldest.heap, environment.order, schedule._turns, schedule._urgent.heap):
+        assert len(heap) <= 16
 
 
 def test_the_mean_lease_counts_those_that_still_run() -> None:
     leased = LeasedTime()
     for _ in range(4):
-        leased.note(0.0, 1)
+        leased.began(0.0)
     assert leased.mean_s(0.0) == 0.0
     assert leased.mean_s(5.0) == 5.0
     for i in range(40 * MEMORY_LEASES):
         now = 10.0 + i / 2
-        leased.note(now, -1)
-        leased.note(now, 1)
+        leased.ended(now)
+        leased.began(now)
     assert leased.mean_s(now) == pytest.approx(2.0, rel=0.05)  # four at once, one ends every half second
 
 
-@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 5) | st.none()), max_size=80))
-def test_ranked_is_a_sorted_dictionary(steps: list[tuple[str, int | None]]) -> None:
-    ranked, model = Ranked(), dict[str, tuple[int]]()
-    for key, rank in steps:
-        if rank is None:
-            ranked.discard(key)
-            model.pop(key, None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=80))
+def test_waiting_tickets_are_a_sorted_set(steps: list[tuple[int, bool]]) -> None:
+    tickets, waiting = Waiting(), set[str]()
+    for seq, waits in steps:
+        ticket_id = f"t{-seq}"
+        if waits and ticket_id not in waiting:
+            waiting.add(ticket_id)
+            tickets.add(seq, ticket_id)
+        elif not waits and ticket_id in waiting:
+            waiting.remove(ticket_id)
+            tickets.remove(waiting)
+        assert tickets.num == len(waiting)
+        assert len(tickets.heap) <= 2 * len(waiting) + 16
+        if waiting:
+            assert tickets.first(waiting) == min((-int(key[1:]), key) for key in waiting)
+
+
+GROUP_STEPS = st.tuples(st.sampled_from(["wait", "discard", "missing", "take"]), st.integers(0, 11), st.integers(1, 4))
+
+
+@given(st.lists(GROUP_STEPS, max_size=80))
+def test_groups_are_chosen_by_what_they_lack_and_then_by_age(steps: list[tuple[str, int, int]]) -> None:
+    """Against a model that looks at every waiting ticket."""
+    schedule = Schedule()
+    missing: dict[str, int] = {}
+    waiting: dict[str, int] = {}  # seq by ticket; a group has every third
+    for num_steps, (what, seq, num_missing) in enumerate(steps):
+        ticket_id, group_id = f"t{seq}", f"g{seq % 3}"
+        if what == "wait" and ticket_id not in waiting:
+            waiting[ticket_id], missing[group_id] = seq, num_missing
+            schedule.add(ticket_id, env="a", group_id=group_id, seq=seq, num_missing=num_missing)
+        elif what == "discard":
+            waiting.pop(ticket_id, None)
+            schedule.discard(ticket_id)
+        elif what == "missing":
+            missing[group_id] = num_missing
+            schedule.set_missing("a", group_id, num_missing)
+        elif what == "take" and waiting:
+            is_oldests_turn = schedule._environments["a"].num_grants % OLDEST_EVERY == OLDEST_EVERY - 1
+            ranked = [(0 if is_oldests_turn else missing[f"g{seq % 3}"], seq, key) for key, seq in waiting.items()]
+            expected = min(ranked)[2]
+            assert schedule.take() == expected
+            del waiting[expected]
+        if environment := schedule._environments.get("a"):
+            assert len(environment.order) <= 2 * len(environment.groups) + 16
+        assert len(schedule) == len(waiting), num_steps
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.floats(0, 5)), max_size=60))
+def test_the_environment_with_the_least_leased_time_has_its_turn(steps: list[tuple[str, int, float]]) -> None:
+    """Against a model that looks at every environment."""
+    schedule = Schedule()
+    seq = itertools.count(1)
+    for env, what, seconds in steps:
+        schedule.now += seconds
+        if what == 0:
+            fill(schedule, env, 2, first_seq=10 * next(seq))
+        elif what == 1:
+            if env in schedule._environments and schedule._environments[env].leased.running:
+                schedule.lease_ended(env)
         else:
-            ranked.set(key, (rank,))
-            model[key] = (rank,)
-        assert len(ranked) == len(model)
-        assert len(ranked._heap) <= 2 * len(model) + 16
-        if model:
-            assert ranked.first() == min((rank, key) for key, rank in model.items())
+            has_waiting = len(schedule) > 0
+            ticket_id = schedule.take()
+            assert (ticket_id is not None) == has_waiting
+            if ticket_id is not None:
+                schedule.lease_began(ticket_id[0])
+        waiting_times = {key: value.virtual_time for key, value in schedule._environments.items() if len(value)}
+        if waiting_times:
+            found = schedule._next_environment()
+            assert found is not None
+            assert found.virtual_time == min(waiting_times.values())
 
 
 RATIO = 2.0

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
 
+from broker.ledger.events import EndedRow, JournalEnds, JournalTickets
 from broker.process.settings import LearnerSection, RunSection, Settings
+from broker.protocol.commands import TicketState
+from broker.store.journal import Journal
 from learner.checkpoint import CheckpointStore
 from tests.chaos.scripted_actor import report_violation
 from tests.chaos.scripted_learner import AUDIT, CHAIN, CHECKPOINTS, chained
 from tests.chaos.verdict import issued_ids, judge
+from tests.unit.broker.samples import make_ticket
 
 
 @pytest.fixture
@@ -25,8 +28,10 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
-def write(settings: Settings, batches: Sequence[Sequence[str]], acked: Sequence[str]) -> None:
-    """What a run leaves that trained on these batches and whose broker holds these tickets as acked."""
+def write(
+    settings: Settings, batches: Sequence[Sequence[str]], known: Sequence[str], live: Collection[str] = ()
+) -> None:
+    """What a run leaves that trained on these batches and whose broker holds these tickets as acked, or as `live`."""
     lines = [{"ticket_id": key, "step": n} for n, batch in enumerate(batches, 1) for key in batch]
     (settings.run_dir / "broker").mkdir(parents=True)
     (settings.run_dir / AUDIT).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -34,10 +39,13 @@ def write(settings: Settings, batches: Sequence[Sequence[str]], acked: Sequence[
     for batch in batches:
         chain = chained(chain, list(batch))
     save_chain(settings, chain)
-    with sqlite3.connect(settings.run_dir / "broker" / "journal.db") as database:
-        database.execute("CREATE TABLE tickets (ticket_id TEXT, state TEXT)")
-        database.executemany("INSERT INTO tickets VALUES (?, 'acked')", [(key,) for key in acked])
-    database.close()
+    tickets = tuple(enumerate(map(make_ticket, known), 1))
+    journal = Journal(settings.run_dir / "broker", settings.run.name)
+    journal.apply(JournalTickets(tickets))
+    ends = (EndedRow(seq, t.ticket_id, t.mode, TicketState.ACKED) for seq, t in tickets if t.ticket_id not in live)
+    journal.apply(JournalEnds(tuple(ends)))
+    journal.commit()
+    journal.close()
 
 
 def save_chain(settings: Settings, chain: str) -> None:
@@ -66,6 +74,14 @@ def test_what_the_store_misses_is_lost(settings: Settings) -> None:
     ids = issued_ids(settings)
     write(settings, (ids[:4], ids[4:]), ids[1:])
     assert judge(settings).lost == 1
+
+
+def test_what_the_store_holds_as_live_is_lost(settings: Settings) -> None:
+    ids = issued_ids(settings)
+    write(settings, (ids[:4], ids[4:]), ids, live=ids[-2:])
+    verdict = judge(settings)
+    assert verdict.lost == 2
+    assert "live" in verdict.problems[0]
 
 
 def test_what_stands_twice_is_duplicated(settings: Settings) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from broker.process.lifecycle import ErgonError
 from broker.protocol import weight_messages as messages
-from broker.protocol.commands import error_message
+from broker.protocol.commands import error_message, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
@@ -45,7 +45,7 @@ def serve(message: Message, manifest: Manifest, data: Bytes) -> Message:
     if message.command == "MANIFEST":
         return messages.manifest_reply(manifest)
     assert message.command == "CHUNK"
-    index = messages.read_chunk_request(message)[1]
+    index = parse_body(message, messages.ChunkRequest).index
     start, end = manifest.chunk_range(index)
     return messages.chunk_reply(manifest.version, index, data[start:end])
 
@@ -137,7 +137,7 @@ def test_the_third_wrong_answer_ends_the_fetch(tmp_path: Path) -> None:
     harness.fetch.handle(serve(harness.take()[0], manifest, data))
     wrong = messages.chunk_reply(VERSION, 0, np.zeros(CHUNK, np.uint8))
     for _ in range(2):
-        assert [messages.read_chunk_request(message)[1] for message in harness.take()] == [0]
+        assert [parse_body(message, messages.ChunkRequest).index for message in harness.take()] == [0]
         harness.fetch.handle(wrong)
     with pytest.raises(WeightsCorruptError, match="chunk 0 of version"):
         harness.fetch.handle(wrong)
@@ -181,7 +181,7 @@ def test_a_restarted_relay_is_waited_for_and_held_chunks_count(tmp_path: Path) -
     harness.fetch.handle(Announced(VERSION))
     assert [message.command for message in harness.take()] == ["MANIFEST"]
     harness.fetch.handle(messages.manifest_reply(manifest))
-    assert [messages.read_chunk_request(message)[1] for message in harness.sent] == [2, 3]
+    assert [parse_body(message, messages.ChunkRequest).index for message in harness.sent] == [2, 3]
     run_to_end(harness, manifest, data)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from msgspec import msgpack
+
 import broker
 from broker.process.settings import WeightsSection
 from broker.protocol import weight_messages as messages
 from broker.protocol.commands import ErrorBody, Heartbeat
 from broker.protocol.weights import DTYPES, MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
-from broker.weights.server import MAX_REQUEST_BYTES, MAX_WAITING, SEND_QUEUE
+from broker.weights.peers import MAX_REQUEST_BYTES, SEND_QUEUE
+from broker.weights.server import MAX_WAITING
 from broker.weights.subscriber import REPLY_LIMITS
 from tests.unit.weights.samples import VERSION, snapshot
 
@@ -33,18 +36,19 @@ def test_commands_and_senders() -> None:
 def test_keys() -> None:
     manifest, data = snapshot()
     for message in (
-        messages.watch(None),
-        messages.announce(None, 0),
+        messages.Hello(role=messages.Role.RELAY, peer_id="p", run_id="run", session="s").pack(),
+        messages.Watch(have=None).pack(),
+        messages.Announce(newest=None, num_bytes=0).pack(),
         messages.manifest_request(VERSION),
         messages.chunk_request(VERSION, 0),
         messages.chunk_reply(VERSION, 0, data),
-        messages.welcome("run", 1.0, 15),
+        messages.Welcome(run_id="run", heartbeat_s=1.0, liveness=15).pack(),
     ):
-        assert rows()[message.command][1] == message.body.keys(), message.command
-    assert rows()["HELLO"][1] - {role.value for role in messages.Role} == messages.Hello.model_fields.keys()
+        keys = rows()[message.command][1] - ({*messages.Role} if message.command == "HELLO" else set())
+        assert keys == msgpack.decode(message.body).keys(), message.command
     section = PART.split("## Manifest")[1].split("\n## ")[0]
     keys = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE))))
-    assert keys == messages.manifest_reply(manifest).body.keys()
+    assert keys == msgpack.decode(messages.manifest_reply(manifest).body).keys()
     assert all(f"`{word}`" in section or word in section for word in DTYPES)
 
 

@@ -1,0 +1,100 @@
+"""What actors say and hear: leases, trajectories, and what becomes of them. Owns those bodies, and no state."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Final, Literal
+
+from msgspec import Meta
+
+from broker.protocol.common import MAX_IDS, MAX_TICKETS, Body, Ids, Text
+from broker.protocol.trajectory import Count, Facts, Name, Positive, Ticket, TrajectoryHead, VersionRun
+
+MAX_ITEMS: Final = 256  # trajectories in one message
+PARCEL_BYTES: Final = 1 << 20  # of arrays; what has more travels alone
+OFFER_BYTES: Final = 1 << 20  # a trajectory with more bytes of arrays is offered before it is sent
+
+SendStatus = Literal["accepted", "late", "duplicate", "unwanted"]
+ReleaseReason = Literal["drain", "infra_failure"]
+
+
+class Lease(Body, frozen=True, kw_only=True):
+    """The actor is ready for `credit` tickets, counted since its HELLO."""
+
+    COMMAND: ClassVar[str] = "LEASE"
+    credit: Count
+
+
+class TicketBody(Body, frozen=True, kw_only=True):
+    """Tickets, leased to the receiver."""
+
+    COMMAND: ClassVar[str] = "TICKET"
+    tickets: Annotated[tuple[Ticket, ...], Meta(min_length=1, max_length=MAX_TICKETS)]
+
+
+class SegmentHead(Facts, frozen=True, kw_only=True):
+    """What of a segment is not an array."""
+
+    num_tokens: Positive
+    version_runs: Annotated[tuple[VersionRun, ...], Meta(max_length=65_536)]
+
+
+class Item(Facts, frozen=True, kw_only=True):
+    """What of a trajectory is not an array."""
+
+    head: TrajectoryHead
+    segments: Annotated[tuple[SegmentHead, ...], Meta(min_length=1, max_length=1024)]
+
+
+class Offer(Body, frozen=True, kw_only=True):
+    """The actor has a finished episode whose arrays have `num_bytes`, more than OFFER_BYTES; it waits for CLEAR."""
+
+    COMMAND: ClassVar[str] = "OFFER"
+    ticket_id: Name
+    num_bytes: Count
+
+
+class Clear(Body, frozen=True, kw_only=True):
+    """There is room for the trajectory that was offered: send it."""
+
+    COMMAND: ClassVar[str] = "CLEAR"
+    ticket_id: Name
+
+
+class TrajectoryBody(Body, frozen=True, kw_only=True):
+    """Finished episodes of different tickets, as many as fit PARCEL_BYTES, or one of any size. Three arrays follow,
+    each of all segments of all items, one after the other: token ids <i4, loss mask |b1, log-probs <f4."""
+
+    COMMAND: ClassVar[str] = "TRAJECTORY"
+    items: Annotated[tuple[Item, ...], Meta(min_length=1, max_length=MAX_ITEMS)]
+
+
+class Withdrawn(Body, frozen=True, kw_only=True):
+    """The results of these tickets, which the receiver holds, are not wanted any more: it may stop their episodes."""
+
+    COMMAND: ClassVar[str] = "WITHDRAWN"
+    ticket_ids: Ids
+
+
+class Durable(Body, frozen=True, kw_only=True):
+    """The trajectories of these tickets need no repeating. See SendStatus in PROTOCOL.md."""
+
+    COMMAND: ClassVar[str] = "DURABLE"
+    results: Annotated[tuple[tuple[Name, SendStatus], ...], Meta(max_length=MAX_IDS)]
+
+
+class Release(Body, frozen=True, kw_only=True):
+    """Leases given back: `drain` costs no attempt, `infra_failure` costs one."""
+
+    COMMAND: ClassVar[str] = "RELEASE"
+    request_id: Name
+    ticket_ids: Ids
+    reason: ReleaseReason
+    error: Text = ""
+
+
+class Released(Body, frozen=True, kw_only=True):
+    """The release is durable; `count` leases were ended by it."""
+
+    COMMAND: ClassVar[str] = "RELEASED"
+    request_id: Name
+    count: Count

@@ -1,0 +1,238 @@
+"""The stored trajectories, by the parcel: a row for each message, and a file beside for arrays above a size.
+
+Owns the table `parcels` and the blobs that it names: writing, verified reading, and deleting a parcel once none of its
+results is wanted. Knows in memory where the result of a live ticket lies. Never begins or ends a transaction: the
+journal does, and says here what became of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import lmdb
+import msgspec
+import xxhash
+
+from broker.ledger.events import JournalResults, TakenRow
+from broker.process.lifecycle import ErgonError
+from broker.protocol.frames import PREAMBLE, Frame, Message, decode
+from broker.store.blobs import BlobStore, DamagedError
+from broker.store.database import Database
+from broker.store.rows import ParcelHead, decode_head, encode, number, pack_key
+
+log = logging.getLogger(__name__)
+
+DIGEST_BYTES: Final = 16
+HEAD_AT: Final = DIGEST_BYTES + 4
+
+Counts = Callable[[TakenRow, int], bool]
+
+
+class Place(msgspec.Struct, frozen=True, gc=False):
+    """Where the result of a live ticket lies: the index-th trajectory of a parcel."""
+
+    parcel: int
+    index: int
+
+
+@dataclass(slots=True)
+class _Parcel:
+    source: str
+    blob: str | None
+    num_live: int
+
+
+class Parcels:
+    """The parcels in `db` and `directory`; `durable` as in BlobStore. `reload` is due before anything else.
+
+    A parcel whose arrays have more than `blob_bytes` in all has them in a file.
+    """
+
+    def __init__(self, db: Database, directory: Path, durable: bool, blob_bytes: int) -> None:
+        self._db, self._blob_bytes, self._directory = db, blob_bytes, directory
+        self._blobs = BlobStore(directory, durable)
+        self._parcels: dict[int, _Parcel] = {}
+        self._places: dict[str, Place] = {}
+        self._names: Counter[str] = Counter()  # how many parcels name a blob
+        self._garbage: set[str] = set()  # blobs whose last row was deleted
+        self._orphans: list[int] = []  # rows found of which no result is wanted
+        self.last = 0
+        """The number of the newest parcel."""
+        self.tried_bytes = self.tried_row_bytes = self.tried_blob_bytes = 0
+        """Put since the last commit or rollback: bytes in all, of the largest row, of all blobs."""
+
+    def close(self) -> None:
+        """Discard what was not committed."""
+        self._blobs.close()
+
+    def reload(self, last: int, counts: Counts) -> None:
+        """Take over what is committed: `last`, the highest number used. `counts`: whether a row of a parcel is the
+        result of a live ticket."""
+        self._parcels.clear()
+        self._places.clear()
+        self._names.clear()
+        self._orphans.clear()
+        self.last = last
+        for parcel, head, rows in self._scan(counts):
+            if not rows or head is None:
+                self._orphans.append(parcel)
+                continue
+            self._parcels[parcel] = _Parcel(head.source, head.blob, len(rows))
+            if head.blob is not None:
+                self._names[head.blob] += 1
+            for row in rows:
+                self._places[row.ticket_id] = Place(parcel, row.index)
+
+    def collect_orphans(self) -> None:
+        """At the start: delete the files that crashes have left."""
+        if num := self._blobs.collect(self._named):
+            log.info("Files of no result deleted. num=%d directory=%s", num, self._directory)
+
+    def taken(self, counts: Counts) -> dict[int, tuple[int, str]]:
+        """The results: result_seq and source by the seq of the ticket."""
+        return {
+            row.seq: (row.result_seq, head.source)
+            for _, head, rows in self._scan(counts)
+            if head is not None
+            for row in rows
+        }
+
+    def _scan(self, counts: Counts) -> Iterator[tuple[int, ParcelHead | None, list[TakenRow]]]:
+        """Every parcel with those of its rows that count; no head where that cannot be read."""
+        with self._db.read(views=True) as transaction:
+            for key, row in transaction.cursor(db=self._db.tables.parcels):
+                parcel = number(key)
+                try:
+                    head = _head(memoryview(row))
+                except msgspec.MsgspecError as error:
+                    # Its tickets are issued: the episodes are run again.
+                    log.error("A stored parcel is damaged, and is deleted. parcel=%d error=%s", parcel, error)
+                    yield parcel, None, []
+                    continue
+                yield parcel, head, [taken for taken in head.rows if counts(taken, parcel)]
+
+    # --- writing
+
+    def put(self, action: JournalResults, frames: Sequence[Frame]) -> None:
+        """Write the message in these frames. Arrays for a file go there from the frames, without a copy.
+
+        Raises OSError or lmdb.Error where there is no room."""
+        content, blob = frames[1:], None
+        sizes = tuple(map(len, content))
+        num_bytes = sum(sizes)
+        self.tried_bytes += num_bytes
+        if num_bytes - sizes[0] > self._blob_bytes:
+            self.tried_blob_bytes += num_bytes - sizes[0]
+            blob = self._blobs.add(frames[2:])
+            content, num_bytes = frames[1:2], sizes[0]
+        self.tried_row_bytes = max(self.tried_row_bytes, num_bytes)
+        head = encode(ParcelHead(action.source, action.rows, sizes, blob))
+        parts = (len(head).to_bytes(4, "little"), head, *content)
+        digest = xxhash.xxh3_128()
+        for part in parts:
+            digest.update(part)
+        self.last = parcel = self.last + 1
+        value = b"".join((digest.digest(), *parts))
+        self._db.write.put(pack_key(parcel), value, append=True, db=self._db.tables.parcels)
+        self._parcels[parcel] = _Parcel(action.source, blob, len(action.rows))
+        if blob is not None:
+            self._names[blob] += 1
+        for row in action.rows:
+            self._places[row.ticket_id] = Place(parcel, row.index)
+
+    def drop(self, ticket_id: str) -> str | None:
+        """A ticket's result is not wanted any more: whose it was, or None where there is none. Raises lmdb.Error."""
+        place = self._places.pop(ticket_id, None)
+        if place is None:
+            return None
+        parcel = self._parcels[place.parcel]
+        parcel.num_live -= 1
+        if not parcel.num_live:
+            del self._parcels[place.parcel]
+            self._db.write.delete(pack_key(place.parcel), db=self._db.tables.parcels)
+            if parcel.blob is not None:
+                self._names[parcel.blob] -= 1
+                self._garbage.add(parcel.blob)
+        return parcel.source
+
+    # --- reading
+
+    def place(self, ticket_id: str) -> Place | None:
+        """Where a live ticket's result lies; None where it has none."""
+        return self._places.get(ticket_id)
+
+    def load(self, parcel: int) -> Message:
+        """The message as it came, its arrays views of one buffer or file. Raises DamagedError.
+
+        A row is a copy of the map's, so that it stays what it is when its pages are used again.
+        """
+        try:
+            with self._db.read() as transaction:
+                row = transaction.get(pack_key(parcel), db=self._db.tables.parcels)
+        except (ErgonError, lmdb.Error) as error:
+            raise DamagedError(f"parcel {parcel}: {error}") from error
+        if row is None:
+            raise DamagedError(f"parcel {parcel} is not there")
+        view = memoryview(row)
+        if xxhash.xxh3_128_digest(view[DIGEST_BYTES:]) != row[:DIGEST_BYTES]:
+            raise DamagedError(f"the row of parcel {parcel} has other bytes than were written")
+        head, end = _head(view), _head_end(view)
+        envelope, arrays = view[end : end + head.sizes[0]], view[end + head.sizes[0] :]
+        if head.blob is not None:
+            arrays = self._blobs.read(head.blob)
+        start, frames = 0, list[Frame]((PREAMBLE, envelope))
+        for size in head.sizes[1:]:
+            frames.append(arrays[start : start + size])
+            start += size
+        return decode(frames)
+
+    # --- what becomes of the transaction
+
+    def delete_orphans(self) -> None:
+        """In the next transaction: the rows of which no result is wanted. Raises lmdb.Error."""
+        for parcel in self._orphans:
+            self._db.write.delete(pack_key(parcel), db=self._db.tables.parcels)
+        self._orphans.clear()
+
+    def settle(self) -> None:
+        """Before the commit: the blobs under their names, durable if the store is; from any thread. Raises OSError."""
+        self._blobs.settle()
+
+    def committed(self) -> None:
+        """The rows are there; the blobs that they name stay."""
+        self._blobs.keep()
+        self.tried_bytes = self.tried_row_bytes = self.tried_blob_bytes = 0
+
+    def rolled_back(self) -> None:
+        """After `reload`: the rows are as they were at the last commit; so are the blobs."""
+        self._blobs.discard(lambda name: name in self._garbage or self._named(name))
+        self._garbage = {name for name in self._garbage if not self._named(name)}
+        self.tried_bytes = self.tried_row_bytes = self.tried_blob_bytes = 0
+
+    def collect(self) -> None:
+        """Delete the blobs whose rows are gone, once that is durable."""
+        if self._garbage:
+            self._blobs.remove([name for name in self._garbage if not self._named(name)])
+            self._garbage.clear()
+
+    def sync(self) -> None:
+        """Make durable the blobs that were settled without being so."""
+        self._blobs.sync()
+
+    def _named(self, blob: str) -> bool:
+        """Whether a parcel names this blob."""
+        return self._names[blob] > 0
+
+
+def _head(row: memoryview) -> ParcelHead:
+    """The head in a row, of whose rest nothing is read. Raises msgspec.MsgspecError."""
+    return decode_head(row[HEAD_AT : _head_end(row)])
+
+
+def _head_end(row: memoryview) -> int:
+    return HEAD_AT + int.from_bytes(row[DIGEST_BYTES:HEAD_AT], "little")
