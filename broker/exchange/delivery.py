@@ -59,7 +59,7 @@ class Delivery:
             if indexes[-1] == num_items - 1:
                 self._executor.fresh.discard(run.parcel)
             if len(indexes) == num_items:
-                return Message(Deliver.COMMAND, message.body, message.arrays)
+                return Message(Deliver.COMMAND, message.body, message.arrays, message.raw)
         else:
             try:
                 message = self._journal.load(run.parcel)
@@ -68,7 +68,7 @@ class Delivery:
                 return None
         content = parse_body(message, Deliver)
         if len(indexes) == len(content.items):
-            return Message(Deliver.COMMAND, message.body, message.arrays)
+            return Message(Deliver.COMMAND, message.body, message.arrays, message.raw)
         return pick(message, content, indexes)
 
     def _damaged(self, learner: Peer, run: Run, error: DamagedError) -> None:

@@ -34,6 +34,7 @@ class Outflow:
         self._waiting: deque[Run | Message] = deque()
         self._credit_bytes: int | None = None
         self._sent_bytes = 0
+        self._window_bytes: int | None = None  # the first credit: what the peer can have untaken
         self._on_the_way: deque[tuple[zmq.MessageTracker, int]] = deque()
         self._queued_bytes = 0
 
@@ -52,6 +53,8 @@ class Outflow:
 
     def allow(self, credit_bytes: int | None) -> None:
         """The peer is ready for so many bytes of arrays in all since its HELLO; None for any number."""
+        if self._window_bytes is None:
+            self._window_bytes = credit_bytes
         if credit_bytes is None or self._credit_bytes is None:
             self._credit_bytes = credit_bytes
         else:
@@ -81,10 +84,18 @@ class Outflow:
             self._queued_bytes -= self._on_the_way.popleft()[1]
         return self._queued_bytes
 
-    def track(self, frames: Sequence[Frame]) -> list[Frame | zmq.Frame]:
-        """The frames as they are to be sent: the large ones are neither copied nor lost from sight."""
-        parts: list[Frame | zmq.Frame] = list(frames)
+    def track(self, frames: Sequence[Frame | zmq.Frame], max_queued_bytes: int = 0) -> list[Frame | zmq.Frame]:
+        """The frames as they are to be sent: the large ones are neither copied nor lost from sight.
+
+        One that ZeroMQ has already is sent on as it is, which costs least and cannot be watched: only to a peer whose
+        own credit keeps what waits for it within `max_queued_bytes`."""
+        parts = list(frames)
+        bounded = self._credit_bytes is not None and (self._window_bytes or 0) <= max_queued_bytes
         for index, frame in enumerate(frames):
+            if isinstance(frame, zmq.Frame):
+                if bounded:
+                    continue
+                frame = frame.buffer
             if len(frame) >= TRACKED_BYTES:
                 part = zmq.Frame(frame, track=True, copy=False, copy_threshold=0)
                 if part.tracker is None:

@@ -53,6 +53,8 @@ class Peers:
 
     def __init__(self, host: str, port: int, heartbeat_s: float, liveness: int, security: Security = OPEN) -> None:
         self._heartbeat_s, self._silence_s = heartbeat_s, heartbeat_s * liveness
+        self.max_queued_bytes = 0
+        """Of frames on their way to one peer; see `outflow.py`."""
         self._by_routing: dict[bytes, Peer] = {}
         self._by_session: dict[str, Peer] = {}
         self._learner: Peer | None = None
@@ -147,7 +149,7 @@ class Peers:
         """Hand a message to the network; False where the peer cannot be reached."""
         frames = encode(message)
         peer = self._by_routing.get(routing)
-        parts = frames if peer is None else peer.outflow.track(frames)
+        parts = frames if peer is None else peer.outflow.track(frames, self.max_queued_bytes)
         send = self.socket.send
         try:
             # send_multipart combines its flags anew for every frame, which takes as long as the sending.

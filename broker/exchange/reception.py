@@ -52,11 +52,15 @@ class Reception:
         self.admission = Admission(settings.broker.max_inflight_mb << 20)
         self._refusals, self._joins = Throttle(), Throttle()
 
-    def take(self, routing: bytes, frames: Sequence[Frame], envelope: zmq.Frame) -> None:
-        """Handle one message; whatever is wrong with it is answered with ERROR. `envelope` knows the sender's key."""
+    def take(
+        self, routing: bytes, frames: Sequence[Frame], envelope: zmq.Frame, raw: tuple[bytes | zmq.Frame, ...] = ()
+    ) -> None:
+        """Handle one message; whatever is wrong with it is answered with ERROR. `envelope` knows the sender's key.
+        `raw`: the frames of its arrays as ZeroMQ has them, which it can send on without looking."""
         message: Message | None = None
         try:
             message = decode(frames, self._limits)
+            message.raw = raw
             self._handle(routing, message, frames, envelope)
         except ProtocolError as error:
             metrics.refused.labels(error.code.value).inc()

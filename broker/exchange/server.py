@@ -12,7 +12,9 @@ DISK_FULL until a probe write succeeds.
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -40,11 +42,13 @@ from broker.store.journal import SYNC_INTERVAL_S, Journal, StoreFullError
 
 log = logging.getLogger(__name__)
 
-ROUND_MESSAGES = 512
-ROUND_BYTES = 64 << 20
+ROUND_MESSAGES = 4  # few: a commit begins soon after a pause, and what comes meanwhile is gathered for the next one
+ROUND_BYTES = 1 << 20
 VIEWED_BYTES = 16_384  # frames of this size are not copied on their way in
 POLL_MAX_S = 0.25
 SIZE_S = 10.0  # between looks at all files of the store
+SWITCH_S = 0.0002  # until the thread of the commits gets its turn to say that one has ended
+GC_ALLOCATIONS = 50_000  # the messages of a round are no garbage yet, and in no cycle
 BLOCKED_PAUSE_S = 0.005  # while a result waits for the network
 
 
@@ -68,6 +72,7 @@ class Server:
         except BaseException:
             self._journal.close()
             raise
+        self._peers.max_queued_bytes = broker.max_inflight_mb << 20
         limits = replace(DEFAULT_LIMITS, max_message_bytes=broker.max_message_mb << 20)
         self._executor = Executor(broker, self._journal, self._peers)
         self._watch = StoreWatch(self._journal, self._executor, broker.min_free_mb)
@@ -123,8 +128,9 @@ class Server:
             if not (parts := self._peers.receive()):
                 break
             # A copy of a small frame costs less than a view of it.
-            frames = [part.bytes if len(part) < VIEWED_BYTES else part.buffer for part in parts[1:]]
-            self._reception.take(parts[0].bytes, frames, parts[0])
+            raw = [part.bytes if len(part) < VIEWED_BYTES else part for part in parts[1:]]
+            frames = [part if isinstance(part, bytes) else part.buffer for part in raw]
+            self._reception.take(parts[0].bytes, frames, parts[0], tuple(raw[2:]))
             num_bytes += sum(map(len, frames))
             if num_bytes >= ROUND_BYTES:
                 break
@@ -207,6 +213,8 @@ def serve(settings: Settings) -> None:
     """Run the experience broker until SIGTERM. Raises ErgonError where a port or the store is taken."""
     stop = install_stop()
     raise_file_limit()
+    sys.setswitchinterval(SWITCH_S)
+    gc.set_threshold(GC_ALLOCATIONS, 10, 10)
     server = Server(settings)
     try:
         http = start_metrics(settings.metrics.host, settings.metrics.broker_port, server.health)

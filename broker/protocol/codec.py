@@ -7,6 +7,7 @@ is not copied; those that travel together are, once, by their sender. Never open
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Final
 
 import numpy as np
@@ -110,7 +111,7 @@ def unpack_trajectories(message: Message, body: type[Parcel] = TrajectoryBody) -
 
 def pick(message: Message, content: Parcel, indexes: Sequence[int]) -> Message:
     """A parcel of these of its items, in this order. `content`: its body, which has been checked."""
-    ends = np.cumsum([sum(head.num_tokens for head in item.segments) for item in content.items]).tolist()
+    ends = list(accumulate(sum(head.num_tokens for head in item.segments) for item in content.items))
     spans = [slice(ends[i - 1] if i else 0, ends[i]) for i in indexes]
     arrays = tuple(
         _join([array[span] for span in spans], dtype) for array, dtype in zip(message.arrays, ARRAY_DTYPES, strict=True)
@@ -162,7 +163,7 @@ def _check_parcel(content: Parcel, arrays: Sequence[Array]) -> None:
         if array.size != num_tokens:
             raise _bad(f"{name} has {array.size} elements, the segments count {num_tokens} tokens")
     mask_bytes_N = mask_N.view(np.uint8)
-    starts = np.cumsum([0, *lengths[:-1]])
+    starts = list(accumulate(lengths[:-1], initial=0))
     sampled = [sum([run[2] for run in head.version_runs]) for head in heads]
     if (
         _LOWEST(token_ids_N) < 0
@@ -170,13 +171,13 @@ def _check_parcel(content: Parcel, arrays: Sequence[Array]) -> None:
         or not _logprobs_agree(logprobs_N, mask_N)
         or _count_sampled(mask_bytes_N, starts) != sampled
     ):
-        for i, start in enumerate(starts.tolist()):
+        for i, start in enumerate(starts):
             span = slice(start, start + lengths[i])
             _check_segment(token_ids_N[span], mask_bytes_N[span], logprobs_N[span], sampled[i], _where(content, i))
         raise AssertionError("all segments together are wrong, and none of them is")
 
 
-def _count_sampled(mask_bytes_N: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> list[int]:
+def _count_sampled(mask_bytes_N: npt.NDArray[np.uint8], starts: list[int]) -> list[int]:
     """Sampled tokens by segment."""
     if mask_bytes_N.size <= BLOCK_TOKENS:  # many short segments at once; but it makes a copy of eight times the mask
         counts: list[int] = np.add.reduceat(mask_bytes_N, starts, dtype=np.int64).tolist()

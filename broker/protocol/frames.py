@@ -60,12 +60,14 @@ EMPTY_BODY = b"\x80"
 class Message:
     """A command with its body, packed, and its large arrays, as it stands in PROTOCOL.md. Not to be changed.
 
-    `commands.parse_body` reads the body. What does not look into it passes it on as it came.
+    `commands.parse_body` reads the body. What does not look into it passes it on as it came. `raw`: the frames of the
+    arrays as they came, in whatever form the sending socket takes; they are sent instead of the arrays.
     """
 
     command: str
     body: Frame | msgspec.Raw = EMPTY_BODY
     arrays: tuple[Array, ...] = ()
+    raw: tuple[Any, ...] = ()
 
     @property
     def array_bytes(self) -> int:
@@ -81,9 +83,12 @@ def encode(message: Message) -> list[Frame]:
         if dtype not in DTYPES:
             raise TypeError(f"array of dtype {dtype}: the wire carries {', '.join(DTYPES)}")
         specs.append((dtype, array.shape))
+        if message.raw:
+            continue
         # A zero-sized array has no buffer to view as bytes, hence the empty frame.
         raw.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b"")
-    return [PREAMBLE, _PACK(_Envelope(message.command, msgspec.Raw(message.body), specs)), *raw]  # type: ignore[arg-type]
+    envelope = _PACK(_Envelope(message.command, msgspec.Raw(message.body), specs))  # type: ignore[arg-type]
+    return [PREAMBLE, envelope, *(message.raw or raw)]
 
 
 def decode(frames: Sequence[Frame], limits: Limits = DEFAULT_LIMITS) -> Message:

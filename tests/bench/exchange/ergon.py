@@ -39,6 +39,7 @@ from broker.protocol.frames import Frame, encode
 from tests.bench.exchange.load import RUN_ID, Job, make_ticket
 from tests.bench.exchange.parcel import Parcels
 
+WINDOW_BYTES = 512 << 20  # of arrays that may wait for the learner, as in the real client
 ISSUE_CHUNK = 1000
 LEASE_CHUNK = 2000  # tickets asked for at once, over all actors' sockets
 
@@ -212,7 +213,7 @@ class ErgonLearner:
 
     def prepare(self, job: Job) -> dict[str, float]:
         self._window = job.learner_window
-        self._received = self._credit = self._num_asked = 0
+        self._received = self._credit = self._num_asked = self._received_bytes = 0
         self._asked: dict[str, int] = {}
         security = client_security(job, Identity.LEARNER)
         started = time.monotonic()
@@ -242,7 +243,7 @@ class ErgonLearner:
     def receive(self, timeout_s: float) -> int:
         if self._received + self._window - self._credit >= max(1, self._window // 4):
             self._credit = self._received + self._window
-            self._send(Credit(credit=self._credit))
+            self._send(Credit(credit=self._credit, credit_bytes=self._received_bytes + WINDOW_BYTES))
         if not self._dealer.poll(int(timeout_s * 1000)):
             return 0
         ids: list[str] = []
@@ -254,6 +255,7 @@ class ErgonLearner:
                 break
             command, body = unpack(parts[1].buffer)
             if command == "DELIVER":
+                self._received_bytes += sum(map(len, parts[2:]))
                 ids += [item.head.ticket.ticket_id for item in _read_items(body).items]
             elif command == "ACKED":
                 acked = _read_counted(body)
