@@ -51,7 +51,7 @@ from broker.protocol.trajectory import Mode, Ticket, Trajectory
 
 log = logging.getLogger(__name__)
 
-CHUNK = 1000  # tickets or ids in one request
+CHUNK = 500  # tickets or ids in one request: with the longest of names they stay below the bound of an envelope
 ACKS_REPEATED = 4096
 REPLIES: dict[str, type[Body]] = {body.COMMAND: body for body in (Resumed, Issued, Acked, Cancelled, StatusReply)}
 BrokerStatus = StatusReply

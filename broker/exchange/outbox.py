@@ -48,4 +48,4 @@ class Outbox:
         return bool(self._messages or self._statuses or self._tickets)
 
 
-MAX_TICKETS_SENT: Final = min(MAX_TICKETS, 1024)  # tickets are large: an envelope has a bound in bytes
+MAX_TICKETS_SENT: Final = min(MAX_TICKETS, 512)  # at most 4 KiB each, and an envelope has 4 MiB

@@ -28,7 +28,7 @@ from broker.protocol.frames import DEFAULT_LIMITS, Message, encode
 log = logging.getLogger(__name__)
 
 SEND_HWM = 8192  # messages queued for one peer; twice the largest credit window
-RECEIVE_HWM = 64  # messages read ahead from one peer: back-pressure reaches its socket soon
+RECEIVE_HWM = 16  # messages read ahead from one peer, of 1 MiB each: back-pressure reaches its socket soon
 BEAT_SHARE = 0.1  # of a heartbeat, between looks at all peers: thousands of them are not looked at in every round
 ADMITTED = frozenset({Identity.ACTOR, Identity.LEARNER, Identity.OPERATOR})
 _LAST, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
