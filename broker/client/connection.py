@@ -10,10 +10,8 @@ queued on it, and a new one says HELLO after a jittered backoff.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
-import socket as sockets
 import threading
 import time
 from collections import deque
@@ -25,6 +23,7 @@ from broker.client.handshake import EVENTS, Handshakes
 from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError
 from broker.process.security import OPEN, OVERHEAD_BYTES, Security
+from broker.process.wakeup import Wakeup
 from broker.protocol.commands import ErrorBody, Heartbeat, Period, Welcome, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import DEFAULT_LIMITS, Limits, Message, decode, encode
@@ -103,9 +102,7 @@ class Connection:
         self._flush_until = 0.0
         self._settled = threading.Event()  # first WELCOME, failure or close
         self._learner_present_until: float | None = None
-        self._wake_in, self._wake_out = sockets.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
+        self._wakeup = Wakeup()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
@@ -151,7 +148,7 @@ class Connection:
             idle = not self._queue  # else the thread is awake, or waits for the socket to take more
             self._queue.append(message)
         if idle and threading.current_thread() is not self._thread:
-            self._wake()
+            self._wakeup.wake()
         return True
 
     def close(self, flush_s: float = FLUSH_S) -> None:
@@ -160,17 +157,11 @@ class Connection:
             self._flush_until = time.monotonic() + flush_s
             self._stop = True
         self._settled.set()
-        self._wake()
+        self._wakeup.wake()
         if threading.current_thread() is not self._thread:
             if self._thread.ident is not None:
                 self._thread.join()
-            self._wake_in.close()
-            self._wake_out.close()
-
-    def _wake(self) -> None:
-        # A full pipe means that a wake-up is pending already; a closed one that there is nobody to wake.
-        with contextlib.suppress(BlockingIOError, OSError):
-            self._wake_in.send(b"\0")
+            self._wakeup.close()
 
     # Everything below runs in the thread.
 
@@ -208,15 +199,10 @@ class Connection:
         """Wait, unless the connection is closed meanwhile."""
         deadline = time.monotonic() + seconds
         poller = zmq.Poller()
-        poller.register(self._wake_out.fileno(), zmq.POLLIN)
+        poller.register(self._wakeup.fileno(), zmq.POLLIN)
         while not self._stop and (left_s := deadline - time.monotonic()) > 0:
             if poller.poll(int(left_s * 1000) + 1):
-                self._drain_wakeups()
-
-    def _drain_wakeups(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._wake_out.recv(4096):
-                pass
+                self._wakeup.drain()
 
     def _serve(self) -> None:
         """Use one socket from HELLO to its end. Raises _LostError, or what ends the connection for good."""
@@ -238,7 +224,7 @@ class Connection:
 
     def _poll(self, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
         poller = zmq.Poller()
-        poller.register(self._wake_out.fileno(), zmq.POLLIN)
+        poller.register(self._wakeup.fileno(), zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
         last_heard = last_beat = time.monotonic()
         while True:
@@ -248,8 +234,8 @@ class Connection:
             if self._welcomed:
                 due = min(due, last_beat + self._heartbeat_s)
             events = dict(poller.poll(int(max(0.0, due - time.monotonic()) * 1000) + 1))
-            if self._wake_out.fileno() in events:
-                self._drain_wakeups()
+            if self._wakeup.fileno() in events:
+                self._wakeup.drain()
             if self._receive(dealer):
                 last_heard = time.monotonic()
             if monitor in events:

@@ -5,11 +5,11 @@ Owns the thread and the wake-up of who waits for it. Runs one call at a time; kn
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+
+from broker.process.wakeup import Wakeup
 
 
 class Committer:
@@ -20,9 +20,7 @@ class Committer:
         self._orders: SimpleQueue[bool] = SimpleQueue()
         self._ended = threading.Event()
         self._failure: Exception | None = None
-        self._in, self._out = socket.socketpair()
-        for end in (self._in, self._out):
-            end.setblocking(False)
+        self._wakeup = Wakeup()
         self.busy = False
         """Whether `start` was called and `finish` was not yet."""
         self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
@@ -31,7 +29,7 @@ class Committer:
     @property
     def descriptor(self) -> int:
         """To be polled."""
-        return self._out.fileno()
+        return self._wakeup.fileno()
 
     @property
     def ended(self) -> bool:
@@ -49,8 +47,7 @@ class Committer:
         self._ended.wait()
         self._ended.clear()
         self.busy = False
-        with contextlib.suppress(BlockingIOError):
-            self._out.recv(16)
+        self._wakeup.drain()
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -59,8 +56,7 @@ class Committer:
         """End the thread, after the flush that is under way."""
         self._orders.put(False)
         self._thread.join()
-        self._in.close()
-        self._out.close()
+        self._wakeup.close()
 
     def _run(self) -> None:
         while self._orders.get():
@@ -68,6 +64,6 @@ class Committer:
                 self._flush()
             except Exception as error:  # noqa: BLE001  raised again where it is waited for
                 self._failure = error
+            # In this order: a wake-up that came after `finish` would stay, and the server would never rest again.
+            self._wakeup.wake()
             self._ended.set()
-            with contextlib.suppress(BlockingIOError):
-                self._in.send(b"\0")

@@ -8,7 +8,6 @@ pushes data, only announcements. The socket and its peers are in `peers.py`.
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 
@@ -16,6 +15,7 @@ import zmq
 
 from broker.process.logs import Throttle
 from broker.process.security import OPEN, Security
+from broker.process.wakeup import Wakeup
 from broker.protocol import frames
 from broker.protocol import weight_messages as messages
 from broker.protocol.commands import Heartbeat, error_message, parse_body
@@ -55,18 +55,13 @@ class WeightServer:
         self.failure: Exception | None = None  # why the thread ended by itself; its owner must not go on without it
         self._peers = Peers(endpoint, run_id, heartbeat_s * liveness, security)
         self.endpoint = self._peers.endpoint
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
+        self._wakeup = Wakeup()
         self._thread = threading.Thread(target=self._run, name="weight-server", daemon=True)
         self._thread.start()
 
     def announce(self) -> None:
         """Announce the store's newest version to every watcher now. Thread-safe, returns at once."""
-        try:
-            self._wake_in.send(b"\0")
-        except BlockingIOError:
-            logger.debug("a wake-up is already pending")
+        self._wakeup.wake()
 
     def close(self) -> None:
         """Stop serving and free the port. Idempotent."""
@@ -76,8 +71,7 @@ class WeightServer:
         self.announce()
         self._thread.join()
         self._peers.close()
-        self._wake_in.close()
-        self._wake_out.close()
+        self._wakeup.close()
 
     @property
     def num_peers(self) -> int:
@@ -96,7 +90,7 @@ class WeightServer:
     def _loop(self) -> None:
         poller = zmq.Poller()
         poller.register(self._peers.socket, zmq.POLLIN)
-        poller.register(self._wake_out, zmq.POLLIN)
+        poller.register(self._wakeup.fileno(), zmq.POLLIN)
         next_beat = time.monotonic()
         while not self._closing:
             now = time.monotonic()
@@ -106,8 +100,8 @@ class WeightServer:
             waiting = bool(self._peers.waiting())
             pause_s = RETRY_S if waiting else max(next_beat - time.monotonic(), 0.0)
             ready = dict(poller.poll(int(pause_s * 1000) + 1))
-            if self._wake_out.fileno() in ready:
-                self._wake_out.recv(4096)
+            if self._wakeup.fileno() in ready:
+                self._wakeup.drain()
                 self._announce_all()
             if self._peers.socket in ready:
                 self._receive()

@@ -51,6 +51,11 @@ def ticket_of(ticket_id: str, mode: Mode = Mode.TRAIN, group_id: str | None = No
     return replace(ticket, task=task, group_id=group_id or ticket.group_id)
 
 
+def one(session: str, ticket_id: str, finish: Finish = FINISH) -> Results:
+    """A parcel of one."""
+    return Results(session, (Arrived(ticket_id, finish),))
+
+
 class Book:
     """The ledger, and what its journal would hold. `do` checks what may be written when."""
 
