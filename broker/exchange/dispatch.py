@@ -6,7 +6,7 @@ HELLO, STATUS and INSPECT are the server's own and not here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
@@ -21,6 +21,9 @@ from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import Outcome
 
+_INFRA_FAILURE: Final = Outcome.INFRA_FAILURE
+_new_row = tuple.__new__  # makes a NamedTuple in half the time that its own constructor takes
+
 
 class Request(NamedTuple):
     """What a message asks of the ledger. `reply` turns the ledger's Reply into the answer, but for the results of
@@ -33,8 +36,8 @@ class Request(NamedTuple):
 class Ended(Protocol):
     """What became of tickets that are no longer in the ledger."""
 
-    def settled(self, ticket_id: str) -> Settled | None:
-        """How it ended; None where it is live or unknown."""
+    def settled(self, ticket_ids: Sequence[str]) -> Mapping[str, Settled]:
+        """How those of them ended that are known and not live."""
         ...
 
     def settled_ids(self, ticket_ids: Iterable[str]) -> frozenset[str]:
@@ -55,18 +58,19 @@ def on_lease(peer: Peer, message: Message, _ended: Ended) -> Request:
 
 def on_trajectory(peer: Peer, message: Message, ended: Ended) -> Request:
     """Finished episodes; refused where one is not well-formed, or is none."""
+    heads = [item.head for item in read_parcel(message).items]
+    settled_of = ended.settled([head.ticket.ticket_id for head in heads]).get
     arrived = []
-    for item in read_parcel(message).items:
-        head = item.head
-        ticket_id = head.ticket.ticket_id
-        if head.outcome is Outcome.INFRA_FAILURE:
+    for head in heads:
+        ticket_id, outcome = head.ticket.ticket_id, head.outcome
+        if outcome is _INFRA_FAILURE:
             raise ProtocolError(
                 ErrorCode.BAD_MESSAGE,
                 f"TRAJECTORY: head.outcome of ticket {ticket_id} is infra_failure, which is no result: "
                 "send RELEASE with reason infra_failure, so that the ticket is tried again",
             )
-        finish = Finish(head.outcome, head.reward, head.timings_s.get("total", 0.0))
-        arrived.append(Arrived(ticket_id, finish, ended.settled(ticket_id)))
+        finish = _new_row(Finish, (outcome, head.reward, head.timings_s.get("total", 0.0)))
+        arrived.append(_new_row(Arrived, (ticket_id, finish, settled_of(ticket_id))))
     return Request(ledger.Results(peer.session, tuple(arrived)))
 
 
@@ -143,8 +147,7 @@ def on_purge(_peer: Peer, message: Message, ended: Ended) -> Request:
 def _letters_of(body: wire.Requeue | wire.Purge, ended: Ended) -> tuple[tuple[str, ...], bool, Mapping[str, Settled]]:
     if body.all_dead == bool(body.ticket_ids):
         raise ProtocolError(ErrorCode.BAD_MESSAGE, f"{body.COMMAND}: either ticket_ids or all_dead, and not both")
-    settled = {key: known for key in body.ticket_ids if (known := ended.settled(key)) is not None}
-    return body.ticket_ids, body.all_dead, settled
+    return body.ticket_ids, body.all_dead, ended.settled(body.ticket_ids)
 
 
 def _refusals(done: Reply) -> tuple[wire.Refusal, ...]:

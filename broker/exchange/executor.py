@@ -14,7 +14,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from broker.exchange import metrics
 from broker.exchange.committer import Committer
@@ -163,16 +163,17 @@ class Executor:
         if self.committer.busy:
             self._await()
 
-    def settled(self, ticket_id: str) -> Settled | None:
-        """How a ticket that is not live ended."""
-        if ticket_id in self.ledger:
-            return None
-        self._know((ticket_id,))
-        return self._journal.settled(ticket_id)
+    def settled(self, ticket_ids: Sequence[str]) -> Mapping[str, Settled]:
+        """How those of the tickets ended that are known and not live."""
+        ended = self.ledger.without(ticket_ids)
+        if not ended:
+            return {}
+        self._know(ended)
+        return {key: known for key in ended if (known := self._journal.settled(key)) is not None}
 
     def settled_ids(self, ticket_ids: Iterable[str]) -> frozenset[str]:
         """Those of the ids that are not live but known."""
-        ended = [key for key in ticket_ids if key not in self.ledger]
+        ended = self.ledger.without(ticket_ids)
         self._know(ended)
         return self._journal.settled_ids(ended)
 
@@ -228,6 +229,11 @@ class Executor:
                 if isinstance(item, Message):
                     peer.outflow.add(item)
                     continue
-                for ticket_id in item.ticket_ids:
-                    if (place := self._journal.place(ticket_id)) is not None:
-                        peer.outflow.add_result(place.parcel, place.index, ticket_id)
+                place_of = self._journal.place
+                peer.outflow.add_results(
+                    [
+                        (place.parcel, place.index, key)
+                        for key in item.ticket_ids
+                        if (place := place_of(key)) is not None
+                    ]
+                )

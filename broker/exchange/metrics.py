@@ -1,14 +1,56 @@
-"""Every metric of the experience channel's broker, in one place. `ergon_broker_*`; see each help text."""
+"""Every metric of the experience channel's broker, in one place. `ergon_broker_*`; see each help text.
+
+What is counted at every message is counted in plain integers by the server's thread, and told to Prometheus' counters,
+which cost a lock each time, when they are read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Hashable, Mapping
 from typing import Final
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric
 
 from broker.ledger.events import Count
 from broker.protocol.commands import COMMANDS, Role, StatusReply
+
+
+class Tally:
+    """Totals that one thread adds to and any thread may read. `counter`: that of a key."""
+
+    def __init__(self, counter: Callable[[Hashable], Counter]) -> None:
+        self.totals: dict[Hashable, int] = {}
+        self._counter = counter
+        self._told: dict[Hashable, int] = {}
+        self._lock = threading.Lock()
+
+    def add(self, key: Hashable, num: int) -> None:
+        """Count; from the one thread."""
+        totals = self.totals
+        totals[key] = totals.get(key, 0) + num
+
+    def tell(self) -> None:
+        """Bring the counters up to date; from any thread."""
+        with self._lock:
+            for key, num in list(self.totals.items()):
+                if num != (told := self._told.get(key, 0)):
+                    self._counter(key).inc(num - told)
+                    self._told[key] = num
+
+
+class _BeforeReading:
+    """Registered before all metrics, hence asked before them: has none of its own, and brings theirs up to date."""
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> list[Metric]:
+        tally.tell()
+        return []
+
+
+REGISTRY.register(_BeforeReading())
 
 tickets = Gauge(
     "ergon_broker_tickets",
@@ -95,23 +137,34 @@ COUNTS: Final = {
 """The counter of each total that the ledger reports in a `Count`."""
 
 
+_MESSAGES: Final = {command: messages.labels(command) for command in (*COMMANDS, "unknown")}
+
+
+def _counter(key: Hashable) -> Counter:
+    """Of a key of the tally: a command, a counter itself, or name and environment of a `Count`."""
+    if isinstance(key, Counter):
+        return key
+    if isinstance(key, str):
+        return _MESSAGES[key]
+    assert isinstance(key, tuple), "there are no other keys"
+    name, env = key
+    family, _, end = name.partition("_")
+    if family == "outcome":
+        return outcomes.labels(env, end)
+    return groups.labels(env, end) if family == "group" else COUNTS[name]
+
+
+tally: Final = Tally(_counter)
+
+
 def count(action: Count) -> None:
     """Add to the counter of a `Count`."""
-    family, _, name = action.name.partition("_")
-    if family == "outcome":
-        outcomes.labels(action.env, name).inc(action.num)
-    elif family == "group":
-        groups.labels(action.env, name).inc(action.num)
-    else:
-        COUNTS[action.name].inc(action.num)
-
-
-_MESSAGES: Final = {command: messages.labels(command) for command in (*COMMANDS, "unknown")}
+    tally.add((action.name, action.env), action.num)
 
 
 def count_message(command: str) -> None:
     """Count a message that arrived; `command` is one of the protocol's, or "unknown"."""
-    _MESSAGES[command].inc()
+    tally.add(command, 1)
 
 
 def observe_drift(drifts: Mapping[tuple[str, str], float], threshold: float) -> None:

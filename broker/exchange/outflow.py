@@ -7,7 +7,7 @@ asks what may go next. Small messages are bounded by their number, see `peers.SE
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,14 +42,17 @@ class Outflow:
         """Queue a message that must not overtake a result."""
         self._waiting.append(message)
 
-    def add_result(self, parcel: int, index: int, ticket_id: str) -> None:
-        """Queue a result; neighbours that came in one parcel go out in one message."""
+    def add_results(self, results: Iterable[tuple[int, int, str]]) -> None:
+        """Queue results, each with its parcel, its index there and its ticket; neighbours of one parcel go out in one
+        message."""
         last = self._waiting[-1] if self._waiting else None
-        if isinstance(last, Run) and last.parcel == parcel:
-            last.indexes.append(index)
-            last.ticket_ids.append(ticket_id)
-        else:
-            self._waiting.append(Run(parcel, [index], [ticket_id]))
+        run = last if isinstance(last, Run) else None
+        for parcel, index, ticket_id in results:
+            if run is None or run.parcel != parcel:
+                run = Run(parcel, [], [])
+                self._waiting.append(run)
+            run.indexes.append(index)
+            run.ticket_ids.append(ticket_id)
 
     def allow(self, credit_bytes: int | None) -> None:
         """The peer is ready for so many bytes of arrays in all since its HELLO; None for any number."""

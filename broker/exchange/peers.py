@@ -161,7 +161,7 @@ class Peers:
             if error.errno not in _UNREACHABLE:
                 raise
             return False
-        metrics.sent_bytes.inc(sum(len(frame) for frame in frames))
+        metrics.tally.add(metrics.sent_bytes, sum(map(len, frames)))
         if peer is not None:
             peer.sent_at = time.monotonic()
         return True

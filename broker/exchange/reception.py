@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import zmq
 
@@ -162,9 +162,9 @@ class Reception:
 
     # --- what `dispatch.Ended` asks
 
-    def settled(self, ticket_id: str) -> Settled | None:
-        """How a ticket that is not live ended."""
-        return self._executor.settled(ticket_id)
+    def settled(self, ticket_ids: Sequence[str]) -> Mapping[str, Settled]:
+        """How those of the tickets ended that are known and not live."""
+        return self._executor.settled(ticket_ids)
 
     def settled_ids(self, ticket_ids: Iterable[str]) -> frozenset[str]:
         """Those of the ids that are not live but known."""

@@ -134,7 +134,7 @@ class Server:
             num_bytes += sum(map(len, frames))
             if num_bytes >= ROUND_BYTES:
                 break
-        metrics.received_bytes.inc(num_bytes)
+        metrics.tally.add(metrics.received_bytes, num_bytes)
 
     def _send(self, routing: bytes, message: Message) -> bool:
         peer = self._peers.get(routing)

@@ -153,12 +153,16 @@ class Leases:
 
     def end(self, entry: Entry, transition: str) -> None:
         """A transition out of leased (or issued, where there is no lease to drop)."""
+        self.drop(entry)
+        self._table.move(entry, transition)
+
+    def drop(self, entry: Entry) -> None:
+        """Its holder, if any, has this lease no more; the transition out of leased must follow."""
         if session := entry.holder:
             actor = self.actors[session]
             actor.leases.discard(entry.ticket.ticket_id)
             if not actor.joined:
                 self._forget_idle(session, actor)
-        self._table.move(entry, transition)
 
     def _fail(self, entry: Entry, error: str, counts: Counts) -> Action:
         """An attempt is used up: issue the ticket again, or bury it."""

@@ -118,6 +118,11 @@ class Ledger:
     def __contains__(self, ticket_id: str) -> bool:
         return ticket_id in self._table.entries
 
+    def without(self, ticket_ids: Iterable[str]) -> list[str]:
+        """Those of the ids that are not here: ended, or never known."""
+        entries = self._table.entries
+        return [ticket_id for ticket_id in ticket_ids if ticket_id not in entries]
+
     def __len__(self) -> int:
         return len(self._table.entries)
 
@@ -164,40 +169,47 @@ class Ledger:
         return [*actions, Count("issued", len(rows)), Reply(count=len(rows))]
 
     def _results(self, event: Results, _now: float) -> list[Action]:
-        session, entries = event.session, self._table.entries
+        session, table = event.session, self._table
         rows: list[TakenRow] = []
         finished: list[tuple[Ticket, Finish]] = []
         statuses: list[tuple[str, SendStatus]] = []
         late: list[tuple[str, str]] = []  # who holds a ticket whose result somebody else has sent
         counts: Counts = {}
+        ended: dict[str, int] = {}  # training leases by environment
+        entry_of, release, take = table.entries.get, self._leases.drop, table.take_result
+        outcome, env, num_outcomes, num_accepted = None, "", 0, 0  # counted in runs of the same
         for index, (ticket_id, finish, settled) in enumerate(event.results):
-            entry = entries.get(ticket_id)
+            entry = entry_of(ticket_id)
             if entry is None or entry.state not in OPEN:
                 name, status = _no_first_result(session, entry, settled)
-            else:
-                name = status = "accepted"
-                if entry.holder != session:  # as good as any: the first one counts, whoever sends it
-                    name = status = "late"
-                    late.append((entry.holder, ticket_id))
-                self._take(entry, session, finish, counts)
-                rows.append(_new_row(TakenRow, (index, entry.seq, entry.result_seq, ticket_id)))
-                finished.append((entry.ticket, finish))
-            statuses.append((ticket_id, status))
-            counts[name, ""] = counts.get((name, ""), 0) + 1
+                statuses.append((ticket_id, status))
+                counts[name, ""] = counts.get((name, ""), 0) + 1
+                continue
+            ticket = entry.ticket
+            if entry.holder == session:
+                num_accepted += 1
+                statuses.append((ticket_id, "accepted"))
+            else:  # as good as any: the first one counts, whoever sends it
+                late.append((entry.holder, ticket_id))
+                statuses.append((ticket_id, "late"))
+            release(entry)
+            take(entry, session, counts, ended)
+            if finish[0] is not outcome or ticket.task.env != env:
+                _count_outcomes(outcome, env, num_outcomes, counts)
+                outcome, env, num_outcomes = finish[0], ticket.task.env, 0
+            num_outcomes += 1
+            rows.append(_new_row(TakenRow, (index, entry.seq, entry.result_seq, ticket_id)))
+            finished.append((ticket, finish))
+        for env_ended, num in ended.items():
+            table.schedule.lease_ended(env_ended, num)
+        _count_outcomes(outcome, env, num_outcomes, counts)
+        counts |= {(name, ""): num for name, num in (("accepted", num_accepted), ("late", len(late))) if num}
         actions: list[Action] = []
         if rows:
             actions += [JournalResults(session, tuple(rows)), Finished(tuple(finished))]
         if late:
             actions += self._leases.withdrawals(late)
         return [*actions, *totals(counts), Reply(statuses=tuple(statuses))]
-
-    def _take(self, entry: Entry, session: str, finish: Finish, counts: Counts) -> None:
-        """The first result of a ticket."""
-        self._leases.end(entry, "result")
-        entry.source = session
-        key = _OUTCOME_COUNTS[finish.outcome], entry.ticket.task.env
-        counts[key] = counts.get(key, 0) + 1
-        self._table.count_closing(entry, counts)
 
     def _cancel(self, event: Cancel, _now: float) -> list[Action]:
         entries = self._table.entries
@@ -231,6 +243,12 @@ class Ledger:
             )
             self._table.count_closing(entry, counts)
         return [*actions, *totals(counts)]
+
+
+def _count_outcomes(outcome: Outcome | None, env: str, num: int, counts: Counts) -> None:
+    if outcome is not None:
+        key = _OUTCOME_COUNTS[outcome], env
+        counts[key] = counts.get(key, 0) + num
 
 
 def _no_first_result(session: str, entry: Entry | None, settled: Settled | None) -> tuple[str, SendStatus]:

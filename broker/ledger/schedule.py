@@ -79,16 +79,18 @@ class LeasedTime:
             self.updated_at = now
         self.running += 1
 
-    def ended(self, now: float) -> None:
-        """A lease ended."""
-        running = self.running
+    def ended(self, now: float, num: int = 1) -> None:
+        """So many leases ended."""
+        running, seconds, num_ended = self.running, self.seconds, self.num_ended
         if now != self.updated_at:
-            self.seconds += running * (now - self.updated_at)
+            seconds += running * (now - self.updated_at)
             self.updated_at = now
-        keep = 1.0 - 1.0 / (running if running > MEMORY_LEASES else MEMORY_LEASES)
-        self.seconds *= keep
-        self.num_ended = self.num_ended * keep + 1.0
-        self.running = running - 1
+        for _ in range(num):
+            keep = 1.0 - 1.0 / (running if running > MEMORY_LEASES else MEMORY_LEASES)
+            seconds *= keep
+            num_ended = num_ended * keep + 1.0
+            running -= 1
+        self.running, self.seconds, self.num_ended = running, seconds, num_ended
 
     def mean_s(self, now: float) -> float:
         """Leased seconds by lease. While fewer have ended than run, what they have lasted so far: an environment must
@@ -270,10 +272,10 @@ class Schedule:
         self._environments[env].leased.began(self.now)
         self._leased.began(self.now)
 
-    def lease_ended(self, env: str) -> None:
-        """A training ticket of this environment is leased no more."""
-        self._environments[env].leased.ended(self.now)
-        self._leased.ended(self.now)
+    def lease_ended(self, env: str, num: int = 1) -> None:
+        """So many training tickets of this environment are leased no more."""
+        self._environments[env].leased.ended(self.now, num)
+        self._leased.ended(self.now, num)
 
     def _environment(self, env: str) -> _Environment:
         environment = self._environments.get(env)

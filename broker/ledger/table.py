@@ -43,6 +43,7 @@ OPEN: Final = frozenset({T.ISSUED, T.LEASED})
 # Looking a member up in its class costs more than all else that a comparison does.
 _ISSUED, _LEASED, _DELIVERED, _ASSIGNED, _DEAD = T.ISSUED, T.LEASED, T.DELIVERED, T.ASSIGNED, T.DEAD
 _STATES: Final = tuple(T)
+_ISSUED_PLACE, _LEASED_PLACE, _DELIVERED_PLACE = map(_STATES.index, (_ISSUED, _LEASED, _DELIVERED))
 _FINAL: Final = frozenset({T.ACKED, T.CANCELLED})
 _URGENT: Final = frozenset({Mode.EVAL, Mode.REFERENCE})  # the learner waits for these
 
@@ -218,6 +219,33 @@ class TicketTable:
         elif target in _FINAL:
             self._forget(entry)
 
+    def take_result(self, entry: Entry, source: str, counts: Counts, ended: dict[str, int]) -> None:
+        """The first result of a ticket, of this session; counts its group if it closes with it.
+
+        This is `move(entry, "result")`, written out because it comes once for each trajectory. Training leases that end
+        are counted in `ended`, by environment: the schedule is to be told of them together."""
+        state, ticket, group, tally = entry.state, entry.ticket, entry.group, entry.tally
+        assert state is _LEASED or state is _ISSUED, "the table allows a result of these alone"
+        if state is _LEASED:
+            tally[_LEASED_PLACE] -= 1
+            entry.holder = ""
+            del self._leases[ticket.ticket_id]
+            if not entry.urgent:
+                env = ticket.task.env
+                ended[env] = ended.get(env, 0) + 1
+        else:
+            tally[_ISSUED_PLACE] -= 1
+            self.schedule.discard(ticket.ticket_id)
+            group.num_issued -= 1
+        tally[_DELIVERED_PLACE] += 1
+        entry.state, entry.source = _DELIVERED, source
+        group.num_open = num_open = group.num_open - 1
+        if group.num_issued:  # others of the group wait
+            self.schedule.set_missing(ticket.task.env, ticket.group_id, num_open)
+        elif not num_open:
+            self.count_closing(entry, counts)
+        self._queue_result(entry)
+
     def lease(self, entry: Entry, transition: str, holder: str, expires_at: float) -> None:
         """Move a ticket to leased, held by this session until `expires_at`, which is not before that of any other."""
         self.move(entry, transition)
@@ -279,7 +307,8 @@ class TicketTable:
         if entry.result_seq:
             self.queue_again(entry)
         else:
-            entry.result_seq = self._seq()
+            entry.result_seq = seq = self._next_seq
+            self._next_seq = seq + 1
             self._new_results.append(entry)
 
     def queue_again(self, entry: Entry) -> None:

@@ -111,7 +111,7 @@ def decode(frames: Sequence[Frame], limits: Limits = DEFAULT_LIMITS) -> Message:
         raise ProtocolError(
             ErrorCode.BAD_FRAME, f"{len(envelope.a)} arrays are announced, {len(frames) - 2} frames follow"
         )
-    arrays = tuple(_array(dtype, shape, frames[i + 2], i, limits) for i, (dtype, shape) in enumerate(envelope.a))
+    arrays = tuple([_array(dtype, shape, frames[i + 2], i, limits) for i, (dtype, shape) in enumerate(envelope.a)])
     return Message(envelope.t, envelope.b, arrays)
 
 
@@ -153,6 +153,9 @@ def _array(name: str, shape: list[int], frame: Frame, index: int, limits: Limits
     dtype = DTYPES.get(name)
     if dtype is None:
         raise ProtocolError(ErrorCode.BAD_FRAME, f"array {index} has dtype {name!r:.40}; allowed: {', '.join(DTYPES)}")
+    if len(shape) == 1 and shape[0] * dtype.itemsize == len(frame) <= limits.max_array_bytes:
+        array: Array = np.frombuffer(frame, dtype)
+        return array
     if len(shape) > limits.max_dims or any(n < 0 for n in shape):
         raise ProtocolError(ErrorCode.BAD_FRAME, f"array {index} has shape {shape!r:.80}")
     if len(frame) > limits.max_array_bytes:
@@ -164,7 +167,6 @@ def _array(name: str, shape: list[int], frame: Frame, index: int, limits: Limits
             ErrorCode.BAD_FRAME, f"array {index}: {name} {shape!r:.80} does not fill {len(frame)} bytes"
         )
     try:
-        array: Array = np.frombuffer(frame, dtype=dtype)
-        return array if len(shape) == 1 else array.reshape(shape)
+        return np.frombuffer(frame, dtype).reshape(shape)
     except (ValueError, OverflowError) as error:  # e.g. (0, 2**62) multiplies to 0 and yet is no numpy shape
         raise ProtocolError(ErrorCode.BAD_FRAME, f"array {index} has shape {shape!r:.80}: {error}") from error

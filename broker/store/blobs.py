@@ -1,8 +1,8 @@
 """Large arrays beside the database: immutable files named by their content, written before the commit that names them.
 
-Owns the directory `blobs/` of a store: writing under a temporary name, fsync of file and directory, verified reading,
-removal. Never decides which blob is wanted: the journal's rows say that, and a file that no row names is an orphan of a
-crash. A name is XXH3-128 and the length, which finds damage, not forgery.
+Owns the directory `blobs/` of a store: temporary names, fsync of file and directory, verified reading, removal; the
+bytes are written by `blobwriter.py`, in threads. Never decides which blob is wanted: the journal's rows say that, and a
+file that no row names is an orphan of a crash. A name is XXH3-128 and the length, which finds damage, not forgery.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import logging
 import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -20,6 +21,7 @@ from typing import Final, TypeVar
 import xxhash
 
 from broker.protocol.frames import Frame
+from broker.store.blobwriter import BlobWriter
 
 ItemT = TypeVar("ItemT")
 log = logging.getLogger(__name__)
@@ -38,13 +40,13 @@ class DamagedError(Exception):
 class _Written:
     name: str
     temporary: Path
-    descriptor: int
+    descriptor: Future[int]
 
 
 class BlobStore:
     """The blobs in `directory`. `durable`: `settle` returns when the disk has them; else `sync` sees to it.
 
-    Single-threaded, as the journal is. OSErrors of the disk pass through `add`, `settle` and `sync`.
+    For one thread at a time, as the journal is. OSErrors of the disk pass through `add`, `settle` and `sync`.
     """
 
     def __init__(self, directory: Path, durable: bool) -> None:
@@ -55,9 +57,10 @@ class BlobStore:
             path.mkdir(parents=True, exist_ok=True)
         for path in (directory, directory.parent):
             _sync(path)
+        self._writer = BlobWriter()
         self._pool = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="fsync")
         self._remover = ThreadPoolExecutor(1, thread_name_prefix="unlink")
-        self._pending: list[_Written] = []  # written, not yet under their names
+        self._pending: list[_Written] = []  # being written, not yet under their names
         self._added: list[str] = []  # since the last forget or discard
         self._unsynced: dict[str, None] = {}  # only where not durable
         self._count = 0
@@ -65,6 +68,7 @@ class BlobStore:
     def close(self) -> None:
         """End the threads; what was added and not settled is discarded."""
         self.discard(lambda _: True)
+        self._writer.close()
         self._pool.shutdown()
         self._remover.shutdown()
 
@@ -75,22 +79,15 @@ class BlobStore:
     # --- writing
 
     def add(self, frames: Sequence[Frame]) -> str:
-        """Write the frames, one after the other, and return the blob's name. It exists once `settle` has returned."""
-        digest, num_bytes = xxhash.xxh3_128(), 0
+        """Begin to write the frames, one after the other, and return the blob's name. It exists once `settle` has
+        returned; until then the frames are in use, and must not change."""
+        digest = xxhash.xxh3_128()
+        for frame in frames:
+            digest.update(frame)
         self._count += 1
         temporary = self._temporary / f"{os.getpid()}-{self._count}"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            for frame in frames:
-                digest.update(frame)
-                num_bytes += len(frame)
-                _write(descriptor, frame)
-        except BaseException:
-            os.close(descriptor)
-            temporary.unlink()
-            raise
-        name = f"{digest.hexdigest()}-{num_bytes}"
-        self._pending.append(_Written(name, temporary, descriptor))
+        name = f"{digest.hexdigest()}-{sum(map(len, frames))}"
+        self._pending.append(_Written(name, temporary, self._writer.write(temporary, frames)))
         self._added.append(name)
         if len(self._pending) >= MAX_OPEN:
             self.settle()
@@ -100,6 +97,8 @@ class BlobStore:
         """Put what was added under its names; durable, file before directory, if the store is."""
         if not self._pending:
             return
+        wait_for([blob.descriptor for blob in self._pending])
+        descriptors = [blob.descriptor.result() for blob in self._pending]  # raises what a writing has raised
         # A name that is taken is that of a durable file with the same bytes: only durable ones may take its place. For
         # the others, naming first is as safe, because no row names them yet, and lets one journal commit of the file
         # system serve file and directory.
@@ -112,12 +111,13 @@ class BlobStore:
         self._fsync([blob for blob in self._pending if blob not in taken])
         if self._durable:
             self._each(_sync, sorted({self.path(blob.name).parent for blob in self._pending}))
-        while self._pending:
-            os.close(self._pending.pop().descriptor)
+        self._pending.clear()
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     def _fsync(self, blobs: Sequence[_Written]) -> None:
         if self._durable:
-            self._each(os.fsync, [blob.descriptor for blob in blobs])
+            self._each(os.fsync, [blob.descriptor.result() for blob in blobs])
 
     def keep(self) -> None:
         """What was added is named by a commit now."""
@@ -126,8 +126,10 @@ class BlobStore:
     def discard(self, named: Callable[[str], bool]) -> None:
         """Take back what was added since the last `keep`, but for those that `named` says an earlier commit names."""
         for blob in self._pending:
-            os.close(blob.descriptor)
-            blob.temporary.unlink(missing_ok=True)
+            # One that has failed has taken its file with it.
+            if not blob.descriptor.cancel() and blob.descriptor.exception() is None:
+                os.close(blob.descriptor.result())
+                blob.temporary.unlink(missing_ok=True)
         self._pending.clear()
         self.remove(name for name in self._added if not named(name))
         self._added.clear()
@@ -204,12 +206,6 @@ class BlobStore:
             list(self._pool.map(function, items))
         elif items:
             function(items[0])
-
-
-def _write(descriptor: int, frame: Frame) -> None:
-    view = memoryview(frame).cast("B")
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 def _unlink(path: Path) -> None:

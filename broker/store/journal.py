@@ -120,7 +120,7 @@ class Journal:
 
     def apply(self, action: JournalAction, frames: Sequence[Frame] = ()) -> None:
         """Write one action into the open transaction. `frames`: the message whose trajectories a JournalResults stores;
-        they are not referred to afterwards. Raises StoreFullError.
+        they must not change until the commit has ended. Raises StoreFullError.
 
         While the disk is full, ends are committed at once and a few at a time: the reserve is small, and what the first
         ones free serves the next."""

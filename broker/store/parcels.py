@@ -142,8 +142,8 @@ class Parcels:
         self._parcels[parcel] = _Parcel(action.source, blob, len(action.rows))
         if blob is not None:
             self._names[blob] += 1
-        for row in action.rows:
-            self._places[row.ticket_id] = Place(parcel, row.index)
+        for index, _, _, ticket_id in action.rows:
+            self._places[ticket_id] = Place(parcel, index)
 
     def drop(self, ticket_id: str) -> str | None:
         """A ticket's result is not wanted any more: whose it was, or None where there is none. Raises lmdb.Error."""

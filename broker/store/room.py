@@ -48,16 +48,13 @@ class Room:
         self._db, self._directory = db, directory
         self._path = directory / RESERVE_NAME
         self._in_file = False
+        self.held = False
+        """Whether a reserve is held, in one way or the other."""
         try:
             self.hold()
         except OSError as error:
-            self._in_file = self._free_pages_bytes() >= RESERVE_BYTES
+            self._in_file = self.held = self._free_pages_bytes() >= RESERVE_BYTES
             log.error("No room for the store's reserve. store=%s error=%s", db.path, error)
-
-    @property
-    def held(self) -> bool:
-        """Whether a reserve is held, in one way or the other."""
-        return self._in_file or self._has_file()
 
     def _has_file(self) -> bool:
         return self._path.exists() and self._path.stat().st_size == RESERVE_BYTES
@@ -73,7 +70,7 @@ class Room:
 
     def release(self) -> None:
         """Give the reserve to whoever writes next."""
-        self._in_file = False
+        self._in_file = self.held = False
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
             log.info("The reserve was released. path=%s mb=%d", self._path, RESERVE_BYTES >> 20)
@@ -89,7 +86,7 @@ class Room:
                 raise
             finally:
                 os.close(descriptor)
-        self._in_file = False
+        self._in_file, self.held = False, True
 
     def spare(self) -> None:
         """Before a commit of new rows. Raises OSError where they take the pages that are kept for acks."""
@@ -113,6 +110,6 @@ class Room:
         if num_free >= needed:
             self.hold()
         elif num_free >= refused.blob_bytes and self._free_pages_bytes() >= RESERVE_BYTES + refused.rows_bytes:
-            self._in_file = True
+            self._in_file = self.held = True
         else:
             raise OSError(errno.ENOSPC, f"{needed} bytes are needed, {num_free} are free")

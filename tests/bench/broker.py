@@ -28,11 +28,12 @@ from broker.process.keys import make_keys
 from broker.process.lifecycle import ErgonError, raise_file_limit, run_main
 from tests.bench.exchange import report, standing
 from tests.bench.exchange.bare_pyzmq import PyzmqActors, PyzmqLearner
+from tests.bench.exchange.durable_floor import FloorActors, FloorLearner
 from tests.bench.exchange.ergon import ErgonActors, ErgonLearner
 from tests.bench.exchange.load import Job, Worker, run
 from tests.bench.exchange.redis_streams import RedisActors, RedisLearner
-from tests.bench.exchange.report import BARE, CURVE, ERGON, EVERYSEC, REDIS, SYSTEMS, Cell, Figures
-from tests.bench.exchange.servers import Server, start_ergon, start_redis
+from tests.bench.exchange.report import BARE, CURVE, ERGON, EVERYSEC, FLOOR, REDIS, SYSTEMS, Cell, Figures
+from tests.bench.exchange.servers import Server, start_ergon, start_floor, start_redis
 from tests.ports import free_ports
 
 SIZES = {"2KiB": 2 << 10, "16KiB": 16 << 10, "256KiB": 256 << 10, "16MiB": 16 << 20}
@@ -131,6 +132,8 @@ def _start(system: str, directory: Path, keys: Path) -> Server | None:
     """The server of a system, if it has one."""
     if system == BARE:
         return None
+    if system == FLOOR:
+        return start_floor(directory / system)
     if system in (REDIS, EVERYSEC):
         return start_redis(directory / system.split()[1], system.split()[1])
     return start_ergon(directory / system.replace(" ", "-"), keys=keys if system == CURVE else None)
@@ -142,8 +145,8 @@ def benchmark(plan: Plan) -> None:
     raise_file_limit()
     directory = Path(tempfile.mkdtemp(prefix="ergon-bench-"))
     sides = (
-        {"ergon": ErgonActors, "redis": RedisActors, "pyzmq": PyzmqActors},
-        {"ergon": ErgonLearner, "redis": RedisLearner, "pyzmq": PyzmqLearner},
+        {"ergon": ErgonActors, "redis": RedisActors, "pyzmq": PyzmqActors, FLOOR: FloorActors},
+        {"ergon": ErgonLearner, "redis": RedisLearner, "pyzmq": PyzmqLearner, FLOOR: FloorLearner},
     )
     workers = (Worker("actors", sides[0]), Worker("learner", sides[1]))
     try:

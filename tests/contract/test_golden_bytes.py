@@ -8,7 +8,8 @@ import msgpack
 import numpy as np
 import pytest
 
-from broker.protocol.codec import ARRAY_DTYPES, unpack_trajectories
+from broker.protocol.array_checks import ARRAY_DTYPES
+from broker.protocol.codec import unpack_trajectories
 from broker.protocol.commands import COMMANDS, Deliver, TrajectoryBody, parse_body
 from broker.protocol.frames import PROTOCOL_MAJOR, decode
 from tests.contract import golden

@@ -13,7 +13,7 @@ from msgspec import inspect
 import broker
 from broker.exchange.dispatch import HANDLERS
 from broker.ledger.table import TRANSITIONS
-from broker.protocol import codec, commands, frames
+from broker.protocol import array_checks, codec, commands, frames
 from broker.protocol.commands import COMMANDS, Role, SendStatus
 from broker.protocol.errors import FATAL_CODES, ErrorCode
 from broker.protocol.frames import DEFAULT_LIMITS
@@ -53,7 +53,7 @@ def test_every_command_is_documented_as_it_is() -> None:
             spec.sender,
             ", ".join(role.value for role in Role if role in spec.roles),
             ", ".join(spec.body.__struct_fields__),
-            str(len(codec.ARRAY_NAMES)) if "items" in spec.body.__struct_fields__ else "",
+            str(len(array_checks.ARRAY_NAMES)) if "items" in spec.body.__struct_fields__ else "",
         )
         for name, spec in COMMANDS.items()
     }
@@ -209,8 +209,8 @@ def test_what_the_text_says_of_a_parcel_is_so() -> None:
     assert f"has at most {commands.PARCEL_BYTES >> 20} MiB of arrays" in parcels
     assert f"arrays have more than {commands.OFFER_BYTES >> 20} MiB" in section("Actor")
     assert commands.OFFER_BYTES <= commands.PARCEL_BYTES, "a parcel of several would have to be offered"
-    assert f"finite and ≤ {codec.MAX_LOGPROB:g} where the mask is 1" in parcels
-    for name, dtype in zip(("token ids", "loss mask", "log-probs"), codec.ARRAY_DTYPES, strict=True):
+    assert f"finite and ≤ {array_checks.MAX_LOGPROB:g} where the mask is 1" in parcels
+    for name, dtype in zip(("token ids", "loss mask", "log-probs"), array_checks.ARRAY_DTYPES, strict=True):
         assert f"{name} `{dtype.str}`" in " ".join(parcels.split())
 
 

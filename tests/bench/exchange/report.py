@@ -9,7 +9,8 @@ from typing import NamedTuple
 from tests.bench.exchange.standing import Done, Idle
 
 ERGON, REDIS, EVERYSEC, BARE = "ergon", "redis always", "redis everysec", "pyzmq"
-SYSTEMS = (ERGON, REDIS, EVERYSEC, BARE)
+FLOOR = "pyzmq+fsync"
+SYSTEMS = (ERGON, REDIS, EVERYSEC, BARE, FLOOR)
 CURVE = "ergon curve"
 WITH_LEASES = "ergon, leasing too"
 BUSY = 0.9  # a load thread above this share of a core was the bottleneck
@@ -53,12 +54,12 @@ def median(runs: Sequence[Figures]) -> Figures:
     return Figures(*(statistics.median(column) for column in zip(*runs, strict=True)))
 
 
-def ratios(cells: Mapping[Cell, Figures], other: str) -> dict[str, float]:
-    """Ergon's trajectories/s over another system's, by SIZE/ACTORS."""
+def ratios(cells: Mapping[Cell, Figures], other: str, system: str = ERGON) -> dict[str, float]:
+    """Ergon's trajectories/s, or another system's, over those of `other`, by SIZE/ACTORS."""
     return {
         cell.key: round(figures.per_s / cells[cell._replace(system=other)].per_s, 3)
         for cell, figures in cells.items()
-        if cell.system == ERGON
+        if cell.system == system
     }
 
 
@@ -69,6 +70,7 @@ def summary(cells: Mapping[Cell, Figures], idle: Idle | None) -> dict[str, objec
         "vs_redis_always": ratios(cells, REDIS),
         "vs_redis_everysec": ratios(cells, EVERYSEC),
         "vs_pyzmq": ratios(cells, BARE),
+        "durable_floor_vs_pyzmq": ratios(cells, BARE, FLOOR),
         "p99_ms": {key: round(figures.p99_ms, 2) for key, figures in ergon.items()},
         "cpu_s_per_gb": {key: round(figures.cpu_s_per_gb, 2) for key, figures in ergon.items()},
         "peak_mb": {key: round(figures.peak_mib, 1) for key, figures in ergon.items()},
@@ -96,8 +98,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _ratio_table(cells: Mapping[Cell, Figures]) -> str:
-    head = ("trajectory", "actors", "Ergon, trajectories/s", "MB/s", "vs Redis always", "vs everysec", "vs bare pyzmq")
-    against = [ratios(cells, other) for other in (REDIS, EVERYSEC, BARE)]
+    head = ["trajectory", "actors", "Ergon, trajectories/s", "MB/s", "vs Redis always", "vs everysec", "vs bare pyzmq"]
+    head.append("pyzmq + fsync vs bare pyzmq")
+    against = [*(ratios(cells, other) for other in (REDIS, EVERYSEC, BARE)), ratios(cells, BARE, FLOOR)]
     rows = [
         [cell.size, str(cell.actors), f"{figures.per_s:,.0f}", f"{figures.mb_per_s:,.0f}"]
         + [f"{table[cell.key]:.2f}×" for table in against]

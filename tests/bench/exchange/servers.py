@@ -94,6 +94,14 @@ def start_ergon(directory: Path, settings: Settings | None = None, keys: Path | 
     return Server(command, settings.broker.port, directory)
 
 
+def start_floor(directory: Path) -> Server:
+    """The shortest durable queue; see `durable_floor.py`."""
+    directory.mkdir(parents=True)
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "tests.bench.exchange.durable_floor"]
+    return Server([*command, "--port", str(port), "--log", str(directory / "log")], port, directory)
+
+
 def start_redis(directory: Path, appendfsync: str) -> Server:
     """`redis-server` with an append-only file. It is spared the rewriting of that file, which would cost it time."""
     directory.mkdir(parents=True)

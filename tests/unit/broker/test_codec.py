@@ -15,9 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker.protocol.array_checks import ARRAY_DTYPES, BLOCK_TOKENS
 from broker.protocol.codec import (
-    ARRAY_DTYPES,
-    BLOCK_TOKENS,
     MAX_BODY_BYTES,
     TOKEN_BYTES,
     Parcel,

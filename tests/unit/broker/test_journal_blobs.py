@@ -86,6 +86,7 @@ def test_files_of_no_result_are_deleted_at_the_start(tmp_path: Path) -> None:
     put(journal, "a")
     journal.commit()
     put(journal, "open", message=make_message("open", salt=1))
+    journal._parcels._blobs._pending[0].descriptor.result()
     # Killed here: the second result's file is there, its row is not.
     killed = tmp_path / "killed"
     shutil.copytree(tmp_path, killed, ignore=shutil.ignore_patterns("killed"))
@@ -250,8 +251,9 @@ def test_a_blob_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
+    store.add([bytes(15)])
     with pytest.raises(OSError, match="No space"):
-        store.add([bytes(15)])
+        store.settle()
     monkeypatch.undo()
     store.add([b"and this is not committed"])
     store.discard(lambda _: False)

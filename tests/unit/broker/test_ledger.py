@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from broker.ledger.events import (
@@ -223,13 +225,18 @@ def test_a_peer_that_is_gone_gets_nothing() -> None:
 
 def test_every_transition_of_the_table_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
-    move = TicketTable.move
+    move, take_result = TicketTable.move, TicketTable.take_result
 
     def recorded(table: TicketTable, entry: Entry, transition: str) -> None:
         seen.add(transition)
         move(table, entry, transition)
 
+    def recorded_result(*args: Any) -> None:
+        seen.add("result")
+        take_result(*args)
+
     monkeypatch.setattr(TicketTable, "move", recorded)
+    monkeypatch.setattr(TicketTable, "take_result", recorded_result)
     book = Book(max_attempts=1)
     book.issue("a", "b", "c", "d", "e")
     book.join("s1", credit=5)  # grant
@@ -248,6 +255,37 @@ def test_every_transition_of_the_table_happens(monkeypatch: pytest.MonkeyPatch) 
     book.do(Resume("L", (), ("a",)))  # keep
     book.do(Ack(("a",)))  # ack
     assert seen == TRANSITIONS.keys()
+
+
+@pytest.mark.parametrize("leased", [False, True])
+@pytest.mark.parametrize("num", [1, 3])
+def test_a_result_that_is_taken_is_the_transition_of_the_table(leased: bool, num: int) -> None:
+    seen = []
+    for written_out in (False, True):
+        table = TicketTable((), {}, 1)
+        entries = [table.add(make_ticket(f"t{i}")) for i in range(num)]
+        for entry in entries:
+            if leased:
+                table.pop_issued()
+                table.lease(entry, "grant", "s1", 30.0)
+        counts: dict[tuple[str, str], int] = {}
+        ended: dict[str, int] = {}
+        for entry in entries:
+            if written_out:
+                table.take_result(entry, "s1", counts, ended)
+            else:
+                table.move(entry, "result")
+                entry.source = "s1"
+                table.count_closing(entry, counts)
+        for env, num_ended in ended.items():
+            table.schedule.lease_ended(env, num_ended)
+        leased_time = table.schedule._leased
+        seen.append(
+            (entries, table.counts, counts, leased_time, len(table.schedule), table.expired(99.0), table.pop_result())
+        )
+    assert seen[0] == seen[1]
+    with pytest.raises(AssertionError, match="allows a result of these alone"):
+        table.take_result(entries[0], "s1", {}, {})
 
 
 def test_an_illegal_transition_is_a_bug_and_says_so() -> None:

@@ -27,7 +27,7 @@ def taken(outflow: Outflow, max_queued_bytes: int = NO_BOUND) -> list[str] | Mes
 def test_credit_in_bytes_is_overstepped_by_one_message_at_most() -> None:
     outflow = Outflow()
     for num in range(5):
-        outflow.add_result(num, 0, f"t{num}")
+        outflow.add_results([(num, 0, f"t{num}")])
     outflow.allow(100)
     sent = []
     while (item := taken(outflow)) is not None:
@@ -47,9 +47,9 @@ def test_neighbours_of_one_parcel_go_out_together_and_in_order() -> None:
     outflow = Outflow()
     letter = Message("DEAD")
     for parcel, index, ticket_id in ((1, 0, "a"), (1, 2, "c"), (2, 0, "d"), (1, 1, "b")):
-        outflow.add_result(parcel, index, ticket_id)
+        outflow.add_results([(parcel, index, ticket_id)])
     outflow.add(letter)
-    outflow.add_result(1, 3, "e")
+    outflow.add_results([(1, 3, "e")])
     assert outflow.next(NO_BOUND) == Run(1, [0, 2], ["a", "c"])
     assert outflow.next(NO_BOUND) == Run(2, [0], ["d"])
     assert outflow.next(NO_BOUND) == Run(1, [1], ["b"])
@@ -60,7 +60,7 @@ def test_neighbours_of_one_parcel_go_out_together_and_in_order() -> None:
 def test_nothing_overtakes_a_result() -> None:
     outflow = Outflow()
     letter = Message("DEAD")
-    outflow.add_result(0, 0, "t0")
+    outflow.add_results([(0, 0, "t0")])
     outflow.add(letter)
     outflow.allow(0)
     assert outflow.next(NO_BOUND) is None
@@ -82,7 +82,7 @@ def pair() -> Iterator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]:
 def test_what_the_network_has_not_taken_is_counted(pair: tuple[zmq.Socket[bytes], zmq.Socket[bytes]]) -> None:
     sender, receiver = pair
     outflow, size, num = Outflow(), 8 << 20, 10
-    outflow.add_result(0, 0, "t0")
+    outflow.add_results([(0, 0, "t0")])
     sender.send_multipart(outflow.track([b"small"]), copy=False)
     assert outflow.queued_bytes == 0
     for _ in range(num):
