@@ -36,9 +36,11 @@ format: $(READY) ## rewrite the code in the house's format
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
 
-bench: bench-broker ## all benchmarks
+bench: bench-broker bench-weights ## all benchmarks
 
 bench-broker: ## the broker against Redis Streams and bare pyzmq; ARGS="--quick", "--only 2KiB/16", "--curve"
+
+bench-weights: ## the weight channel on real versions against sending everything: ARGS="--quick", "--only codec,crowd"
 
 bench-exactness: ## the actor's log-probs against a Hugging Face forward pass of the same weights
 

@@ -73,7 +73,8 @@ class Engine(Protocol):
     async def adopt(self, version: PolicyVersion, weights: Path) -> float:
         """Switch to the verified weights in this safetensors file; returns the pause of sampling in seconds.
 
-        Raises AdoptionError where names, dtypes or shapes do not fit (checked before the switch), else EngineDeadError.
+        The file may be rewritten once this has returned. Raises AdoptionError for whatever fails before the switch:
+        names, dtypes or shapes that do not fit, bytes that changed meanwhile; after it EngineDeadError.
         """
         ...
 

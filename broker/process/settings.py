@@ -78,7 +78,8 @@ class ActorSection(Section):
     adopt_mode: Literal["recompute", "keep"] = "recompute"
     """At a weight update, `recompute` the KV cache of requests in flight, or `keep` the stale one."""
     staging: Path = Path("/dev/shm")
-    """Where fetched weights are staged before the switch; memory-backed is fastest."""
+    """Where the actor keeps one copy of the weights, which deltas are applied to and the engine adopts from;
+    memory-backed is fastest."""
     drain_s: float = Field(default=20.0, ge=0)
     """After SIGTERM, seconds to finish episodes before their leases are given back."""
 
@@ -214,6 +215,9 @@ class WeightsSection(Section):
     """Chunks a receiver may have requested and not yet received."""
     max_mb: int = Field(default=8192, ge=1)
     """Memory for snapshots in the learner's publisher and in each relay, MiB; two must fit, three are comfortable."""
+    delta_mb: int = Field(default=1024, ge=0)
+    """Memory for the deltas up to the newest version in the learner's publisher and in each relay, MiB, and as much
+    again for deltas made of several of them; the oldest are forgotten first, and who needs them gets the snapshot."""
     heartbeat_s: float = Field(default=1.0, gt=0)
     """Seconds between announcements of the newest version, and between polls for it."""
     liveness: int = Field(default=15, ge=2)

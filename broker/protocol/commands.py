@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -201,9 +202,14 @@ COMMANDS: Mapping[str, Spec] = {
 BodyT = TypeVar("BodyT", bound=Facts)
 
 
+_BUILDING = threading.Lock()
+
+
 @functools.cache
 def _decoder(body: type[BodyT]) -> msgspec.msgpack.Decoder[BodyT]:
-    return msgspec.msgpack.Decoder(body)
+    # msgspec (0.22) shows other threads a type that it has understood only in part, and crashes in them.
+    with _BUILDING:
+        return msgspec.msgpack.Decoder(body)
 
 
 def parse_body(message: Message, body: type[BodyT]) -> BodyT:

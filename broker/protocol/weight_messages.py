@@ -7,6 +7,7 @@ network raises `ProtocolError` and nothing else. Opens no socket, holds no weigh
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, ClassVar, Final
 
@@ -92,9 +93,10 @@ class OfVersion(Body, frozen=True, kw_only=True):
 
 
 class ManifestRequest(OfVersion, frozen=True, kw_only=True):
-    """Send me the manifest of this version."""
+    """Send me the manifest of this version; `have` is the version whose snapshot I hold whole and verified."""
 
     COMMAND: ClassVar[str] = "MANIFEST"
+    have: Pair | None
 
 
 class ManifestReply(OfVersion, frozen=True, kw_only=True):
@@ -104,15 +106,17 @@ class ManifestReply(OfVersion, frozen=True, kw_only=True):
     run_id: Name
     parent: Pair | None
     tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1)]
+    payload_bytes: Integer
     chunk_bytes: Annotated[int, Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)]
     total_hash: Annotated[bytes, Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
     created_at: Seconds
 
 
 class ChunkRequest(OfVersion, frozen=True, kw_only=True):
-    """Send me this chunk."""
+    """Send me this chunk of the anchor (`parent` None) or of the delta to `parent`."""
 
     COMMAND: ClassVar[str] = "CHUNK"
+    parent: Pair | None
     index: Integer
 
 
@@ -120,7 +124,18 @@ class ChunkReply(OfVersion, frozen=True, kw_only=True):
     """One chunk; its bytes are one |u1 array of one dimension. See `read_chunk`."""
 
     COMMAND: ClassVar[str] = "CHUNK_REPLY"
+    parent: Pair | None
     index: Integer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """What a CHUNK_REPLY carries. The bytes are not verified: that needs the manifest."""
+
+    version: PolicyVersion
+    parent: PolicyVersion | None
+    index: int
+    data: Bytes
 
 
 def version_text(version: PolicyVersion) -> str:
@@ -128,19 +143,19 @@ def version_text(version: PolicyVersion) -> str:
     return f"{version.lineage}.{version.version}"
 
 
-def manifest_request(version: PolicyVersion) -> Message:
-    """The MANIFEST that asks for this version."""
-    return ManifestRequest(lineage=version.lineage, version=version.version).pack()
+def manifest_request(version: PolicyVersion, have: PolicyVersion | None) -> Message:
+    """The MANIFEST that asks for this version, from who holds `have`."""
+    return ManifestRequest(lineage=version.lineage, version=version.version, have=have).pack()
 
 
-def chunk_request(version: PolicyVersion, index: int) -> Message:
+def chunk_request(version: PolicyVersion, parent: PolicyVersion | None, index: int) -> Message:
     """The CHUNK that asks for this chunk."""
-    return ChunkRequest(lineage=version.lineage, version=version.version, index=index).pack()
+    return ChunkRequest(lineage=version.lineage, version=version.version, parent=parent, index=index).pack()
 
 
-def chunk_reply(version: PolicyVersion, index: int, data: Bytes) -> Message:
+def chunk_reply(version: PolicyVersion, parent: PolicyVersion | None, index: int, data: Bytes) -> Message:
     """The CHUNK_REPLY with the bytes of one chunk, referenced, not copied."""
-    return ChunkReply(lineage=version.lineage, version=version.version, index=index).pack((data,))
+    return ChunkReply(lineage=version.lineage, version=version.version, parent=parent, index=index).pack((data,))
 
 
 def manifest_reply(manifest: Manifest) -> Message:
@@ -151,6 +166,7 @@ def manifest_reply(manifest: Manifest) -> Message:
         version=manifest.version.version,
         parent=manifest.parent,
         tensors=manifest.tensors,
+        payload_bytes=manifest.payload_bytes,
         chunk_bytes=manifest.chunk_bytes,
         total_hash=manifest.total_hash,
         created_at=manifest.created_at,
@@ -163,22 +179,24 @@ def policy_version(pair: Pair | None) -> PolicyVersion | None:
     return None if pair is None else PolicyVersion(*pair)
 
 
-def read_chunk(message: Message) -> tuple[PolicyVersion, int, Bytes]:
-    """Version, index and bytes of a CHUNK_REPLY. The bytes are not verified: that needs the manifest."""
+def read_chunk(message: Message) -> Chunk:
+    """What a CHUNK_REPLY carries."""
     body = parse_body(message, ChunkReply)
-    return body.policy_version, body.index, _bytes_array(message, ndim=1)
+    data = _bytes_array(message, ndim=1)
+    return Chunk(body.policy_version, policy_version(body.parent), body.index, data)
 
 
 def read_manifest(message: Message) -> Manifest:
-    """The manifest in a MANIFEST_REPLY, consistent in itself: tensors without gaps, as many hashes as chunks."""
+    """The manifest in a MANIFEST_REPLY, consistent in itself: tensors without gaps, a payload that an anchor or a delta
+    can have, as many hashes as chunks."""
     body = parse_body(message, ManifestReply)
-    total_bytes = _check_tensors(body.tensors)
+    _check_payload(body, _check_tensors(body.tensors))
     hashes = _bytes_array(message, ndim=2)
-    num_chunks = -(-total_bytes // body.chunk_bytes)
+    num_chunks = -(-body.payload_bytes // body.chunk_bytes)
     if hashes.shape != (num_chunks, HASH_BYTES):
         raise _bad(
-            f"chunk hashes of shape {list(hashes.shape)}; {total_bytes} bytes in chunks of {body.chunk_bytes} need "
-            f"[{num_chunks}, {HASH_BYTES}]"
+            f"chunk hashes of shape {list(hashes.shape)}; {body.payload_bytes} bytes in chunks of {body.chunk_bytes} "
+            f"need [{num_chunks}, {HASH_BYTES}]"
         )
     joined = hashes.tobytes()
     chunk_hashes = tuple(joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES))
@@ -187,11 +205,29 @@ def read_manifest(message: Message) -> Manifest:
         body.policy_version,
         policy_version(body.parent),
         body.tensors,
+        body.payload_bytes,
         body.chunk_bytes,
         chunk_hashes,
         body.total_hash,
         body.created_at,
     )
+
+
+def _check_payload(body: ManifestReply, total_bytes: int) -> None:
+    """Raises ProtocolError unless an anchor is the whole snapshot, and a delta less, to an older one of its lineage."""
+    if body.parent is None:
+        if body.payload_bytes != total_bytes:
+            raise _bad(f"payload_bytes is {body.payload_bytes}; allowed for an anchor: {total_bytes}, its tensors")
+        return
+    if body.parent[0] != body.lineage or body.parent[1] >= body.version:
+        raise _bad(
+            f"parent is {list(body.parent)}; allowed for version [{body.lineage}, {body.version}]: null, or an older "
+            "version of the same lineage"
+        )
+    if body.payload_bytes >= total_bytes:
+        raise _bad(
+            f"payload_bytes is {body.payload_bytes}; allowed for a delta: less than the snapshot's {total_bytes}"
+        )
 
 
 def _check_tensors(specs: tuple[TensorSpec, ...]) -> int:

@@ -1,9 +1,10 @@
 """The weight channel's nouns: snapshot layout, manifest, chunks, hashes. Pure: no socket, no file, no thread.
 
 A snapshot is every tensor of one policy version laid out without gaps, widest element type first, in one run of bytes;
-that is also the data section of a safetensors file, so a receiver writes `safetensors_header` and the chunks behind it.
-Chunk `i` is the bytes [i * chunk_bytes, (i + 1) * chunk_bytes) of the snapshot. Hashes are XXH3-128, big-endian: they
-find damage, not malice. How all this travels is in `weight_messages.py`.
+that is also the data section of a safetensors file. A version travels as an anchor, which is the snapshot itself, or as
+a delta to an older version of its lineage (`deltas.py`). The bytes that travel are the payload, and chunk `i` is the
+bytes [i * chunk_bytes, (i + 1) * chunk_bytes) of it. Hashes are XXH3-128, big-endian: they find damage, not malice. How
+all this travels is in `weight_messages.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -64,16 +65,17 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything a receiver must know before the first chunk. `parent` is None for a full snapshot.
+    """Everything a receiver must know before the first chunk. `parent` is None for an anchor.
 
-    `chunk_hashes` has one digest per chunk, in order; `total_hash` covers the whole snapshot. `created_at` is Unix time
-    in seconds.
+    `chunk_hashes` has one digest per chunk of the payload, in order; `total_hash` covers the snapshot, which for a
+    delta is what applying it to the parent's gives. `created_at` is Unix time in seconds.
     """
 
     run_id: str
     version: PolicyVersion
     parent: PolicyVersion | None
     tensors: tuple[TensorSpec, ...]
+    payload_bytes: int
     chunk_bytes: int
     chunk_hashes: tuple[bytes, ...]
     total_hash: bytes
@@ -86,15 +88,15 @@ class Manifest:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of the snapshot."""
+        """Chunks of the payload; 0 for a delta without a change."""
         return len(self.chunk_hashes)
 
     def chunk_range(self, index: int) -> tuple[int, int]:
-        """First byte and end of chunk `index` in the snapshot. Raises IndexError outside [0, num_chunks)."""
+        """First byte and end of chunk `index` in the payload. Raises IndexError outside [0, num_chunks)."""
         if not 0 <= index < self.num_chunks:
             raise IndexError(f"chunk {index} of {self.num_chunks}")
         start = index * self.chunk_bytes
-        return start, min(start + self.chunk_bytes, self.total_bytes)
+        return start, min(start + self.chunk_bytes, self.payload_bytes)
 
     def chunk_fits(self, index: int, data: Buffer) -> bool:
         """Whether these bytes are chunk `index`: its length and its hash."""
@@ -144,13 +146,30 @@ def describe(
     chunk_bytes: int,
     created_at: float,
 ) -> Manifest:
-    """The manifest of a complete snapshot (uint8, one dimension), hashing every byte twice: by chunk and in total."""
-    hashes = tuple(digest(snapshot[start : start + chunk_bytes]) for start in range(0, snapshot.size, chunk_bytes))
-    return Manifest(run_id, version, None, tensors, chunk_bytes, hashes, digest(snapshot), created_at)
+    """The manifest of a complete snapshot (uint8, one dimension) as an anchor, with the hashes of its chunks and of
+    the whole, for which every byte is read from memory once."""
+    total, hashes = xxhash.xxh3_128(), list[bytes]()
+    for start in range(0, snapshot.size, chunk_bytes):
+        chunk = flat(snapshot[start : start + chunk_bytes])
+        hashes.append(xxhash.xxh3_128_digest(chunk))
+        total.update(chunk)
+    return Manifest(
+        run_id, version, None, tensors, snapshot.size, chunk_bytes, tuple(hashes), total.digest(), created_at
+    )
+
+
+def describe_delta(anchor: Manifest, parent: PolicyVersion, payload: Bytes) -> Manifest:
+    """The manifest of the delta that makes `parent` the version which `anchor` describes."""
+    step = anchor.chunk_bytes
+    hashes = tuple(digest(payload[start : start + step]) for start in range(0, payload.size, step))
+    return replace(anchor, parent=parent, payload_bytes=payload.size, chunk_hashes=hashes)
 
 
 def safetensors_header(manifest: Manifest) -> bytes:
-    """The bytes of a safetensors file before its data: length (u64, little-endian) and JSON, padded to 8 bytes."""
+    """The bytes of a safetensors file before its data: length (u64, little-endian) and JSON, padded to 8 bytes.
+
+    Its size depends on the run and the tensors only, so the data of the next version begins at the same place.
+    """
     header: dict[str, object] = {
         "__metadata__": {
             "format": "pt",
@@ -166,6 +185,7 @@ def safetensors_header(manifest: Manifest) -> bytes:
             "data_offsets": [spec.offset, spec.offset + spec.num_bytes],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * sum(len(str(MAX_INT)) - len(str(number)) for number in manifest.version)
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 

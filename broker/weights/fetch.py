@@ -6,20 +6,22 @@ over reconnections and restarts of the server. Neither has a socket, a thread or
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
 from broker.protocol import weight_messages as messages
-from broker.protocol import weights
 from broker.protocol.commands import ErrorBody, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Buffer, Manifest
 from broker.weights import metrics
-from broker.weights.sinks import Sink, WeightsCorruptError
+from broker.weights.sinks import DeltaRefusedError, Sink, WeightsCorruptError
+
+logger = logging.getLogger(__name__)
 
 MAX_CORRUPT = 3  # wrong answers for one chunk before the fetch is given up
 
@@ -112,7 +114,7 @@ class ChunkPlan:
 
 
 class Fetch:
-    """One version on its way into a sink.
+    """One version on its way into a sink, as a delta to what the sink has or as an anchor: the server decides.
 
     A version the server does not hold is superseded only when the server announces a newer one. Otherwise it is waited
     for: a relay that was killed comes back empty and soon holds it again, and the chunks held already still count.
@@ -133,7 +135,7 @@ class Fetch:
 
     def start(self) -> None:
         """Ask for the manifest."""
-        self._send(messages.manifest_request(self._version))
+        self._send(messages.manifest_request(self._version, self._sink.have))
 
     def handle(self, event: Event) -> None:
         """Take one event. Raises WeightsSupersededError, WeightsCorruptError, ProtocolError and the sink's errors."""
@@ -145,15 +147,28 @@ class Fetch:
         elif event.command == messages.ManifestReply.COMMAND:
             self._on_manifest(messages.read_manifest(event))
         elif event.command == messages.ChunkReply.COMMAND:
-            self._on_chunk(*messages.read_chunk(event))
+            self._on_chunk(messages.read_chunk(event))
         else:
             self._on_error(parse_body(event, ErrorBody))
 
-    def finish(self) -> Manifest:
-        """Verify the whole and make it visible. Raises WeightsCorruptError."""
+    def finish(self) -> Manifest | None:
+        """Verify the whole and make it visible. None where a delta did not give what was promised: then the anchor has
+        been asked for, and the fetch goes on. Raises WeightsCorruptError."""
         assert self._plan is not None
-        self._sink.finish()
+        try:
+            self._sink.finish()
+        except DeltaRefusedError as error:
+            self._refuse_delta(error)
+            return None
         return self._plan.manifest
+
+    def _refuse_delta(self, error: DeltaRefusedError) -> None:
+        logger.warning("delta refused reason=%s next=anchor", error)
+        metrics.refused_deltas.inc()
+        self._sink.abort()
+        self._sink.forget()
+        self._plan = None
+        self.start()
 
     def _ask_again(self) -> None:
         if self._plan is None or self._absent:
@@ -168,7 +183,7 @@ class Fetch:
     def _request(self) -> None:
         assert self._plan is not None
         for index in self._plan.next_requests():
-            self._send(messages.chunk_request(self._version, index))
+            self._send(messages.chunk_request(self._version, self._plan.manifest.parent, index))
 
     def _on_announced(self, newest: PolicyVersion | None) -> None:
         self._newest = newest
@@ -187,26 +202,27 @@ class Fetch:
             raise ProtocolError(
                 ErrorCode.WRONG_RUN, f"MANIFEST_REPLY: run_id is {manifest.run_id!r:.80}, this is run {self._run_id!r}"
             )
-        if manifest.parent is not None:
-            raise ProtocolError(
-                ErrorCode.BAD_MESSAGE,
-                "MANIFEST_REPLY: a delta came where a full snapshot was asked for; update this side",
-            )
-        if self._plan is None or self._plan.manifest.chunk_hashes != manifest.chunk_hashes:
+        if manifest.parent not in (None, self._sink.have):
+            return  # a late answer, to an earlier fetch or from before that version was lost or its delta refused
+        if self._plan is None or _payload_of(self._plan.manifest) != _payload_of(manifest):
             self._sink.abort()
-            self._sink.begin(manifest)
+            try:
+                self._sink.begin(manifest)
+            except DeltaRefusedError as error:
+                self._refuse_delta(error)
+                return
             self._plan = ChunkPlan(manifest, self._credit)
         else:
             self._plan.forget_requests()
         self._request()
 
-    def _on_chunk(self, version: PolicyVersion, index: int, data: weights.Bytes) -> None:
-        if version != self._version or self._plan is None:
-            return  # an answer to an earlier fetch
-        verdict = self._plan.accept(index, data)
+    def _on_chunk(self, chunk: messages.Chunk) -> None:
+        if self._plan is None or (chunk.version, chunk.parent) != (self._version, self._plan.manifest.parent):
+            return  # an answer to an earlier fetch, or to an earlier manifest
+        verdict = self._plan.accept(chunk.index, chunk.data)
         if verdict is Verdict.STORE:
-            self._sink.write(index, data)
-            metrics.fetched_bytes.inc(data.size)
+            self._sink.write(chunk.index, chunk.data)
+            metrics.fetched_bytes.labels(metrics.kind(chunk.parent)).inc(chunk.data.size)
         elif verdict is Verdict.CORRUPT:
             metrics.verify_failures.inc()
         if not self._absent:
@@ -220,3 +236,8 @@ class Fetch:
         if self._newest is not None and self._newest > self._version:
             raise WeightsSupersededError(self._version, self._newest)
         self._absent = True
+
+
+def _payload_of(manifest: Manifest) -> tuple[object, ...]:
+    """What tells one payload of a version from another."""
+    return manifest.parent, manifest.chunk_bytes, manifest.chunk_hashes, manifest.total_hash

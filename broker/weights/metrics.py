@@ -6,20 +6,57 @@ from prometheus_client import Counter, Gauge, Histogram
 
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
 
+ANCHOR, DELTA = "anchor", "delta"  # values of the label `kind`
+
+
+def kind(parent: object) -> str:
+    """The label of a payload with this parent."""
+    return ANCHOR if parent is None else DELTA
+
+
 # The publisher, in the learner.
 publish_seconds = Histogram(
-    "ergon_weights_publish_seconds", "Seconds to copy, hash and switch to a published snapshot.", buckets=SECONDS
+    "ergon_weights_publish_seconds", "Seconds to diff or copy, hash and switch to a version.", buckets=SECONDS
 )
-published_bytes = Counter("ergon_weights_published_bytes_total", "Bytes of snapshots published by this process.")
+diff_seconds = Histogram(
+    "ergon_weights_diff_seconds",
+    "Seconds of a publication in which tensors were compared with the former version and written over it.",
+    buckets=SECONDS,
+)
+published_bytes = Counter(
+    "ergon_weights_published_bytes_total",
+    "Payload bytes published by this process: of a delta its own, of an anchor the snapshot's.",
+    ["kind"],
+)
+published_versions = Counter("ergon_weights_published_total", "Versions published by this process.", ["kind"])
+changed_fraction = Gauge(
+    "ergon_weights_changed_fraction", "Share of the elements that differ from the version before, of the newest delta."
+)
+compression = Gauge(
+    "ergon_weights_compression_ratio", "Bytes of the snapshot for each payload byte of the newest version."
+)
 
 # The serving half, in the publisher and in every relay.
 newest_lineage = Gauge("ergon_weights_newest_lineage", "Lineage of the newest version this process serves.")
 newest_version = Gauge("ergon_weights_newest_version", "Number of the newest version this process serves.")
-held_versions = Gauge("ergon_weights_held_versions", "Versions this process serves.")
+held_versions = Gauge("ergon_weights_held_versions", "Snapshots this process holds.")
+held_deltas = Gauge("ergon_weights_held_deltas", "Consecutive deltas up to the newest version that are held.")
+held_delta_bytes = Gauge("ergon_weights_held_delta_bytes", "Memory of deltas and of folds made of them.")
+folds = Counter("ergon_weights_folds_total", "Deltas made of several consecutive ones, for receivers further behind.")
+fold_seconds = Histogram("ergon_weights_fold_seconds", "Seconds to make one of them.", buckets=SECONDS)
 held_bytes = Gauge("ergon_weights_held_bytes", "Memory of snapshots, those still on their way to a peer included.")
 peers = Gauge("ergon_weights_peers", "Peers connected to the serving half, by role.", ["role"])
 peers_behind = Gauge("ergon_weights_peers_behind", "Connected peers that do not hold the newest version yet.")
-served_bytes = Counter("ergon_weights_served_bytes_total", "Chunk bytes handed to the network.")
+versions_in_use = Gauge(
+    "ergon_weights_versions_in_use", "Different versions that the connected relays and actors hold, none included."
+)
+peers_by_lag = Gauge(
+    "ergon_weights_peers_by_lag",
+    "Connected relays and actors by how many versions they are behind: 0, 1, 2, 3-4, 5-8, more, lineage (they hold one "
+    "of another lineage) or none (they hold none yet).",
+    ["lag"],
+)
+served_bytes = Counter("ergon_weights_served_bytes_total", "Chunk bytes handed to the network.", ["kind"])
 served_chunks = Counter("ergon_weights_served_chunks_total", "Chunks handed to the network.")
 deferred_requests = Counter("ergon_weights_deferred_requests_total", "Requests that waited for a slow peer's queue.")
 refused = Counter(
@@ -38,7 +75,15 @@ announced_version = Gauge("ergon_weights_announced_version", "Number of the newe
 fetch_seconds = Histogram(
     "ergon_weights_fetch_seconds", "Seconds to fetch and verify one version, successful ones only.", buckets=SECONDS
 )
-fetched_bytes = Counter("ergon_weights_fetched_bytes_total", "Chunk bytes received and verified.")
+apply_seconds = Histogram(
+    "ergon_weights_apply_seconds", "Seconds to apply one delta to the base and to verify the whole.", buckets=SECONDS
+)
+fetched_bytes = Counter("ergon_weights_fetched_bytes_total", "Chunk bytes received and verified.", ["kind"])
+fetched_versions = Counter("ergon_weights_fetched_total", "Versions fetched whole.", ["kind"])
+refused_deltas = Counter(
+    "ergon_weights_deltas_refused_total",
+    "Deltas that did not fit the base or did not give the version promised; the anchor was fetched instead.",
+)
 verify_failures = Counter("ergon_weights_verify_failures_total", "Chunks or snapshots whose hash was wrong.")
 superseded_fetches = Counter(
     "ergon_weights_superseded_total", "Fetches given up because the version was no longer held."

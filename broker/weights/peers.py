@@ -6,7 +6,7 @@ Knows no store and answers nothing by itself. Every send is non-blocking: a peer
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,19 +22,38 @@ from broker.protocol.frames import Message, encode
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weight_messages import Hello, Pair, Role
 from broker.weights import metrics
+from broker.weights.chain import Key
 
 logger = logging.getLogger(__name__)
 
 MAX_PEERS = 65536
 MAX_REQUEST_BYTES = 64 << 10
-SEND_QUEUE = 32  # messages of one peer inside ZeroMQ; they refer to the snapshot, so they cost no memory of their own
+SEND_QUEUE = 32  # messages of one peer inside ZeroMQ; they refer to the payload, so they cost no memory of their own
 ADMITTED = frozenset({Identity.RELAY, Identity.ACTOR, Identity.OPERATOR})
 
 
+LAG_LABELS = ("0", "1", "2", "3-4", "5-8", "more", "lineage", "none")
+
+
+def lag_label(have: Pair | None, newest: PolicyVersion | None) -> str:
+    """How far who holds `have` is behind, as the metric has it."""
+    if have is None:
+        return "none"
+    if newest is None or have >= newest:  # a relay that was restarted may be behind its receivers
+        return "0"
+    if have[0] != newest.lineage:
+        return "lineage"
+    lag = newest.version - have[1]
+    if lag <= 2:
+        return str(lag)
+    return "3-4" if lag <= 4 else "5-8" if lag <= 8 else "more"
+
+
 class Request(NamedTuple):
-    """A manifest (chunk None) or a chunk that a peer wants."""
+    """A manifest (`chunk` None, `parent` is what the peer has) or a chunk of a payload that a peer wants."""
 
     version: PolicyVersion
+    parent: PolicyVersion | None
     chunk: int | None
 
 
@@ -47,7 +66,7 @@ class Peer:
     seen_at: float
     watching: bool = False
     have: Pair | None = None
-    fetching: PolicyVersion | None = None
+    fetching: Key | None = None
     requested_at: float = 0.0
     waiting: deque[Request] = field(default_factory=deque)
 
@@ -146,8 +165,8 @@ class Peers:
         """Whose requests wait for room in their queue."""
         return [(routing, peer) for routing, peer in self._by_routing.items() if peer.waiting]
 
-    def fetched(self, now: float) -> set[PolicyVersion]:
-        """Versions that somebody has asked for a part of within `silence_s`."""
+    def fetched(self, now: float) -> set[Key]:
+        """Payloads that somebody has asked for a part of within `silence_s`."""
         peers = self._by_routing.values()
         return {p.fetching for p in peers if p.fetching and now - p.requested_at <= self._silence_s}
 
@@ -157,6 +176,11 @@ class Peers:
         for role in Role:
             metrics.peers.labels(role).set(sum(peer.role is role for peer in peers))
         metrics.peers_behind.set(sum(p.watching and p.have != newest for p in peers) if newest else 0)
+        held = [p.have for p in peers if p.watching and p.role is not Role.OPERATOR]
+        metrics.versions_in_use.set(len(set(held)))
+        lags = Counter(lag_label(have, newest) for have in held)
+        for label in LAG_LABELS:
+            metrics.peers_by_lag.labels(label).set(lags[label])
 
     def receive(self) -> list[zmq.Frame]:
         """The frames of the next message, the sender's routing id first; none where nothing has arrived."""

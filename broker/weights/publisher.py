@@ -1,57 +1,52 @@
-"""The learner's end of the weight channel: `WeightPublisher` serves the newest version.
+"""The learner's end of the weight channel: `WeightPublisher` serves the newest version, and deltas to the ones before.
 
-It owns the snapshots it serves, never the live weights: `publish` copies them once and returns. A version is announced
-and served only when it is complete.
+It owns the one snapshot it serves, never the live weights: `publish` compares them with that snapshot, tensor by
+tensor, and writes what changed into it. A version is announced and served only when it is complete.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from broker.process.lifecycle import ErgonError
 from broker.process.security import OPEN, Security
 from broker.protocol import weights
+from broker.protocol.deltas import DeltaEncoder
 from broker.protocol.trajectory import PolicyVersion
-from broker.protocol.weights import Buffer, Bytes, TensorSpec, flat
+from broker.protocol.weights import DTYPES, Buffer, Bytes, Manifest, TensorSpec, flat
 from broker.weights import metrics
+from broker.weights.chain import Payload, pays
 from broker.weights.server import WeightServer
-from broker.weights.store import OutOfBudgetError, Snapshot, WeightStore
+from broker.weights.store import Draft, OutOfBudgetError, WeightStore
 
 logger = logging.getLogger(__name__)
 
-
-def _copy(specs: Sequence[TensorSpec], sources: Mapping[str, Buffer], snapshot: Bytes) -> None:
-    """Fill the snapshot and make it read-only. Raises ValueError where the bytes do not fit the description."""
-    target = flat(snapshot)
-    for spec in specs:
-        try:
-            source = flat(sources[spec.name])
-        except TypeError as error:
-            raise ValueError(f"tensor {spec.name!r} is not contiguous; make it so before publishing") from error
-        if source.nbytes != spec.num_bytes:
-            raise ValueError(
-                f"tensor {spec.name!r} has {source.nbytes} bytes; {spec.dtype} {list(spec.shape)} has {spec.num_bytes}"
-            )
-        target[spec.offset : spec.offset + spec.num_bytes] = source
-    snapshot.setflags(write=False)
+Read = Callable[[str], Buffer]
 
 
 @dataclass(frozen=True, slots=True)
 class PublishStats:
-    """What one `publish` did."""
+    """What one `publish` did. `full`: nothing but the snapshot was published, so all elements count as changed."""
 
     num_bytes: int
     num_tensors: int
     seconds: float
+    num_changed: int
+    num_elements: int
+    payload_bytes: int
+    full: bool
 
 
 class WeightPublisher:
     """Serves the newest weights of this process on `bind_endpoint` from its own thread.
 
-    Raises ErgonError where it cannot bind. `max_bytes` bounds the memory of all snapshots; two must fit.
+    Raises ErgonError where it cannot bind. `max_bytes` bounds the memory of all snapshots (two must fit),
+    `max_delta_bytes` that of the deltas, and again of the folded ones.
     """
 
     def __init__(
@@ -61,6 +56,7 @@ class WeightPublisher:
         *,
         chunk_bytes: int = 4 << 20,
         max_bytes: int = 8 << 30,
+        max_delta_bytes: int = 1 << 30,
         heartbeat_s: float = 1.0,
         liveness: int = 15,
         security: Security = OPEN,
@@ -68,7 +64,8 @@ class WeightPublisher:
         self._run_id = run_id
         self._chunk_bytes = chunk_bytes
         self._patience_s = 2 * heartbeat_s * liveness  # by then a peer that reads nothing is gone, and its memory free
-        self._store = WeightStore(max_bytes)
+        self._last: PolicyVersion | None = None  # announced, whether or not it is still served
+        self._store = WeightStore(max_bytes, max_delta_bytes)
         self._server = WeightServer(
             bind_endpoint, run_id, self._store, heartbeat_s=heartbeat_s, liveness=liveness, security=security
         )
@@ -77,8 +74,8 @@ class WeightPublisher:
     @property
     def newest(self) -> PolicyVersion | None:
         """The version being served."""
-        snapshot = self._store.newest
-        return snapshot.version if snapshot else None
+        newest = self._store.newest
+        return newest.version if newest else None
 
     @property
     def num_peers(self) -> int:
@@ -88,34 +85,127 @@ class WeightPublisher:
     def publish(
         self, version: PolicyVersion, tensors: Iterable[tuple[str, str, Sequence[int], Buffer]]
     ) -> PublishStats:
-        """Copy, hash, switch, announce. Tensors are (name, dtype as in torch, shape, contiguous little-endian bytes).
+        """`publish_from` tensors that are all there: (name, dtype as in torch, shape, contiguous little-endian bytes).
 
-        The bytes may change once this returns. Raises ValueError for tensors or a version that cannot be published,
-        ErgonError where the memory budget is too small; the version served before then stays.
+        All of them are checked before anything is written.
+        """
+        given = list(tensors)
+        sources = {name: data for name, _, _, data in given}
+        layout = [(name, dtype, tuple(shape)) for name, dtype, shape, _ in given]
+        for spec in weights.lay_out(layout):
+            _source(spec, sources[spec.name])
+        return self.publish_from(version, layout, sources.__getitem__)
+
+    def publish_from(
+        self, version: PolicyVersion, layout: Iterable[tuple[str, str, Sequence[int]]], read: Read
+    ) -> PublishStats:
+        """Compare with the version before, copy, hash, switch, announce. `layout` is (name, dtype as in torch, shape).
+
+        `read(name)` gives a tensor's contiguous little-endian bytes. It is called once for each, in the order of the
+        snapshot, and its result is let go of before the next; the bytes may change once this returns.
+
+        Raises ValueError for tensors or a version that cannot be published, ErgonError where the memory budget is too
+        small; the version served before then stays. Where `read` fails, nothing is published, and if the version before
+        had to give its memory, nothing is served until the next one.
         """
         if self._server.failure is not None:
             raise self._server.failure
         started = time.monotonic()
-        newest = self.newest
-        if newest is not None and version <= newest:
-            raise ValueError(f"version {tuple(version)} is not newer than {tuple(newest)}, which is being served")
-        given = list(tensors)
-        specs = weights.lay_out((name, dtype, tuple(shape)) for name, dtype, shape, _ in given)
-        sources = {name: data for name, _, _, data in given}
+        if self._last is not None and version <= self._last:
+            raise ValueError(f"version {tuple(version)} is not newer than {tuple(self._last)}, which was published")
+        specs = weights.lay_out((name, dtype, tuple(shape)) for name, dtype, shape in layout)
+        continues = _continues(self._store.newest, version, specs)
         try:
-            snapshot = self._store.allocate(specs[-1].offset + specs[-1].num_bytes, timeout_s=self._patience_s)
+            draft = self._store.begin(
+                specs[-1].offset + specs[-1].num_bytes, timeout_s=self._patience_s, copy=continues
+            )
         except OutOfBudgetError as error:
             raise ErgonError(str(error)) from error
-        _copy(specs, sources, snapshot)
-        manifest = weights.describe(self._run_id, version, specs, snapshot, self._chunk_bytes, time.time())
-        self._store.put(Snapshot(manifest, snapshot))
+        try:
+            diff = _fill(draft, specs, read, encode=continues and draft.base is not None)
+            manifest = weights.describe(self._run_id, version, specs, draft.data, self._chunk_bytes, time.time())
+            delta = None
+            if diff is not None and draft.base is not None:
+                delta = Payload(weights.describe_delta(manifest, draft.base.version, diff.payload), diff.payload)
+        except BaseException:
+            self._store.abort(draft)
+            self._server.announce()
+            raise
+        self._store.commit(draft, manifest, delta)
+        self._last = version
         self._server.announce()
-        stats = PublishStats(snapshot.size, len(specs), time.monotonic() - started)
-        metrics.publish_seconds.observe(stats.seconds)
-        metrics.published_bytes.inc(stats.num_bytes)
-        logger.info("published version=%s bytes=%d seconds=%.3f", tuple(version), stats.num_bytes, stats.seconds)
+        stats = _stats(manifest, diff, time.monotonic() - started)
+        _observe(stats)
+        logger.info("published version=%s %s", tuple(version), stats)
         return stats
 
     def close(self) -> None:
         """Stop serving. Idempotent."""
         self._server.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Diff:
+    payload: Bytes
+    num_changed: int
+
+
+def _continues(base: Manifest | None, version: PolicyVersion, specs: tuple[TensorSpec, ...]) -> bool:
+    """Whether a delta to `base` can be made."""
+    return base is not None and base.version.lineage == version.lineage and base.tensors == specs
+
+
+def _fill(draft: Draft, specs: Sequence[TensorSpec], read: Read, encode: bool) -> _Diff | None:
+    """Make the draft the new snapshot, tensor by tensor; what changed, where that is asked for and pays."""
+    started = time.monotonic()
+    encoder = DeltaEncoder() if encode else None
+    num_changed = 0
+    for index, spec in enumerate(specs):
+        source = np.frombuffer(_source(spec, read(spec.name)), np.uint8)
+        target = draft.data[spec.offset : spec.offset + spec.num_bytes]
+        if encoder is None:
+            target[:] = source
+        elif spec.num_bytes:
+            num_changed += encoder.add(index, DTYPES[spec.dtype][1], target, source)
+            if not pays(encoder.num_bytes, draft.data.size):
+                encoder = None
+        del source  # before the next one is read
+    payload = encoder.finish() if encoder is not None else None
+    metrics.diff_seconds.observe(time.monotonic() - started)
+    return _Diff(payload, num_changed) if payload is not None and pays(payload.size, draft.data.size) else None
+
+
+def _source(spec: TensorSpec, data: Buffer) -> memoryview:
+    """The bytes given for a tensor. Raises ValueError where they do not fit its description."""
+    try:
+        source = flat(data)
+    except TypeError as error:
+        raise ValueError(f"tensor {spec.name!r} is not contiguous; make it so before publishing") from error
+    if source.nbytes != spec.num_bytes:
+        raise ValueError(
+            f"tensor {spec.name!r} has {source.nbytes} bytes; {spec.dtype} {list(spec.shape)} has {spec.num_bytes}"
+        )
+    return source
+
+
+def _stats(manifest: Manifest, diff: _Diff | None, seconds: float) -> PublishStats:
+    num_elements = sum(spec.num_bytes // DTYPES[spec.dtype][1] for spec in manifest.tensors)
+    return PublishStats(
+        num_bytes=manifest.total_bytes,
+        num_tensors=len(manifest.tensors),
+        seconds=seconds,
+        num_changed=num_elements if diff is None else diff.num_changed,
+        num_elements=num_elements,
+        payload_bytes=manifest.total_bytes if diff is None else diff.payload.size,
+        full=diff is None,
+    )
+
+
+def _observe(stats: PublishStats) -> None:
+    kind = metrics.ANCHOR if stats.full else metrics.DELTA
+    metrics.publish_seconds.observe(stats.seconds)
+    metrics.published_versions.labels(kind).inc()
+    metrics.published_bytes.labels(kind).inc(stats.payload_bytes)
+    metrics.compression.set(stats.num_bytes / max(stats.payload_bytes, 1))
+    if not stats.full:
+        metrics.changed_fraction.set(stats.num_changed / stats.num_elements)

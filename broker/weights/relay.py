@@ -1,7 +1,8 @@
 """The relay process: a subscriber of its upstream, a server to its downstream. Stateless; it can be killed at any time.
 
-The upstream is the learner's publisher, or another relay: it is only an address. The relay pulls each newest version
-whole, verifies it, then serves and announces it. It decides nothing about which version anybody should use.
+The upstream is the learner's publisher, or another relay: it is only an address. The relay pulls the newest version, as
+a delta to what it holds where the upstream has one, verifies the whole, then serves and announces it. It decides
+nothing about which version anybody should use.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Relay:
     @property
     def newest(self) -> PolicyVersion | None:
         """The version being served."""
-        snapshot = self._store.newest
-        return snapshot.version if snapshot else None
+        newest = self._store.newest
+        return newest.version if newest else None
 
     def health(self) -> Health:
         """Fit once it is connected upstream or holds a version, unless it cannot take new ones."""
@@ -71,7 +72,7 @@ class Relay:
         if version is None:
             return
         try:
-            snapshot = self._upstream.fetch_snapshot(version, self._store, FETCH_TIMEOUT_S)
+            manifest = self._upstream.fetch_into(version, self._store, FETCH_TIMEOUT_S)
         except WeightsSupersededError as error:
             logger.info("fetch superseded version=%s newest=%s", tuple(version), tuple(error.newest))
             return
@@ -84,10 +85,10 @@ class Relay:
             stop.wait(RETRY_AFTER_S)
             return
         self._problem = ""
-        if self._store.put(snapshot):
-            self._server.announce()
-            metrics.relay_versions.inc()
-            logger.info("serving version=%s bytes=%d", tuple(version), snapshot.data.size)
+        self._server.announce()
+        metrics.relay_versions.inc()
+        kind = metrics.kind(manifest.parent)
+        logger.info("serving version=%s kind=%s bytes=%d", tuple(version), kind, manifest.payload_bytes)
 
 
 def serve_relay(settings: Settings) -> None:
@@ -99,7 +100,7 @@ def serve_relay(settings: Settings) -> None:
     raise_file_limit()
     weights, run_id = settings.weights, settings.run.name
     security = load_security(settings, Identity.RELAY)
-    store = WeightStore(weights.max_mb << 20)
+    store = WeightStore(weights.max_mb << 20, weights.delta_mb << 20)
     server = WeightServer(
         f"tcp://{weights.relay_host}:{weights.relay_port}",
         run_id,

@@ -1,8 +1,9 @@
 """The serving half of the weight channel: one thread, the same in the publisher and in every relay.
 
-Serves what the `WeightStore` holds and decides nothing about it except which older versions are still being fetched. A
-peer that reads slowly fills its own queue, its further requests wait (bounded), and nobody else notices. It never
-pushes data, only announcements. The socket and its peers are in `peers.py`.
+Serves what the `WeightStore` holds and decides nothing about it except which payloads are still being fetched. Folds of
+deltas are made in a thread of their own (`folding.py`); who asks for one waits until it is there. A peer that reads
+slowly fills its own queue, its further requests wait (bounded), and nobody else notices. It never pushes data, only
+announcements. The socket and its peers are in `peers.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from broker.protocol import weight_messages as messages
 from broker.protocol.commands import Heartbeat, error_message, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
+from broker.protocol.trajectory import PolicyVersion
 from broker.weights import metrics
+from broker.weights.chain import FoldJob
+from broker.weights.folding import Folder
 from broker.weights.peers import MAX_REQUEST_BYTES, Peer, Peers, Request
 from broker.weights.store import WeightStore
 
@@ -56,6 +60,7 @@ class WeightServer:
         self._peers = Peers(endpoint, run_id, heartbeat_s * liveness, security)
         self.endpoint = self._peers.endpoint
         self._wakeup = Wakeup()
+        self._folder = Folder(store)
         self._thread = threading.Thread(target=self._run, name="weight-server", daemon=True)
         self._thread.start()
 
@@ -70,6 +75,7 @@ class WeightServer:
         self._closing = True
         self.announce()
         self._thread.join()
+        self._folder.close()
         self._peers.close()
         self._wakeup.close()
 
@@ -110,7 +116,7 @@ class WeightServer:
 
     def _serve_waiting(self) -> None:
         for routing, peer in self._peers.waiting():
-            while peer.waiting and self._serve(routing, peer.waiting[0]):
+            while peer.waiting and self._serve(routing, peer, peer.waiting[0]):
                 peer.waiting.popleft()
 
     def _beat(self, now: float) -> None:
@@ -118,6 +124,7 @@ class WeightServer:
         self._store.keep_only(self._peers.fetched(now))
         newest = self._store.newest
         self._peers.observe(newest.version if newest else None)
+        metrics.held_bytes.set(self._store.live_bytes)
         self._announce_all()
 
     def _announce_all(self) -> None:
@@ -129,7 +136,7 @@ class WeightServer:
         newest = self._store.newest
         if newest is None:
             return messages.Announce(newest=None, num_bytes=0).pack()
-        return messages.Announce(newest=newest.version, num_bytes=newest.data.size).pack()
+        return messages.Announce(newest=newest.version, num_bytes=newest.total_bytes).pack()
 
     def _receive(self) -> None:
         for _ in range(MESSAGES_PER_TURN):
@@ -168,10 +175,12 @@ class WeightServer:
             self._peers.send(routing, self._announcement())
         elif message.command == messages.ManifestRequest.COMMAND:
             manifest = parse_body(message, messages.ManifestRequest)
-            self._on_request(routing, peer, Request(manifest.policy_version, None), now)
+            have = messages.policy_version(manifest.have)
+            self._on_request(routing, peer, Request(manifest.policy_version, have, None), now)
         elif message.command == messages.ChunkRequest.COMMAND:
             chunk = parse_body(message, messages.ChunkRequest)
-            self._on_request(routing, peer, Request(chunk.policy_version, chunk.index), now)
+            parent = messages.policy_version(chunk.parent)
+            self._on_request(routing, peer, Request(chunk.policy_version, parent, chunk.index), now)
         else:
             raise ProtocolError(
                 ErrorCode.UNKNOWN_COMMAND,
@@ -180,8 +189,8 @@ class WeightServer:
             )
 
     def _on_request(self, routing: bytes, peer: Peer, request: Request, now: float) -> None:
-        peer.fetching, peer.requested_at = request.version, now
-        if not peer.waiting and self._serve(routing, request):
+        peer.requested_at = now
+        if not peer.waiting and self._serve(routing, peer, request):
             return
         if len(peer.waiting) >= MAX_WAITING:
             raise ProtocolError(
@@ -190,27 +199,40 @@ class WeightServer:
         peer.waiting.append(request)
         metrics.deferred_requests.inc()
 
-    def _serve(self, routing: bytes, request: Request) -> bool:
-        """Answer a request; False where the peer's queue is full."""
-        version, index = request.version, request.chunk
-        snapshot = self._store.get(version)
-        if snapshot is None:
-            newest = self._store.newest
-            held = f"the newest is {tuple(newest.version)}" if newest else "none is held yet"
-            error = ProtocolError(ErrorCode.NOT_FOUND, f"version {tuple(version)} is not held; {held}")
-            self._refuse(routing, error, messages.version_text(version))
+    def _serve(self, routing: bytes, peer: Peer, request: Request) -> bool:
+        """Answer a request; False where the peer's queue is full, or what it asks for is being made."""
+        if request.chunk is None:
+            return self._serve_manifest(routing, peer, request)
+        key, index = (request.version, request.parent), request.chunk
+        try:
+            chunk = self._store.lend(key, index)
+        except IndexError as error:
+            refusal = ProtocolError(ErrorCode.BAD_MESSAGE, f"CHUNK: version {tuple(request.version)} has no {error}")
+            self._refuse(routing, refusal, "CHUNK")
             return True
-        self._store.mark_in_use(version)
-        if index is None:
-            return self._peers.send(routing, messages.manifest_reply(snapshot.manifest))
-        if index >= snapshot.manifest.num_chunks:
-            last = snapshot.manifest.num_chunks - 1
-            error = ProtocolError(ErrorCode.BAD_MESSAGE, f"CHUNK: index is {index}; {tuple(version)} has 0 to {last}")
-            self._refuse(routing, error, "CHUNK")
-            return True
-        chunk = snapshot.chunk(index)
-        if not self._peers.send(routing, messages.chunk_reply(version, index, chunk)):
+        if chunk is None:
+            return self._not_held(routing, request.version)
+        peer.fetching = key
+        if not self._peers.send(routing, messages.chunk_reply(*key, index, chunk)):
             return False
+        peer.requested_at = time.monotonic()  # what has waited so long for a slow peer is still being fetched
         metrics.served_chunks.inc()
-        metrics.served_bytes.inc(chunk.size)
+        metrics.served_bytes.labels(metrics.kind(request.parent)).inc(chunk.size)
+        return True
+
+    def _serve_manifest(self, routing: bytes, peer: Peer, request: Request) -> bool:
+        found = self._store.find(request.version, request.parent)
+        if found is None:
+            return self._not_held(routing, request.version)
+        peer.fetching = found.key
+        if isinstance(found, FoldJob):
+            self._folder.make(found)
+            return False
+        return self._peers.send(routing, messages.manifest_reply(found.manifest))
+
+    def _not_held(self, routing: bytes, version: PolicyVersion) -> bool:
+        newest = self._store.newest
+        held = f"the newest is {tuple(newest.version)}" if newest else "none is held yet"
+        error = ProtocolError(ErrorCode.NOT_FOUND, f"version {tuple(version)} is not held; {held}")
+        self._refuse(routing, error, messages.version_text(version))
         return True

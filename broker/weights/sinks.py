@@ -1,4 +1,5 @@
-"""Where fetched weights go: a safetensors file that appears whole or not at all, or a snapshot in memory to serve on.
+"""Where fetched weights go: what a `Fetch` needs of its destination, the payload of a delta on its way, and the relay's
+destination, which is its store. The actor's is in `basefile.py`.
 
 A sink owns its destination from `begin` to `finish` or `abort`. It trusts no chunk order and verifies the whole at the
 end; it knows no socket.
@@ -6,26 +7,38 @@ end; it knows no socket.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
-from pathlib import Path
+import time
 from typing import Protocol
 
-from broker.process.lifecycle import ErgonError
-from broker.protocol.weights import Buffer, Bytes, Manifest, digest, flat, safetensors_header
-from broker.weights.store import Snapshot, WeightStore
+import numpy as np
+
+from broker.protocol.deltas import apply_delta
+from broker.protocol.errors import ProtocolError
+from broker.protocol.trajectory import PolicyVersion
+from broker.protocol.weights import Buffer, Bytes, Manifest, TensorSpec, describe, flat
+from broker.weights import metrics
+from broker.weights.chain import Payload
+from broker.weights.store import Draft, WeightStore
 
 
 class WeightsCorruptError(Exception):
-    """What arrived is not what the manifest promises, repeatedly; nothing was written to the destination."""
+    """What arrived is not what the manifest promises, repeatedly, or the manifest contradicts itself."""
+
+
+class DeltaRefusedError(Exception):
+    """A delta does not fit the base, or gives other bytes than its manifest promises: the anchor is needed."""
 
 
 class Sink(Protocol):
     """Where verified chunks go. `begin` may be called again after `abort`."""
 
+    @property
+    def have(self) -> PolicyVersion | None:
+        """The version whose snapshot is held whole at this moment, to which a delta can be applied."""
+        ...
+
     def begin(self, manifest: Manifest) -> None:
-        """Prepare the destination for this version."""
+        """Prepare for this payload. Raises DeltaRefusedError where it is a delta to other tensors than the base's."""
         ...
 
     def write(self, index: int, data: Buffer) -> None:
@@ -33,117 +46,136 @@ class Sink(Protocol):
         ...
 
     def finish(self) -> None:
-        """Verify the whole and make it visible. Raises WeightsCorruptError."""
+        """Verify the whole and make it visible. Raises WeightsCorruptError (an anchor), DeltaRefusedError."""
         ...
 
     def abort(self) -> None:
-        """Leave no trace. Harmless at any time, after `finish` too."""
+        """Give up what is unfinished. Harmless at any time, after `finish` too."""
+        ...
+
+    def forget(self) -> None:
+        """A delta was refused: `have` is None from now on."""
         ...
 
 
-class FileSink:
-    """A safetensors file at `destination`, replaced in one step; until then `.NAME.PID.partial` beside it.
+class DeltaBuffer:
+    """The payload of a delta, in memory, chunk by chunk."""
 
-    Raises ErgonError where the directory cannot take it. Not durable on purpose: weights can be fetched again.
-    """
-
-    def __init__(self, destination: Path) -> None:
-        self._destination = destination
-        self._partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
-        self._fd = -1
-        self._manifest: Manifest | None = None
-        self._data_offset = 0
-
-    def begin(self, manifest: Manifest) -> None:
-        header = safetensors_header(manifest)
-        self._manifest, self._data_offset = manifest, len(header)
-        try:
-            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            os.ftruncate(self._fd, len(header) + manifest.total_bytes)
-            self._pwrite(header, 0)
-        except OSError as error:
-            raise self._unusable(error) from error
+    def __init__(self, manifest: Manifest, base_tensors: tuple[TensorSpec, ...]) -> None:
+        """Raises DeltaRefusedError where the delta is one of other tensors than the base's."""
+        if manifest.tensors != base_tensors:
+            raise DeltaRefusedError(f"the delta to {_text(manifest)} is of other tensors than {manifest.parent} has")
+        self.manifest = manifest
+        self.data: Bytes = np.empty(manifest.payload_bytes, np.uint8)
 
     def write(self, index: int, data: Buffer) -> None:
-        assert self._manifest is not None
+        """Store a verified chunk."""
+        start, end = self.manifest.chunk_range(index)
+        self.data[start:end] = np.frombuffer(flat(data), np.uint8)
+
+    def apply_to(self, target: Bytes) -> None:
+        """Make `target`, the parent's snapshot, that of this version; `verify` is due. Raises DeltaRefusedError."""
+        self.data.setflags(write=False)
         try:
-            self._pwrite(data, self._data_offset + self._manifest.chunk_range(index)[0])
-        except OSError as error:
-            raise self._unusable(error) from error
+            apply_delta(self.data, self.manifest.tensors, target)
+        except ProtocolError as error:
+            raise DeltaRefusedError(f"the delta to {_text(self.manifest)} is malformed: {error.message}") from error
 
-    def finish(self) -> None:
-        assert self._manifest is not None
-        # Read back what the file holds: the hash then covers the writing, too.
-        with (
-            mmap.mmap(self._fd, 0, prot=mmap.PROT_READ) as mapped,
-            memoryview(mapped) as whole,
-            whole[self._data_offset :] as data,
-        ):
-            right = digest(data) == self._manifest.total_hash
-        if not right:
-            raise _wrong_total(self._manifest)
-        try:
-            self._partial.replace(self._destination)
-        except OSError as error:
-            raise self._unusable(error) from error
-        os.close(self._fd)
-        self._fd = -1
-
-    def abort(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            with contextlib.suppress(FileNotFoundError):
-                self._partial.unlink()
-
-    def _pwrite(self, data: Buffer, offset: int) -> None:
-        left = flat(data)
-        while left.nbytes:
-            num = os.pwrite(self._fd, left, offset)
-            left, offset = left[num:], offset + num
-
-    def _unusable(self, error: OSError) -> ErgonError:
-        return ErgonError(
-            f"weights cannot be written to {self._destination} ({error.strerror}); "
-            "free space there or set actor.staging to another directory"
-        )
+    def verify(self, total_hash: bytes) -> None:
+        """Raise DeltaRefusedError unless this, the target's hash, is the version's."""
+        if total_hash != self.manifest.total_hash:
+            raise DeltaRefusedError(f"the delta to {_text(self.manifest)} gives other bytes than its manifest promises")
 
 
-class MemorySink:
-    """A snapshot in memory that `store` accounts for; `snapshot` after `finish`. Raises OutOfBudgetError at `begin`."""
+class StoreSink:
+    """A relay's store: an anchor arrives beside what is served, a delta is applied to the one copy there is.
+
+    Raises OutOfBudgetError, an anchor at `begin`, a delta at `finish`.
+    """
 
     def __init__(self, store: WeightStore) -> None:
         self._store = store
+        self._forgotten = False
         self._manifest: Manifest | None = None
-        self._data: Bytes | None = None
-        self.snapshot: Snapshot | None = None
+        self._anchor: Draft | None = None
+        self._delta: DeltaBuffer | None = None
+
+    @property
+    def have(self) -> PolicyVersion | None:
+        """See Sink."""
+        base = self._store.base
+        return base.version if base is not None and not self._forgotten else None
 
     def begin(self, manifest: Manifest) -> None:
-        self._data = self._store.allocate(manifest.total_bytes)
+        """See Sink."""
+        base = self._store.base
+        if manifest.parent is None:
+            self._anchor = self._store.begin(manifest.total_bytes, beside=True)
+        else:
+            self._delta = DeltaBuffer(manifest, base.manifest.tensors if base is not None else ())
         self._manifest = manifest
 
     def write(self, index: int, data: Buffer) -> None:
-        assert self._data is not None
+        """See Sink."""
         assert self._manifest is not None
+        if self._delta is not None:
+            self._delta.write(index, data)
+            return
+        assert self._anchor is not None
         start, end = self._manifest.chunk_range(index)
-        flat(self._data)[start:end] = flat(data)
+        self._anchor.data[start:end] = np.frombuffer(flat(data), np.uint8)
 
     def finish(self) -> None:
-        assert self._data is not None
+        """See Sink."""
         assert self._manifest is not None
-        if digest(self._data) != self._manifest.total_hash:
-            raise _wrong_total(self._manifest)
-        self._data.setflags(write=False)
-        self.snapshot = Snapshot(self._manifest, self._data)
-        self._data = None
+        if self._delta is not None:
+            self._finish_delta(self._delta)
+        else:
+            assert self._anchor is not None
+            made = describe_as(self._manifest, self._anchor.data)
+            if made.total_hash != self._manifest.total_hash:
+                raise wrong_total(self._manifest)
+            self._store.commit(self._anchor, made, None)
+        self._anchor = self._delta = None
 
     def abort(self) -> None:
-        self._data = None
+        """See Sink."""
+        if self._anchor is not None:
+            self._store.abort(self._anchor)
+        self._anchor = self._delta = None
+
+    def forget(self) -> None:
+        """See Sink. What the store holds goes on being served: every receiver verifies it."""
+        self._forgotten = True
+
+    def _finish_delta(self, delta: DeltaBuffer) -> None:
+        draft = self._store.begin(delta.manifest.total_bytes, copy=True)
+        started = time.monotonic()
+        try:
+            delta.apply_to(draft.data)
+            made = describe_as(delta.manifest, draft.data)
+            delta.verify(made.total_hash)
+        except BaseException:
+            self._store.abort(draft)
+            raise
+        metrics.apply_seconds.observe(time.monotonic() - started)
+        self._store.commit(draft, made, Payload(delta.manifest, delta.data))
 
 
-def _wrong_total(manifest: Manifest) -> WeightsCorruptError:
-    version = manifest.version
-    return WeightsCorruptError(
-        f"version ({version.lineage}, {version.version}): every chunk fits its hash and the whole does not; "
-        "the manifest contradicts itself, so the publisher or a relay is damaged"
+def describe_as(manifest: Manifest, snapshot: Bytes) -> Manifest:
+    """The manifest of these bytes as an anchor of the version that `manifest` names; only `total_hash` may differ."""
+    return describe(
+        manifest.run_id, manifest.version, manifest.tensors, snapshot, manifest.chunk_bytes, manifest.created_at
     )
+
+
+def wrong_total(manifest: Manifest) -> WeightsCorruptError:
+    """The error for an anchor whose chunks are right and whose whole is not."""
+    return WeightsCorruptError(
+        f"version {_text(manifest)}: every chunk fits its hash and the whole does not; the manifest contradicts "
+        "itself, so the publisher or a relay is damaged"
+    )
+
+
+def _text(manifest: Manifest) -> str:
+    return f"({manifest.version.lineage}, {manifest.version.version})"

@@ -1,21 +1,25 @@
-"""The versions one process can serve, in memory. Owns which are kept and for how long; knows no socket, reads no clock.
+"""What one process can serve, in memory: the newest snapshot, and the deltas that lead to it. Owns which are kept and
+for how long, and when a snapshot's memory may be written again; knows no socket, reads no clock.
 
-The newest version is always kept. An older one is kept only while somebody fetches it and the byte budget allows.
-A snapshot's memory is freed when nothing refers to it: messages on their way to a peer keep it alive, and count.
+There is one copy of the newest snapshot, and the next version is written into the same memory, unless somebody fetches
+it: then into a second copy, and the old one is kept while it is fetched and the budget allows. Chunks on their way to a
+peer are counted (`lend`) until nothing refers to them; memory is freed when nothing refers to it.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
 from broker.protocol.trajectory import PolicyVersion
-from broker.protocol.weights import Bytes, Manifest
+from broker.protocol.weights import Bytes, Manifest, flat
 from broker.weights import metrics
+from broker.weights.chain import DeltaChain, FoldJob, Key, Payload, pays
 
 
 class OutOfBudgetError(Exception):
@@ -23,42 +27,45 @@ class OutOfBudgetError(Exception):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Snapshot:
-    """A complete, verified version: its manifest and its bytes (uint8, read-only, [total_bytes])."""
+class Draft:
+    """Memory in which the next version is made (uint8, writable). `base` describes the snapshot that it holds now."""
 
-    manifest: Manifest
     data: Bytes
-
-    @property
-    def version(self) -> PolicyVersion:
-        """The version these weights are."""
-        return self.manifest.version
-
-    def chunk(self, index: int) -> Bytes:
-        """A view of one chunk. Raises IndexError."""
-        start, end = self.manifest.chunk_range(index)
-        return self.data[start:end]
+    base: Manifest | None
 
 
 class WeightStore:
-    """Complete versions by number. Thread-safe; every method returns at once."""
+    """Versions by number, and how to get from one to another. Thread-safe; only `begin` waits.
 
-    def __init__(self, max_bytes: int) -> None:
+    One thread writes: `begin`, then `commit` or `abort`. `max_bytes` bounds the snapshots, `max_delta_bytes` the deltas
+    and again the folded ones.
+    """
+
+    def __init__(self, max_bytes: int, max_delta_bytes: int = 1 << 30) -> None:
         self._max_bytes = max_bytes
         self._lock = threading.Condition()  # re-entrant: a finalizer may run inside an allocation made under the lock
-        self._held: dict[PolicyVersion, Snapshot] = {}
-        self._in_use: frozenset[PolicyVersion] = frozenset()
+        self._held: dict[PolicyVersion, Payload] = {}  # anchors
+        self._chain = DeltaChain(max_delta_bytes)
+        self._newest: Manifest | None = None  # its anchor is not held while the next version is written over it
+        self._in_use: frozenset[Key] = frozenset()
+        self._lent: Counter[PolicyVersion] = Counter()  # chunks of anchors on their way
         self._live_bytes = 0
 
     @property
-    def newest(self) -> Snapshot | None:
-        """The newest version held."""
+    def newest(self) -> Manifest | None:
+        """The newest complete version, as an anchor."""
         with self._lock:
-            return self._held[max(self._held)] if self._held else None
+            return self._newest
+
+    @property
+    def base(self) -> Payload | None:
+        """The newest snapshot; None where none is held whole."""
+        with self._lock:
+            return self._held.get(self._newest.version) if self._newest else None
 
     @property
     def versions(self) -> tuple[PolicyVersion, ...]:
-        """All versions held, oldest first."""
+        """The versions whose snapshots are held, oldest first."""
         with self._lock:
             return tuple(sorted(self._held))
 
@@ -68,67 +75,139 @@ class WeightStore:
         with self._lock:
             return self._live_bytes
 
-    def get(self, version: PolicyVersion) -> Snapshot | None:
-        """This version, or None if it is not (or no longer) held."""
-        with self._lock:
-            return self._held.get(version)
+    # --- serving ----------------------------------------------------------------------------------------------------
 
-    def allocate(self, num_bytes: int, timeout_s: float = 0.0) -> Bytes:
-        """Memory for a snapshot, within the budget; older versions make room, the newest never does.
-
-        Waits up to `timeout_s` for slow peers to let go of versions already dropped. Raises OutOfBudgetError.
-        """
-        if 2 * num_bytes > self._max_bytes:
-            raise OutOfBudgetError(
-                f"two snapshots of {num_bytes} bytes (one served, one arriving) do not fit into the weight channel's "
-                f"budget of {self._max_bytes} bytes; raise weights.max_mb to {-(-3 * num_bytes >> 20)} or more"
-            )
+    def find(self, version: PolicyVersion, have: PolicyVersion | None) -> Payload | FoldJob | None:
+        """The cheapest payload that makes `have` this version, which counts as fetched from here on; or the fold that
+        is to be made for it; None where the version is not (or no longer, or at this moment not) held."""
         with self._lock:
-            for version in self.versions[:-1]:
-                if self._fits(num_bytes):
-                    break
-                del self._held[version]
-            if not self._lock.wait_for(lambda: self._fits(num_bytes), timeout_s):
-                raise OutOfBudgetError(
-                    f"a snapshot of {num_bytes} bytes does not fit beside the {self._live_bytes} bytes still in use by "
-                    f"slow peers; the budget is {self._max_bytes} bytes: raise weights.max_mb"
-                )
-            data = np.empty(num_bytes, np.uint8)
-            self._live_bytes += num_bytes
-            weakref.finalize(data, self._freed, num_bytes).atexit = False
+            found = self._chain.find(version, have) if have is not None else None
+            if found is None:
+                found = self._held.get(version)
+            if found is not None:
+                self._in_use |= {found.key}
+            return found
+
+    def add_fold(self, job: FoldJob, made: Payload | None) -> None:
+        """Keep what a job made, None where it failed; the anchor is served instead where a fold does not pay."""
+        worth = made is not None and pays(made.data.size, made.manifest.total_bytes)
+        with self._lock:
+            # The chain may have been begun anew meanwhile, with other bytes under the same numbers.
+            if self._chain.held(job.deltas[-1].key) is job.deltas[-1]:
+                self._chain.add_fold(job.key, made if worth else None, self._in_use)
+        if worth:
+            metrics.folds.inc()
         self._observe()
-        return data
 
-    def put(self, snapshot: Snapshot) -> bool:
-        """Hold a complete version; False (and nothing happens) unless it is newer than the newest one."""
+    def lend(self, key: Key, index: int) -> Bytes | None:
+        """One chunk of a payload, counted until nothing refers to it; None where it is not held. Raises IndexError."""
+        version, parent = key
         with self._lock:
-            if self._held and snapshot.version <= max(self._held):
-                return False
-            self._held[snapshot.version] = snapshot
-            self._drop_unused()
-        metrics.newest_lineage.set(snapshot.version.lineage)
-        metrics.newest_version.set(snapshot.version.version)
-        self._observe()
-        return True
+            held = self._chain.held(key) if parent is not None else self._held.get(version)
+            if held is None:
+                return None
+            chunk = held.chunk(index)
+            self._in_use |= {key}
+            if parent is not None:
+                return chunk
+            # numpy refers views of views to the first array that is no view of another: this one is.
+            chunk = np.frombuffer(flat(chunk), np.uint8)
+            self._lent[version] += 1
+            weakref.finalize(chunk, self._returned, version).atexit = False
+            return chunk
 
-    def mark_in_use(self, version: PolicyVersion) -> None:
-        """Say that somebody has begun to fetch this version; it counts until the next `keep_only`."""
-        with self._lock:
-            self._in_use |= {version}
-
-    def keep_only(self, in_use: Collection[PolicyVersion]) -> None:
-        """Say which versions somebody is fetching; older ones outside this set are dropped."""
+    def keep_only(self, in_use: Collection[Key]) -> None:
+        """Say which payloads somebody is fetching; older snapshots outside this set are dropped."""
         with self._lock:
             self._in_use = frozenset(in_use)
             self._drop_unused()
         self._observe()
 
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def begin(self, num_bytes: int, timeout_s: float = 0.0, *, copy: bool = False, beside: bool = False) -> Draft:
+        """Memory for the next version, which must be newer than the newest, within the budget.
+
+        It is that of the newest snapshot where this has as many bytes and nobody fetches it; from here on it is not
+        served. Else it is new, and holds a copy of the newest snapshot where `copy` asks for that. `beside` asks for
+        new memory in any case. Older versions make room, the newest never does. Waits up to `timeout_s` for slow peers
+        to let go of versions already dropped. Raises OutOfBudgetError.
+        """
+        with self._lock:
+            base = self.base
+            if base is not None and not beside and base.data.size == num_bytes and self._idle(base.version):
+                del self._held[base.version]
+                base.data.setflags(write=True)
+                return Draft(base.data, base.manifest)
+            data = self._allocate(num_bytes, timeout_s)
+        self._observe()
+        if base is None or not copy or base.data.size != num_bytes:
+            return Draft(data, None)
+        data[:] = base.data
+        return Draft(data, base.manifest)
+
+    def commit(self, draft: Draft, manifest: Manifest, delta: Payload | None) -> bool:
+        """Hold and serve a complete version; `delta` leads to it from the newest one, if there is one.
+
+        False (and nothing is held) unless it is newer than the newest one.
+        """
+        with self._lock:
+            if self._newest is not None and manifest.version <= self._newest.version:
+                self.abort(draft)
+                return False
+            draft.data.setflags(write=False)
+            continues = delta is not None and self._newest is not None and delta.manifest.parent == self._newest.version
+            if delta is not None and continues:
+                self._chain.append(delta, self._in_use)
+            else:
+                self._chain.clear()
+            self._held[manifest.version] = Payload(manifest, draft.data)
+            self._newest = manifest
+            self._drop_unused()
+        metrics.newest_lineage.set(manifest.version.lineage)
+        metrics.newest_version.set(manifest.version.version)
+        self._observe()
+        return True
+
+    def abort(self, draft: Draft) -> None:
+        """The version was not finished: its memory is dropped. Where that was the newest snapshot's, nothing is held
+        any more, and the next version is an anchor."""
+        with self._lock:
+            if self._newest is not None and draft.base is self._newest and self.base is None:
+                self._newest = None
+                self._chain.clear()
+        self._observe()
+
+    def _idle(self, version: PolicyVersion) -> bool:
+        return (version, None) not in self._in_use and not self._lent[version]
+
+    def _allocate(self, num_bytes: int, timeout_s: float) -> Bytes:
+        if 2 * num_bytes > self._max_bytes:
+            raise OutOfBudgetError(
+                f"two snapshots of {num_bytes} bytes (one served, one arriving) do not fit into the weight channel's "
+                f"budget of {self._max_bytes} bytes; raise weights.max_mb to {-(-3 * num_bytes >> 20)} or more"
+            )
+        for version in self.versions[:-1]:
+            if self._fits(num_bytes):
+                break
+            del self._held[version]
+        if not self._lock.wait_for(lambda: self._fits(num_bytes), timeout_s):
+            raise OutOfBudgetError(
+                f"a snapshot of {num_bytes} bytes does not fit beside the {self._live_bytes} bytes still in use by "
+                f"slow peers; the budget is {self._max_bytes} bytes: raise weights.max_mb"
+            )
+        data = np.empty(num_bytes, np.uint8)
+        self._live_bytes += num_bytes
+        weakref.finalize(data, self._freed, num_bytes).atexit = False
+        return data
+
     def _fits(self, num_bytes: int) -> bool:
         return self._live_bytes + num_bytes <= self._max_bytes
 
     def _drop_unused(self) -> None:
-        for version in self.versions[:-1]:
-            if version not in self._in_use:
+        for version in self.versions:
+            superseded = self._newest is None or version < self._newest.version
+            if superseded and (version, None) not in self._in_use:
                 del self._held[version]
 
     def _freed(self, num_bytes: int) -> None:
@@ -136,6 +215,17 @@ class WeightStore:
             self._live_bytes -= num_bytes
             self._lock.notify_all()
 
+    def _returned(self, version: PolicyVersion) -> None:
+        with self._lock:
+            self._lent[version] -= 1
+            if not self._lent[version]:
+                del self._lent[version]
+
     def _observe(self) -> None:
-        metrics.held_versions.set(len(self._held))
-        metrics.held_bytes.set(self._live_bytes)
+        with self._lock:
+            num_versions, num_deltas = len(self._held), self._chain.num_deltas
+            live_bytes, delta_bytes = self._live_bytes, self._chain.num_bytes
+        metrics.held_versions.set(num_versions)
+        metrics.held_deltas.set(num_deltas)
+        metrics.held_bytes.set(live_bytes)
+        metrics.held_delta_bytes.set(delta_bytes)

@@ -1,7 +1,7 @@
 """The end of the weight channel that actors and relays hold: `WeightSubscriber`.
 
-It owns its connection and says what the newest version is; it fetches when asked to and adopts nothing. A version is
-written only when it is complete and verified.
+It owns its connection and says what the newest version is; it fetches when asked to and adopts nothing. A destination
+holds a version only when it is complete and verified.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 from broker.client.connection import Connection, ConnectionClosedError
@@ -25,15 +24,16 @@ from broker.protocol.frames import Limits, Message
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Manifest
 from broker.weights import metrics
+from broker.weights.basefile import BaseFile
 from broker.weights.fetch import Announced, Event, Fetch, Reconnected, WeightsSupersededError
-from broker.weights.sinks import FileSink, MemorySink, Sink, WeightsCorruptError
-from broker.weights.store import Snapshot, WeightStore
+from broker.weights.sinks import Sink, StoreSink, WeightsCorruptError
+from broker.weights.store import WeightStore
 
 REPLY_LIMITS = Limits(max_frames=3, max_envelope_bytes=64 << 20, max_array_bytes=weights.MAX_CHUNK_BYTES)
 
 
 class WeightsTimeoutError(Exception):
-    """The version did not arrive whole in time; the destination is untouched."""
+    """The version did not arrive whole in time."""
 
 
 class WeightSubscriber:
@@ -111,23 +111,21 @@ class WeightSubscriber:
                 raise self.failure
             return self._latest if self._is_newer(than) else None
 
-    def fetch(self, version: PolicyVersion, destination: Path, timeout_s: float) -> Manifest:
-        """Write this version to `destination` as a safetensors file, which appears whole and verified or not at all.
+    def fetch_base(self, version: PolicyVersion, base: BaseFile, timeout_s: float) -> Manifest:
+        """Make `base` hold this version, the cheapest way from what it holds; at once where it does already.
 
         Blocks; survives reconnections and restarts of the server. Raises WeightsSupersededError, WeightsTimeoutError,
-        WeightsCorruptError, ErgonError (the destination cannot be written), ProtocolError (refused for good).
+        WeightsCorruptError, ErgonError (the file cannot be written), ProtocolError (refused for good); `base.version`
+        says whether the former version is still there.
         """
-        return self._fetch(version, FileSink(destination), timeout_s)
+        if base.version == version and base.manifest is not None:
+            return base.manifest
+        return self._fetch(version, base, timeout_s)
 
-    def fetch_snapshot(self, version: PolicyVersion, store: WeightStore, timeout_s: float) -> Snapshot:
-        """Fetch this version into memory that `store` accounts for; the caller decides to put it there.
-
-        Raises as `fetch` does, and OutOfBudgetError.
-        """
-        sink = MemorySink(store)
-        self._fetch(version, sink, timeout_s)
-        assert sink.snapshot is not None
-        return sink.snapshot
+    def fetch_into(self, version: PolicyVersion, store: WeightStore, timeout_s: float) -> Manifest:
+        """Make `store` hold and serve this version, and keep the delta it came as. Raises as `fetch_base` does, and
+        OutOfBudgetError."""
+        return self._fetch(version, StoreSink(store), timeout_s)
 
     def close(self) -> None:
         """End the connection; a fetch in progress ends with WeightsTimeoutError. Idempotent."""
@@ -144,9 +142,8 @@ class WeightSubscriber:
             self._inbox = queue.SimpleQueue()
             fetch = Fetch(version, self._run_id, sink, self._credit, self._send)
             fetch.start()
-            while not fetch.complete:
+            while not fetch.complete or (manifest := fetch.finish()) is None:
                 fetch.handle(self._next_event(version, started + timeout_s, timeout_s))
-            manifest = fetch.finish()
         except WeightsCorruptError:
             metrics.verify_failures.inc()
             raise
@@ -156,9 +153,10 @@ class WeightSubscriber:
         finally:
             self._inbox = None
             sink.abort()
+            self._have = sink.have
             self._fetching.release()
-        self._have = version
         self._watch()  # the server may let go of what this peer no longer fetches
+        metrics.fetched_versions.labels(metrics.kind(manifest.parent)).inc()
         metrics.fetch_seconds.observe(time.monotonic() - started)
         return manifest
 

@@ -27,6 +27,7 @@ INFRA_FAILURES = 0.03  # share of attempts that give their ticket back
 FLAT_GROUPS = 0.1  # share of groups without variance, which fill no batch
 BEAT_S = 0.2  # episodes end on the beat, so that several of an actor end together and share a message
 WEIGHT_BYTES = 256 << 10
+CHANGED_FRACTION = 0.01
 NUM_PROMPT = 8
 
 
@@ -94,6 +95,11 @@ def is_genuine(seed: int, trajectory: Trajectory) -> bool:
 
 
 def weights(version: PolicyVersion) -> npt.NDArray[np.uint8]:
-    """The snapshot of a version, uint8 [WEIGHT_BYTES]: no two versions share a chunk."""
+    """The snapshot of a version, uint8 [WEIGHT_BYTES]: two of a lineage differ in some bytes of every chunk, so that
+    they travel as deltas; one in eight differs in all bytes, and travels as an anchor."""
     generator = np.random.default_rng((version.lineage, version.version))
-    return generator.integers(0, 256, WEIGHT_BYTES, dtype=np.uint8)
+    drawn = generator.integers(0, 256, WEIGHT_BYTES, dtype=np.uint8)
+    if version.version % 8 == 7:
+        return drawn
+    common = np.random.default_rng(version.lineage).integers(0, 256, WEIGHT_BYTES, dtype=np.uint8)
+    return np.where(generator.random(WEIGHT_BYTES) < CHANGED_FRACTION, drawn, common)

@@ -120,15 +120,16 @@ def _operator(rng: random.Random) -> Message:
 def weight(rng: random.Random, run_id: str, _role: Role) -> Message:
     """A valid message of the weight channel's requests, for versions that exist and that do not."""
     version = PolicyVersion(rng.choice((1, 1, 1, 0, 2**62)), rng.choice((0, 0, 0, 1, 2**62)))
+    have = rng.choice((None, PolicyVersion(1, 0), version))
     choices = (
         lambda: weight_hello(rng, run_id),
         lambda: Message("HEARTBEAT"),
         lambda: weights.Watch(have=rng.choice((None, version))).pack(),
-        lambda: weights.manifest_request(version),
-        lambda: weights.chunk_request(version, rng.choice((0, 1, 2, 3, 1000, 2**62))),
+        lambda: weights.manifest_request(version, have),
+        lambda: weights.chunk_request(version, have, rng.choice((0, 1, 2, 3, 1000, 2**62))),
         lambda: weights.Announce(newest=version, num_bytes=17).pack(),
         lambda: weights.Welcome(run_id=run_id, heartbeat_s=1.0, liveness=15).pack(),
-        lambda: weights.chunk_reply(version, 0, np.zeros(64, np.uint8)),
+        lambda: weights.chunk_reply(version, have, 0, np.zeros(64, np.uint8)),
         lambda: _manifest(rng, run_id, version),
     )
     return rng.choice(choices)()

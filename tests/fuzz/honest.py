@@ -10,6 +10,7 @@ from pathlib import Path
 
 from broker.client import ActorClient, LearnerClient
 from broker.protocol.trajectory import Trajectory
+from broker.weights.basefile import BaseFile
 from broker.weights.subscriber import WeightSubscriber
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
@@ -138,7 +139,9 @@ class Receiver(threading.Thread):
                 version = self._subscriber.wait_newer(None, 30.0)
                 if version is None:
                     raise AssertionError("no version was announced within 30 s")
-                self._subscriber.fetch(version, self._directory / f"{self.num_fetched % 2}.safetensors", 60.0)
+                base = BaseFile(self._directory / "honest.safetensors")
+                self._subscriber.fetch_base(version, base, 60.0)
+                base.close()
                 self.num_fetched += 1
                 self._finish.wait(0.05)
         except BaseException as error:

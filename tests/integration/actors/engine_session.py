@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 from prometheus_client import REGISTRY
 
+from actors.checkpoint import data_digest
 from actors.engine import AdoptionError, EngineDeadError, Sample
 from actors.renderer import Renderer
 from actors.vllm_engine import VllmEngine
@@ -111,6 +112,36 @@ class Session:
         seen = await self.in_flight(3)
         return {"in_flight": seen, "fresh": await self.sample(WARM, 64)}
 
+    async def not_prepared(self) -> dict[str, str]:
+        """What fails in the worker before the switch: another hash than the file's, a file that vanished."""
+        tasks, reasons = self.start(WARM, LONG), {}
+        await self.probe()
+        for name, digest in (("2.safetensors", "00" * 16), ("vanished.safetensors", "")):
+            try:
+                await self.engine._prepare(self.weights / name, digest)
+            except AdoptionError as error:
+                reasons[name] = str(error)
+        await asyncio.gather(*tasks)
+        return reasons
+
+    async def both_ways(self) -> list[dict[str, Any]]:
+        """The same versions prepared ahead and reloaded in the pause, one request at a time, so that batches agree."""
+        seen: list[dict[str, Any]] = []
+        for number in (2, 1, 2):
+            for prepares in (True, False):
+                self.engine._prepares = prepares
+                path = self.weights / f"{number}.safetensors"
+                await self.engine.adopt(PolicyVersion(8, len(seen)), path)
+                samples = [
+                    await self.engine.generate(prompt, GREEDY, 32, (), f"w{len(seen)}.{i}")
+                    for i, prompt in enumerate(self.prompts[:3])
+                ]
+                logprobs = [sample.logprobs_N.tolist() for sample in samples]
+                seen.append({"number": number, "prepares": prepares, "logprobs": logprobs})
+                if prepares:
+                    seen[-1]["digests"] = [await self.engine.checksum(), data_digest(path)]
+        return seen
+
     async def killed(self) -> dict[str, Any]:
         tasks = self.start(WARM, LONG)
         await self.probe()
@@ -140,11 +171,15 @@ async def play(session: Session, out: Path, kill: bool) -> None:
         "greedy_after": await session.sample(GREEDY, 32),
         "refused": await session.refused(),
         "greedy_after_refusal": await session.sample(GREEDY, 32),
+        "not_prepared": await session.not_prepared(),
+        "greedy_after_not_prepared": await session.sample(GREEDY, 32),
         "version_after_refusal": session.engine.policy_version,
         "aborted": await session.aborted(),
         "cancelled": await session.cancelled(),
         "too_long": await session.too_long(),
         "keep_cache": await session.keep_cache(),
+        "prepares": session.engine._prepares,
+        "both_ways": await session.both_ways(),
         "children": [p.pid for p in engine_processes()],
         "vllm_metrics": sorted({m.name for m in REGISTRY.collect() if m.name.startswith("vllm:")}),
         "ld_preload": os.environ.get("LD_PRELOAD"),

@@ -179,6 +179,23 @@ def test_weights_that_do_not_fit_are_refused_and_the_old_version_serves_on(playe
     played.assert_exact(played.seen["greedy_after_refusal"], {(7, 2)}, 1.0)
 
 
+def test_what_fails_while_weights_are_prepared_leaves_the_old_version_serving(played: Played) -> None:
+    reasons = played.seen["not_prepared"]
+    assert f"has the hash {'00' * 16}, but the engine read" in reasons["2.safetensors"]
+    assert "the engine could not prepare vanished.safetensors" in reasons["vanished.safetensors"]
+    played.assert_exact(played.seen["greedy_after_not_prepared"], {(7, 2)}, 1.0)
+
+
+def test_prepared_weights_are_those_of_a_reload_bit_by_bit(played: Played) -> None:
+    assert played.seen["prepares"] is True
+    seen = played.seen["both_ways"]
+    for prepared, reloaded in zip(seen[::2], seen[1::2], strict=True):
+        assert (prepared["prepares"], reloaded["prepares"]) == (True, False)
+        assert prepared["logprobs"] == reloaded["logprobs"]
+        assert prepared["digests"][0] == prepared["digests"][1]
+    assert seen[0]["logprobs"] == seen[4]["logprobs"] != seen[2]["logprobs"]
+
+
 def test_an_abort_keeps_what_was_sampled(played: Played) -> None:
     sample = played.seen["aborted"]
     assert sample["finish"] == "abort"

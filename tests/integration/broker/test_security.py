@@ -51,6 +51,7 @@ from broker.protocol.commands import (
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import decode, encode
 from broker.protocol.trajectory import PolicyVersion, Trajectory
+from broker.weights.basefile import BaseFile
 from broker.weights.publisher import WeightPublisher
 from broker.weights.subscriber import WeightSubscriber
 from tests.integration.broker.conftest import HEARTBEAT_S, LIVENESS, RUN_ID
@@ -250,7 +251,7 @@ def test_weights_pass_from_learner_to_relay_to_actor_with_a_key_each(run: Run, t
     actor = WeightSubscriber(tap.endpoint, RUN_ID, "actor-0", security=run.security(Identity.ACTOR), **TIMERS)
     newest = actor.wait_newer(None, 30)
     assert newest == PolicyVersion(1, 1)
-    actor.fetch(newest, tmp_path / "weights.safetensors", 30)
+    actor.fetch_base(newest, BaseFile(tmp_path / "weights.safetensors"), 30)
     actor.close()
     publisher.close()
     tap.close()

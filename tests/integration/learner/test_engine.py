@@ -19,7 +19,7 @@ from learner.deepspeed_engine import DeepSpeedEngine
 from learner.engine import TokenBatch, TrainingError, TrainSequence
 from learner.loss import policy_loss, supervised_loss
 from learner.packing import pack
-from learner.publisher import wire_tensors
+from learner.publisher import wire_bytes, wire_dtype
 from tests.tiny_model import make_tiny_model
 
 PROMPT = list(range(20, 32))
@@ -133,10 +133,10 @@ def test_weights_are_named_as_hugging_face_names_them_tied_ones_once(model_path:
     expected = dict(reference.state_dict())
     weights = dict(engine.weights())
     assert set(weights) == set(expected) - {"lm_head.weight"}
-    for name, dtype, shape, data in wire_tensors(engine):
-        assert dtype == "bfloat16"
-        assert shape == tuple(expected[name].shape)
-        assert data.tobytes() == expected[name].view(torch.uint8).numpy().tobytes()
+    for name, tensor in weights.items():
+        assert wire_dtype(tensor) == "bfloat16"
+        assert tensor.shape == expected[name].shape
+        assert wire_bytes(tensor).tobytes() == expected[name].view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

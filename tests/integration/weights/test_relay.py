@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from broker.protocol.trajectory import PolicyVersion
+from broker.weights.basefile import BaseFile
 from broker.weights.fetch import WeightsSupersededError
 from broker.weights.publisher import WeightPublisher
 from broker.weights.subscriber import WeightSubscriber
@@ -25,6 +27,13 @@ from tests.integration.weights.conftest import (
 )
 
 V1, V2 = PolicyVersion(1, 0), PolicyVersion(1, 1)
+
+
+def fetched_bytes() -> float:
+    """Bytes of anchors that this process has fetched so far."""
+    return REGISTRY.get_sample_value("ergon_weights_fetched_bytes_total", {"kind": "anchor"}) or 0.0
+
+
 StartRelay = Callable[..., RelayProcess]
 
 
@@ -82,15 +91,16 @@ def test_two_subscribers_over_a_chain_of_relays(
     publisher.publish(V1, tensors)
     announced: list[PolicyVersion] = []
     one, two = subscribe(near.endpoint), subscribe(far.endpoint, on_announce=announced.append)
+    bases = {name: BaseFile(tmp_path / name) for name in ("one", "two")}
     for name, subscriber in (("one", one), ("two", two)):
         assert subscriber.wait_newer(None, 20) == V1
-        manifest = subscriber.fetch(V1, tmp_path / name, 20)
+        manifest = subscriber.fetch_base(V1, bases[name], 20)
         assert (manifest.version, manifest.run_id, manifest.parent) == (V1, RUN, None)
         assert file_holds(tmp_path / name, tensors)
     newer = random_tensors(4 << 20, seed=2)
     publisher.publish(V2, newer)
     assert two.wait_newer(V1, 20) == V2
-    two.fetch(V2, tmp_path / "two", 20)
+    two.fetch_base(V2, bases["two"], 20)
     assert file_holds(tmp_path / "two", newer)
     assert announced == [V1, V2]
     assert two.latest() == V2
@@ -110,18 +120,18 @@ def test_relay_killed_in_the_middle_of_a_fetch(
     publisher.publish(V1, tensors)
     subscriber = subscribe(relay.endpoint, credit=1)
     assert subscriber.wait_newer(None, 20) == V1
-    destination = tmp_path / "w.safetensors"
+    base = BaseFile(tmp_path / "w.safetensors")
     with ThreadPoolExecutor(1) as pool:
-        fetch = pool.submit(subscriber.fetch, V1, destination, 60)
-        until(lambda: any(p.stat().st_blocks > 8192 for p in tmp_path.glob(".w.safetensors.*.partial")))
+        before = fetched_bytes()
+        fetch = pool.submit(subscriber.fetch_base, V1, base, 60)
+        until(lambda: fetched_bytes() > before + (4 << 20))
         relay.kill()
         assert not fetch.done()
-        assert not destination.exists()
+        assert base.version is None
         until(lambda: not subscriber.connected)
         relay.start()
         fetch.result(timeout=60)
-    assert file_holds(destination, tensors)
-    assert list(tmp_path.glob(".w.*")) == []
+    assert (base.version, file_holds(base.path, tensors)) == (V1, True)
 
 
 def test_relay_goes_on_serving_without_a_publisher_and_takes_the_new_lineage(
@@ -138,13 +148,14 @@ def test_relay_goes_on_serving_without_a_publisher_and_takes_the_new_lineage(
     assert relay.health()[0] == 200
     subscriber, other = subscribe(relay.endpoint), subscribe(relay.endpoint)
     assert subscriber.wait_newer(None, 20) == PolicyVersion(1, 7)
-    subscriber.fetch(PolicyVersion(1, 7), tmp_path / "old", 20)
-    assert file_holds(tmp_path / "old", old)
+    bases = {name: BaseFile(tmp_path / name) for name in ("one", "two")}
+    subscriber.fetch_base(PolicyVersion(1, 7), bases["one"], 20)
+    assert file_holds(tmp_path / "one", old)
     new = random_tensors(1 << 20, seed=5)
     publish_at(port).publish(PolicyVersion(2, 3), new)
     for name, each in (("one", subscriber), ("two", other)):
         assert each.wait_newer(PolicyVersion(1, 7), 20) == PolicyVersion(2, 3)
-        each.fetch(PolicyVersion(2, 3), tmp_path / name, 20)
+        assert each.fetch_base(PolicyVersion(2, 3), bases[name], 20).parent is None
         assert file_holds(tmp_path / name, new)
 
 
@@ -159,13 +170,13 @@ def test_a_version_published_during_fetches_leaves_whole_files(
     done = threading.Event()
 
     def chase(name: str, credit: int) -> list[PolicyVersion]:
-        subscriber = subscribe(relay.endpoint, credit=credit)
+        subscriber, base = subscribe(relay.endpoint, credit=credit), BaseFile(tmp_path / name)
         fetched: list[PolicyVersion] = []
         while not fetched or fetched[-1] != PolicyVersion(1, 5):
             version = subscriber.wait_newer(fetched[-1] if fetched else None, 30)
             assert version is not None
             try:
-                manifest = subscriber.fetch(version, tmp_path / name, 30)
+                manifest = subscriber.fetch_base(version, base, 30)
             except WeightsSupersededError:
                 continue
             assert manifest.version == version

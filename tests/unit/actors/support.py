@@ -80,7 +80,10 @@ class ScriptedEngine:
         self.prompts: list[list[int]] = []
         self.max_tokens: list[int] = []
         self.adopted: list[PolicyVersion] = []
+        self.adopted_bytes: list[bytes] = []
         self.adopt_error: Exception | None = None
+        self.adopt_gate = asyncio.Event()
+        self.adopt_gate.set()
         self._aborts: dict[str, asyncio.Event] = {}
         self.hanging = asyncio.Event()
         self.cancelled = 0
@@ -136,9 +139,12 @@ class ScriptedEngine:
             raise self.dead
 
     async def adopt(self, version: PolicyVersion, weights: Path) -> float:
-        assert weights.is_file()
+        read = weights.read_bytes()
         if self.adopt_error is not None:
             raise self.adopt_error
+        await self.adopt_gate.wait()
+        assert weights.read_bytes() == read  # nobody writes it meanwhile
+        self.adopted_bytes.append(read)
         self.version = version
         self.adopted.append(version)
         return 0.01

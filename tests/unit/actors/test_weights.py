@@ -13,6 +13,7 @@ from actors.weights import Subscriber, WeightAdopter
 from broker.process.lifecycle import ErgonError
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Manifest
+from broker.weights.basefile import BaseFile
 from broker.weights.fetch import WeightsSupersededError
 from broker.weights.sinks import WeightsCorruptError
 from broker.weights.subscriber import WeightsTimeoutError
@@ -31,6 +32,7 @@ class ScriptedSubscriber(Subscriber):
         self.newest: PolicyVersion | None = None
         self.newer_during_fetch: PolicyVersion | None = None
         self.asked_than: list[PolicyVersion | None] = []
+        self.bases: set[BaseFile] = set()
 
     def wait_newer(self, than: PolicyVersion | None, timeout_s: float) -> PolicyVersion | None:
         self.asked_than.append(than)
@@ -44,14 +46,15 @@ class ScriptedSubscriber(Subscriber):
     def latest(self) -> PolicyVersion | None:
         return self.newest
 
-    def fetch(self, version: PolicyVersion, destination: Path, timeout_s: float) -> Manifest:
+    def fetch_base(self, version: PolicyVersion, base: BaseFile, timeout_s: float) -> Manifest:
         self.fetched.append(version)
         if self.errors:
             raise self.errors.pop(0)
-        destination.write_bytes(b"weights")
+        self.bases.add(base)
+        base.path.write_text(f"{version.lineage}.{version.version}")
         if self.newer_during_fetch is not None:
             self.newest, self.newer_during_fetch = self.newer_during_fetch, None
-        return Manifest("run", version, None, (), 4096, (), b"", 0.0)
+        return Manifest("run", version, None, (), 0, 4096, (), b"", 0.0)
 
     def close(self) -> None:
         pass
@@ -104,8 +107,9 @@ async def test_adopts_what_is_announced_and_opens_the_gate(
         subscriber.announced.put(V3)  # another lineage: newer than any version of an older one
         await asyncio.wait_for(later, 5)
         assert engine.adopted == [V1, V3]
-        (staging,) = tmp_path.iterdir()
-        assert list(staging.iterdir()) == []
+        (base,) = subscriber.bases  # one file is kept for all versions
+        assert [path.name for path in base.path.parent.iterdir()] == [base.path.name]
+        assert engine.adopted_bytes == [b"1.1", b"2.0"]
 
 
 async def test_a_version_superseded_while_it_is_fetched_is_skipped(
@@ -116,6 +120,22 @@ async def test_a_version_superseded_while_it_is_fetched_is_skipped(
     async with adopting(tmp_path, subscriber, engine) as (adopter, _):
         await asyncio.wait_for(adopter.at_least(V2), 5)
     assert engine.adopted == [V2]
+
+
+async def test_the_file_is_left_alone_while_the_engine_reads_it(
+    tmp_path: Path, engine: ScriptedEngine, subscriber: ScriptedSubscriber
+) -> None:
+    engine.adopt_gate.clear()
+    subscriber.announced.put(V1)
+    async with adopting(tmp_path, subscriber, engine) as (adopter, _):
+        while not subscriber.fetched:
+            await asyncio.sleep(0.01)
+        subscriber.announced.put(V2)
+        await asyncio.sleep(0.2)
+        assert (subscriber.fetched, adopter.adopted) == ([V1], None)
+        engine.adopt_gate.set()
+        await asyncio.wait_for(adopter.at_least(V2), 5)
+    assert engine.adopted_bytes == [b"1.1", b"1.2"]
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from broker.protocol.deltas import DeltaEncoder
 from broker.protocol.trajectory import PolicyVersion
-from broker.protocol.weights import DTYPES, Bytes, Manifest, describe, lay_out
+from broker.protocol.weights import DTYPES, Bytes, Manifest, describe, describe_delta, lay_out
 
-VERSION = PolicyVersion(3, 17)
+VERSION, OLDER = PolicyVersion(3, 17), PolicyVersion(3, 12)
 CHUNK = 4096
 
 
@@ -27,3 +28,19 @@ def snapshot(
     assert specs[-1].offset + specs[-1].num_bytes == num_bytes
     assert {spec.dtype for spec in specs} <= DTYPES.keys()
     return describe(run_id, version, specs, data, CHUNK, 1.75e9), data
+
+
+def changed(
+    old: Manifest, data: Bytes, version: PolicyVersion, seed: int, num_changes: int = 100
+) -> tuple[Manifest, Bytes, Bytes]:
+    """The next version: its manifest as a delta, the payload of it, and the new snapshot; some bytes are random."""
+    rng = np.random.default_rng(seed)
+    new, base = data.copy(), data.copy()
+    new[rng.integers(0, data.size, num_changes)] = rng.integers(0, 256, num_changes, np.uint8)
+    encoder = DeltaEncoder()
+    for index, spec in enumerate(old.tensors):
+        start, end = spec.offset, spec.offset + spec.num_bytes
+        encoder.add(index, DTYPES[spec.dtype][1], base[start:end], new[start:end])
+    payload = encoder.finish()
+    anchor = describe(old.run_id, version, old.tensors, new, old.chunk_bytes, 1.75e9)
+    return describe_delta(anchor, old.version, payload), payload, new

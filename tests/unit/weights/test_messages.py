@@ -10,8 +10,8 @@ from broker.protocol.commands import parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
-from broker.protocol.weights import MAX_INT, Manifest, TensorSpec
-from tests.unit.weights.samples import VERSION, snapshot
+from broker.protocol.weights import MAX_INT, Manifest, TensorSpec, describe_delta
+from tests.unit.weights.samples import CHUNK, OLDER, VERSION, snapshot
 from tests.unit.weights.wire import GOOD, MANIFEST, READERS, body_of, over_the_wire, with_body
 
 NUMBERS = [
@@ -20,6 +20,7 @@ NUMBERS = [
     ("MANIFEST", "version"),
     ("MANIFEST_REPLY", "lineage"),
     ("MANIFEST_REPLY", "version"),
+    ("MANIFEST_REPLY", "payload_bytes"),
     ("CHUNK", "lineage"),
     ("CHUNK", "version"),
     ("CHUNK", "index"),
@@ -54,8 +55,8 @@ def test_the_largest_numbers_round_trip() -> None:
     manifest, _ = snapshot(version=largest)
     read = messages.read_manifest(over_the_wire(messages.manifest_reply(manifest)))
     assert read.version == largest
-    request = over_the_wire(messages.chunk_request(largest, MAX_INT))
-    assert parse_body(request, messages.ChunkRequest).index == MAX_INT
+    request = parse_body(over_the_wire(messages.chunk_request(largest, largest, MAX_INT)), messages.ChunkRequest)
+    assert (request.index, messages.policy_version(request.parent)) == (MAX_INT, largest)
     watch = over_the_wire(messages.Watch(have=largest).pack())
     assert messages.policy_version(parse_body(watch, messages.Watch).have) == largest
 
@@ -66,8 +67,10 @@ def test_small_messages_round_trip() -> None:
         messages.Watch(have=VERSION),
         messages.Announce(newest=VERSION, num_bytes=9),
         messages.Announce(newest=None, num_bytes=0),
-        messages.ManifestRequest(lineage=3, version=17),
-        messages.ChunkRequest(lineage=3, version=17, index=7),
+        messages.ManifestRequest(lineage=3, version=17, have=None),
+        messages.ManifestRequest(lineage=3, version=17, have=OLDER),
+        messages.ChunkRequest(lineage=3, version=17, parent=None, index=7),
+        messages.ChunkRequest(lineage=3, version=17, parent=OLDER, index=7),
         messages.Hello(role=messages.Role.OPERATOR, peer_id="p", run_id="r", session="s"),
         messages.Welcome(run_id="r", heartbeat_s=1.0, liveness=15),
     ):
@@ -75,19 +78,24 @@ def test_small_messages_round_trip() -> None:
     assert messages.policy_version(None) is None
     read = messages.policy_version(parse_body(over_the_wire(GOOD["ANNOUNCE"]), messages.Announce).newest)
     assert (read, type(read)) == (VERSION, PolicyVersion)
-    request = parse_body(over_the_wire(messages.manifest_request(VERSION)), messages.ManifestRequest)
-    assert request.policy_version == VERSION
-    version, index, data = messages.read_chunk(over_the_wire(GOOD["CHUNK_REPLY"]))
-    assert (version, type(version), index, data.tolist()) == (VERSION, PolicyVersion, 7, [0, 1, 2, 3, 4])
+    request = parse_body(over_the_wire(messages.manifest_request(VERSION, OLDER)), messages.ManifestRequest)
+    assert (request.policy_version, request.have) == (VERSION, OLDER)
+    chunk = messages.read_chunk(over_the_wire(GOOD["CHUNK_REPLY"]))
+    assert (chunk.version, chunk.parent, chunk.index, chunk.data.tolist()) == (VERSION, OLDER, 7, [0, 1, 2, 3, 4])
+    assert (type(chunk.version), type(chunk.parent)) == (PolicyVersion, PolicyVersion)
+    anchors = messages.read_chunk(over_the_wire(messages.chunk_reply(VERSION, None, 0, np.zeros(1, np.uint8))))
+    assert anchors.parent is None
 
 
 def test_what_is_on_the_wire_is_what_the_protocol_page_says() -> None:
     assert body_of(GOOD["WATCH"]) == {"have": [3, 17]}
     assert body_of(messages.Watch(have=None).pack()) == {"have": None}
-    assert body_of(GOOD["CHUNK"]) == {"lineage": 3, "version": 17, "index": 7}
+    assert body_of(GOOD["MANIFEST"]) == {"lineage": 3, "version": 17, "have": [3, 12]}
+    assert body_of(GOOD["CHUNK"]) == {"lineage": 3, "version": 17, "parent": [3, 12], "index": 7}
+    assert body_of(GOOD["CHUNK_REPLY"]) == {"lineage": 3, "version": 17, "parent": [3, 12], "index": 7}
     assert body_of(GOOD["HELLO"]) == {"role": "relay", "peer_id": "relay-0", "run_id": "run", "session": "s"}
     body = body_of(GOOD["MANIFEST_REPLY"])
-    assert body["parent"] is None
+    assert (body["parent"], body["payload_bytes"]) == (None, 50_000)
     assert body["tensors"][0] == ["norm.weight", "float32", [6250 // 2], 0, 12500]
     assert body["total_hash"] == MANIFEST.total_hash
     assert (body["created_at"], type(body["created_at"])) == (1.75e9, float)
@@ -143,7 +151,17 @@ def test_numbers_are_integers_within_bounds(command: str, key: str, value: objec
     refuse(with_key(command, key, value), f"{key} is .*Expected `int`")
 
 
-@pytest.mark.parametrize(("command", "key"), [("WATCH", "have"), ("ANNOUNCE", "newest"), ("MANIFEST_REPLY", "parent")])
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        ("WATCH", "have"),
+        ("ANNOUNCE", "newest"),
+        ("MANIFEST", "have"),
+        ("MANIFEST_REPLY", "parent"),
+        ("CHUNK", "parent"),
+        ("CHUNK_REPLY", "parent"),
+    ],
+)
 @pytest.mark.parametrize(
     "value",
     [[], [1], [1, 2, 3], [-1, 0], [0, 2**63], [True, 1], [1, 1.0], [1, None], ["1", "2"], "12", b"12", {}, 0, [[1, 2]]],
@@ -230,11 +248,47 @@ def test_whole_seconds_are_seconds() -> None:
         ([["a", "uint8", [MAX_INT] * 8, 0, MAX_INT]], "num_bytes"),
         ([["a", "float32", [0], 0, 0]], "without a byte"),
         ([["a", "uint8", [1], 0, 1], ["a", "uint8", [1], 1, 1]], "each name once"),
-        ([["a", "uint8", [1], 0, 1]], "chunk hashes"),
+        ([["a", "uint8", [1], 0, 1]], "payload_bytes is 50000; allowed for an anchor: 1"),
+        ([["a", "uint8", [50_000], 0, 50_000]], None),
     ],
 )
-def test_tensors_lie_one_behind_the_other(tensors: object, words: str) -> None:
-    refuse(with_key("MANIFEST_REPLY", "tensors", tensors), words)
+def test_tensors_lie_one_behind_the_other(tensors: object, words: str | None) -> None:
+    message = with_key("MANIFEST_REPLY", "tensors", tensors)
+    if words is None:
+        assert messages.read_manifest(over_the_wire(message)).total_bytes == 50_000
+    else:
+        refuse(message, words)
+
+
+DELTA = describe_delta(MANIFEST, OLDER, np.arange(CHUNK + 3, dtype=np.uint16).view(np.uint8)[: CHUNK + 3])
+EMPTY = describe_delta(MANIFEST, OLDER, np.zeros(0, np.uint8))
+
+
+@pytest.mark.parametrize("manifest", [DELTA, EMPTY], ids=["two chunks", "no change"])
+def test_the_manifest_of_a_delta_round_trips(manifest: Manifest) -> None:
+    read = messages.read_manifest(over_the_wire(messages.manifest_reply(manifest)))
+    assert read == manifest
+    assert (read.parent, read.num_chunks) == (OLDER, -(-manifest.payload_bytes // CHUNK))
+    assert read.total_bytes == MANIFEST.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parent": [3, 17]}, "parent is \\[3, 17\\]; allowed"),
+        ({"parent": [3, 18]}, "parent is"),
+        ({"parent": [2, 12]}, "the same lineage"),
+        ({"parent": [4, 0]}, "the same lineage"),
+        ({"parent": None}, "allowed for an anchor: 50000"),
+        ({"payload_bytes": 50_000}, "allowed for a delta: less than the snapshot's 50000"),
+        ({"payload_bytes": 2**62}, "allowed for a delta"),
+        ({"payload_bytes": CHUNK}, "chunk hashes"),
+        ({"payload_bytes": 0}, "chunk hashes"),
+    ],
+)
+def test_the_manifest_of_a_delta_is_less_and_of_the_same_lineage(changes: dict[str, object], words: str) -> None:
+    message = messages.manifest_reply(DELTA)
+    refuse(with_body(message, {**body_of(message), **changes}), words)
 
 
 def test_a_name_of_half_a_character_is_refused() -> None:
@@ -268,7 +322,7 @@ def test_a_manifest_of_many_tensors() -> None:
     names = [f"model.layers.{i}.weight" for i in range(30_000)]
     tensors = tuple(TensorSpec(name, "bfloat16", (64, 32), i * 4096, 4096) for i, name in enumerate(names))
     hashes = tuple(i.to_bytes(16, "big") for i in range(len(names)))
-    manifest = Manifest("run", VERSION, None, tensors, 4096, hashes, bytes(16), 0.0)
+    manifest = Manifest("run", VERSION, None, tensors, len(names) * 4096, 4096, hashes, bytes(16), 0.0)
     read = messages.read_manifest(over_the_wire(messages.manifest_reply(manifest)))
     assert read == manifest
     assert {type(spec) for spec in read.tensors} == {TensorSpec}

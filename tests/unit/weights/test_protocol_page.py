@@ -39,9 +39,9 @@ def test_keys() -> None:
         messages.Hello(role=messages.Role.RELAY, peer_id="p", run_id="run", session="s").pack(),
         messages.Watch(have=None).pack(),
         messages.Announce(newest=None, num_bytes=0).pack(),
-        messages.manifest_request(VERSION),
-        messages.chunk_request(VERSION, 0),
-        messages.chunk_reply(VERSION, 0, data),
+        messages.manifest_request(VERSION, None),
+        messages.chunk_request(VERSION, None, 0),
+        messages.chunk_reply(VERSION, None, 0, data),
         messages.Welcome(run_id="run", heartbeat_s=1.0, liveness=15).pack(),
     ):
         keys = rows()[message.command][1] - ({*messages.Role} if message.command == "HELLO" else set())

@@ -12,7 +12,7 @@ from broker.protocol import frames
 from broker.protocol import weight_messages as messages
 from broker.protocol.commands import Body, parse_body
 from broker.protocol.frames import Message
-from tests.unit.weights.samples import VERSION, snapshot
+from tests.unit.weights.samples import OLDER, VERSION, snapshot
 
 MANIFEST, _ = snapshot()
 GOOD = {
@@ -22,10 +22,10 @@ GOOD = {
         messages.Welcome(run_id="run", heartbeat_s=0.5, liveness=15).pack(),
         messages.Watch(have=VERSION).pack(),
         messages.Announce(newest=VERSION, num_bytes=9).pack(),
-        messages.manifest_request(VERSION),
+        messages.manifest_request(VERSION, OLDER),
         messages.manifest_reply(MANIFEST),
-        messages.chunk_request(VERSION, 7),
-        messages.chunk_reply(VERSION, 7, np.arange(5, dtype="u1")),
+        messages.chunk_request(VERSION, OLDER, 7),
+        messages.chunk_reply(VERSION, OLDER, 7, np.arange(5, dtype="u1")),
     )
 }
 

@@ -1,0 +1,139 @@
+"""The actor's one copy of the weights: a safetensors file that holds the exact bytes of the version it names.
+
+Deltas are applied to it where it lies; an anchor is written over it. It never says that it holds a version while it may
+hold anything else: from the first byte written until the total hash fits, `version` is None and the file's header is
+blank, so that nobody can load it. Knows no socket; not thread-safe. Not durable on purpose: weights can be fetched
+again.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from broker.process.lifecycle import ErgonError
+from broker.protocol.trajectory import PolicyVersion
+from broker.protocol.weights import Buffer, Bytes, Manifest, digest, flat, safetensors_header
+from broker.weights import metrics
+from broker.weights.sinks import DeltaBuffer, wrong_total
+
+
+class BaseFile:
+    """A safetensors file at `path`, whose data never moves as long as the tensors stay the same. A Sink.
+
+    Whoever reads it must be done before the next fetch begins. Methods raise ErgonError where the file cannot be
+    written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """`path`: in an existing directory; a file that is there is replaced by the first anchor."""
+        self.path = path
+        self._held: Manifest | None = None  # of the version that the file holds
+        self._arriving: Manifest | None = None
+        self._delta: DeltaBuffer | None = None
+        self._fd = -1
+        self._data_offset = 0
+        self._data: Bytes | None = None  # the mapped file behind its header
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """Of the version that the file holds whole and verified; None where it holds none."""
+        return self._held
+
+    @property
+    def version(self) -> PolicyVersion | None:
+        """The version that the file holds whole and verified; None where it holds none."""
+        return self._held.version if self._held is not None else None
+
+    @property
+    def have(self) -> PolicyVersion | None:
+        """See Sink."""
+        return self.version
+
+    def begin(self, manifest: Manifest) -> None:
+        """See Sink."""
+        if manifest.parent is not None:
+            self._delta = DeltaBuffer(manifest, self._held.tensors if self._held is not None else ())
+        else:
+            self._delta, self._held = None, None
+            header = safetensors_header(manifest)
+            if self._data is None or (self._data_offset, self._data.size) != (len(header), manifest.total_bytes):
+                self._create(len(header), manifest.total_bytes)
+            self._pwrite(bytes(self._data_offset), 0)
+        self._arriving = manifest
+
+    def write(self, index: int, data: Buffer) -> None:
+        """See Sink."""
+        assert self._arriving is not None
+        if self._delta is not None:
+            self._delta.write(index, data)
+        else:
+            self._pwrite(data, self._data_offset + self._arriving.chunk_range(index)[0])
+
+    def finish(self) -> None:
+        """See Sink."""
+        manifest, data = self._arriving, self._data
+        assert manifest is not None
+        assert data is not None
+        if self._delta is not None:
+            started = time.monotonic()
+            self._held = None
+            self._pwrite(bytes(self._data_offset), 0)
+            self._delta.apply_to(data)
+            self._delta.verify(digest(data))
+            metrics.apply_seconds.observe(time.monotonic() - started)
+        # Read back what the file holds: the hash then covers the writing, too.
+        elif digest(data) != manifest.total_hash:
+            raise wrong_total(manifest)
+        self._pwrite(safetensors_header(manifest), 0)
+        self._held, self._arriving, self._delta = manifest, None, None
+
+    def abort(self) -> None:
+        """See Sink. What the file held before an unfinished delta it still holds."""
+        self._arriving = self._delta = None
+
+    def forget(self) -> None:
+        """See Sink."""
+        self._held = None
+
+    def close(self) -> None:
+        """Remove the file. Idempotent."""
+        self._held = self._data = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self.path.unlink(missing_ok=True)
+
+    def _create(self, header_bytes: int, data_bytes: int) -> None:
+        """A new file of this size, mapped. Whoever still reads the former one keeps it until he is done."""
+        self.close()
+        try:
+            self.path.unlink(missing_ok=True)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            # Without room for all of it, writing to the map would end the process.
+            os.posix_fallocate(self._fd, 0, header_bytes + data_bytes)
+            mapped = mmap.mmap(self._fd, header_bytes + data_bytes)
+        except OSError as error:
+            self.close()
+            raise self._unusable(error) from error
+        self._data_offset = header_bytes
+        self._data = np.frombuffer(mapped, np.uint8, offset=header_bytes)
+
+    def _pwrite(self, data: Buffer, offset: int) -> None:
+        left = flat(data)
+        try:
+            while left.nbytes:
+                num = os.pwrite(self._fd, left, offset)
+                left, offset = left[num:], offset + num
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> ErgonError:
+        return ErgonError(
+            f"weights cannot be written to {self.path} ({error.strerror}); "
+            "free space there or set actor.staging to another directory"
+        )
