@@ -2,13 +2,15 @@
 
 Owns how the bytes get into one new file: not its name, not when it is durable. A file that is written once and hardly
 ever read gains nothing from the page cache, and filling that costs many times what the disk costs. Where the file
-system knows no way around it, files are written through it.
+system knows no way around it, files are written through it, and the log says so.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import functools
+import logging
 import mmap
 import os
 import threading
@@ -20,6 +22,8 @@ from typing import Final
 import numpy as np
 
 from broker.protocol.frames import Frame
+
+logger = logging.getLogger(__name__)
 
 WRITE_THREADS: Final = 4
 DIRECT_BYTES: Final = 256 << 10  # smaller files go through the page cache
@@ -76,7 +80,13 @@ def _open(path: Path, large: bool) -> tuple[int, bool]:
         except OSError as error:
             if error.errno != errno.EINVAL:  # what a file system without O_DIRECT says
                 raise
+            _say_that_it_is_slower("the file system has no O_DIRECT")
     return os.open(path, flags, 0o644), False
+
+
+@functools.cache  # once a process for each reason
+def _say_that_it_is_slower(reason: str) -> None:
+    logger.warning("large blobs pass through the page cache, which is slower reason=%r", reason)
 
 
 def _pieces(frames: Sequence[Frame], buffer: mmap.mmap) -> Iterator[memoryview]:
@@ -104,8 +114,9 @@ def _write_direct(descriptor: int, piece: memoryview) -> None:
         try:
             num = os.write(descriptor, whole)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system with a larger alignment
+            if error.errno != errno.EINVAL:
                 raise
+            _say_that_it_is_slower(f"the file system wants another alignment than {ALIGNMENT} bytes")
     if num < len(piece):
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
         _write_plain(descriptor, piece[num:])

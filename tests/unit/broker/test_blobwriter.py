@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from broker.protocol.frames import Frame
+from broker.store import blobwriter
 from broker.store.blobwriter import ALIGNMENT, DIRECT_BYTES, PIECE_BYTES, BlobWriter
 
 SIZES = (
@@ -61,8 +62,13 @@ def test_several_at_a_time_do_not_mix(writer: BlobWriter, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("refuses", ["open", "write"])
 def test_a_file_system_without_direct_writes_has_them_plainly(
-    writer: BlobWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str
+    writer: BlobWriter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    refuses: str,
 ) -> None:
+    blobwriter._say_that_it_is_slower.cache_clear()
     real_open, real_write = os.open, os.write
 
     def open_plainly(path: Path, flags: int, mode: int = 0o777) -> int:
@@ -83,6 +89,7 @@ def test_a_file_system_without_direct_writes_has_them_plainly(
     assert not is_direct(descriptor)
     os.close(descriptor)
     assert (tmp_path / "blob").read_bytes() == frames[0]
+    assert [record.message for record in caplog.records if "page cache" in record.message], "it does so silently"
 
 
 @pytest.mark.parametrize("room", [0, 100, ALIGNMENT, PIECE_BYTES + 100])
