@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from broker.protocol.trajectory import Outcome, Segment, Trajectory, Verdict
-from learner.advantage import Baseline, group_advantages, has_variance
 from learner.engine import TrainSequence
+from learner.losses.advantage import Baseline, group_advantages, has_variance
 
 
 class DeadNotice(Protocol):

@@ -1,7 +1,7 @@
 """The TrainEngine protocol: what the trainer's loop asks of a training engine, and the batch it feeds.
 
-`deepspeed_engine.py` is the real one. With several ranks every method is collective: all ranks call it in the same
-order.
+`training/deepspeed_engine.py` is the real one. With several ranks every method is collective: all ranks call it in
+the same order.
 """
 
 from __future__ import annotations

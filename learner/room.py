@@ -29,7 +29,7 @@ from learner.checkpoint import CheckpointStore
 from learner.curriculum import Curriculum
 from learner.engine import TrainEngine, TrainingError
 from learner.inbox import Inbox, StoppedError
-from learner.loss import effective_sample_size, policy_loss
+from learner.losses.policy import effective_sample_size, policy_loss
 from learner.publisher import Publisher
 from learner.report import Reporter
 from learner.state import Phase, TrainerState

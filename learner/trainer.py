@@ -17,7 +17,7 @@ from learner.curriculum import eval_tickets, reference_tickets
 from learner.engine import TrainEngine
 from learner.evaluation import STYLES
 from learner.inbox import StoppedError
-from learner.loss import supervised_loss
+from learner.losses.policy import supervised_loss
 from learner.room import Room
 from learner.summary import PHASES
 from learner.warm_start import num_batches, scheduled, supervised_batches, worth_imitating
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 def run_learner(settings: Settings) -> None:
     """Train until the run is complete, or until SIGTERM. Raises ErgonError for what the user can mend."""
-    from learner.deepspeed_engine import DeepSpeedEngine  # imports torch and deepspeed: seconds
+    from learner.training.deepspeed_engine import DeepSpeedEngine  # imports torch and deepspeed: seconds
 
     stop = install_stop()
     with Room(settings, DeepSpeedEngine(settings), stop) as room:

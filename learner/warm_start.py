@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from broker.process.settings import WarmStartSection
+from broker.process.learner_settings import WarmStartSection
 from broker.protocol.trajectory import Outcome, Trajectory
 from learner.batching import train_sequence
 from learner.engine import TrainSequence

@@ -90,8 +90,8 @@ def _run(*arguments: str) -> dict[str, Any]:
 def play_learner(num_steps: int) -> Step:
     """Steps and publications in turn. The loss is the warm start's: nobody sampled these episodes, so the policy loss
     would mask them. It costs the same, but for a few operations a token."""
-    from learner.deepspeed_engine import DeepSpeedEngine
-    from learner.loss import supervised_loss
+    from learner.training.deepspeed_engine import DeepSpeedEngine
+    from learner.losses.policy import supervised_loss
     from learner.model import prepare_model
     from learner.publisher import Publisher
 

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from broker.process.lifecycle import ErgonError
 from broker.process.settings import Settings
-from learner.deepspeed_engine import DeepSpeedEngine
 from learner.engine import TokenBatch, TrainingError, TrainSequence
-from learner.loss import policy_loss, supervised_loss
-from learner.packing import pack
+from learner.losses.policy import policy_loss, supervised_loss
 from learner.publisher import wire_bytes, wire_dtype
+from learner.training.deepspeed_engine import DeepSpeedEngine
+from learner.training.packing import pack
 from tests.tiny_model import make_tiny_model
 
 PROMPT = list(range(20, 32))

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from broker.ledger.events import EndedRow, JournalEnds, JournalTickets
-from broker.process.settings import LearnerSection, RunSection, Settings
+from broker.process.learner_settings import LearnerSection
+from broker.process.settings import RunSection, Settings
 from broker.protocol.commands import TicketState
 from broker.store.journal import Journal
 from learner.checkpoint import CheckpointStore

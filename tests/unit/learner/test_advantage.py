@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.advantage import Baseline, group_advantages, has_variance
+from learner.losses.advantage import Baseline, group_advantages, has_variance
 
 MEMBER = st.tuples(st.floats(-5, 5), st.booleans())
 

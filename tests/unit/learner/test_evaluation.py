@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from broker.process.settings import WarmStartSection
+from broker.process.learner_settings import WarmStartSection
 from broker.protocol.trajectory import Mode, Outcome
 from learner.audit import AuditCounts, LineFile, audit_lines, read_audit
 from learner.batching import Consumed, Reason

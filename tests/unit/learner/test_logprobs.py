@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner import logprobs
-from learner.logprobs import selected_logprobs
+from learner.training import logprobs
+from learner.training.logprobs import selected_logprobs
 
 
 def plain(

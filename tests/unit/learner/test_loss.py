@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.process.settings import LossSection
+from broker.process.learner_settings import LossSection
 from learner.engine import TokenBatch
-from learner.loss import effective_sample_size, policy_loss, sequence_means, supervised_loss
+from learner.losses.policy import effective_sample_size, policy_loss, sequence_means, supervised_loss
 
 
 def make_batch(rows: list[tuple[float, float, float, int]]) -> TokenBatch:

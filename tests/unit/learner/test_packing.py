@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.engine import TrainSequence
-from learner.packing import MicroBatch, num_trained_tokens, pack
+from learner.training.packing import MicroBatch, num_trained_tokens, pack
 
 
 def make_sequence(prompt: list[int], sampled: list[int], tail: int = 0, advantage: float = 1.0) -> TrainSequence:

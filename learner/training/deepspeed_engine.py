@@ -31,10 +31,10 @@ from transformers.utils import logging as transformers_logging
 
 from broker.process.lifecycle import ErgonError
 from broker.process.settings import Settings
-from learner import attention
 from learner.engine import LossFn, TokenBatch, TrainingError, TrainSequence
-from learner.logprobs import selected_logprobs
-from learner.packing import MicroBatch, num_trained_tokens, pack
+from learner.training import attention
+from learner.training.logprobs import selected_logprobs
+from learner.training.packing import MicroBatch, num_trained_tokens, pack
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from broker.process.settings import LossSection
+from broker.process.learner_settings import LossSection
 from learner.engine import LossFn, TokenBatch
 
 _MAX_LOG_RATIO = 20.0  # exp stays finite in float32; such tokens are far outside every window
