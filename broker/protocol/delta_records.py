@@ -1,18 +1,22 @@
-"""One record of a delta: which elements of one tensor changed, and to what. Packing, checking, unpacking.
+"""One record of a delta: which elements of one block changed, and by how much. Packing, checking, unpacking.
 
-A record is a header (`<`: tensor index u32, mode u8, number of values u64, number of gaps u64, packed bytes u64) and
-one zstd frame. It holds planes: plane k is byte k, lowest first, of every number in turn. A sparse record has the
-two planes of its gaps (u16), then one plane for each byte of an element with the new values. A gap is how many elements
-stay as they are before the next changed one; 65535 passes so many elements and names none. A dense record has no gaps
-and a value for every element. Values are bits, so NaN and -0.0 are as exact as anything else. Pure: no socket, no file,
-no snapshot. Whoever reads a record gets ProtocolError for whatever is wrong with it, and nothing else.
+A block is up to `BLOCK_BYTES` of the snapshot, all of elements of one width; tensors are nothing to it. A record is a
+header (`<`: block, number of changed elements, number of gaps, packed bytes, each u32) and one zstd frame. It holds
+planes: plane k is byte k, lowest first, of every number in turn. The two planes of the gaps (u16) come first, then one
+for each byte of an element with the differences. A gap is how many elements stay as they are before the next changed
+one; 65535 passes so many elements and names none. A difference d is new bits - old bits, modulo the element's width w;
+what travels is (d << 1) ^ (d >> w - 1) with d taken as signed, so that small steps up and down are small numbers. Bits
+are unsigned numbers whatever they mean, so NaN and -0.0 are as exact as anything else. Pure: no socket, no file, no
+snapshot. Whoever reads a record gets ProtocolError for whatever is wrong with it, and nothing else.
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
+import threading
+from bisect import bisect_right
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -22,7 +26,8 @@ import zstandard
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.weights import DTYPES, Buffer, Bytes, TensorSpec, flat
 
-HEADER: Final = struct.Struct("<IBQQQ")
+HEADER: Final = struct.Struct("<IIII")
+BLOCK_BYTES: Final = 4 << 20  # smaller ones cost more time and bytes, larger ones memory where much changed
 ELEMENT: Final[dict[int, np.dtype[Any]]] = {
     1: np.dtype("<u1"),
     2: np.dtype("<u2"),
@@ -30,61 +35,118 @@ ELEMENT: Final[dict[int, np.dtype[Any]]] = {
     8: np.dtype("<u8"),
 }
 PASS: Final = 0xFFFF  # the gap that names no element
+WINDOW_LOG, HASH_LOG, MIN_MATCH = (
+    17,
+    6,
+    7,
+)  # of zstd: what it is to find here are uneven counts of bytes, not repetition
 
 Elements = npt.NDArray[Any]  # the bits of elements: an unsigned type of 1, 2, 4 or 8 bytes
-Positions = npt.NDArray[np.int64]  # ascending places of elements in their tensor
+Positions = npt.NDArray[np.int64]  # ascending places of elements in their block
 Gaps = npt.NDArray[np.uint16]
 
 
-class Mode(IntEnum):
-    """How a record says which elements it holds."""
+class Block(NamedTuple):
+    """So many bytes of the snapshot, in elements of `itemsize` bytes. `number` counts the blocks before it."""
 
-    SPARSE = 0
-    DENSE = 1
+    number: int
+    offset: int
+    num_bytes: int
+    itemsize: int
+
+    @property
+    def num_elements(self) -> int:
+        """Elements in it."""
+        return self.num_bytes // self.itemsize
+
+
+class Blocks:
+    """The blocks of a snapshot: each run of tensors whose elements have one width is cut from its first byte on."""
+
+    def __init__(self, tensors: Sequence[TensorSpec]) -> None:
+        self._runs: list[Block] = []  # `number` of the first block, offset and bytes of the whole run
+        self.num_blocks = 0
+        for itemsize, run in itertools.groupby(tensors, lambda spec: DTYPES[spec.dtype][1]):
+            specs = list(run)
+            num_bytes = specs[-1].offset + specs[-1].num_bytes - specs[0].offset
+            if num_bytes:
+                self._runs.append(Block(self.num_blocks, specs[0].offset, num_bytes, itemsize))
+            self.num_blocks += -(-num_bytes // BLOCK_BYTES)
+
+    def __getitem__(self, number: int) -> Block:
+        """One of the `num_blocks`."""
+        run = self._runs[bisect_right(self._runs, number, key=lambda run: run.number) - 1]
+        start = (number - run.number) * BLOCK_BYTES
+        return Block(number, run.offset + start, min(run.num_bytes - start, BLOCK_BYTES), run.itemsize)
+
+    def around(self, offset: int) -> Block:
+        """The block in which this byte of the snapshot lies."""
+        run = self._runs[bisect_right(self._runs, offset, key=lambda run: run.offset) - 1]
+        return self[run.number + (offset - run.offset) // BLOCK_BYTES]
 
 
 class Record(NamedTuple):
-    """One record whose header fits its tensor. `packed` is its zstd frame, not yet opened."""
+    """One record whose header fits its block. `packed` is its zstd frame, not yet opened."""
 
-    tensor: int  # its index in the manifest
-    mode: Mode
+    block: Block
     num_values: int
     num_gaps: int
     packed: memoryview
-    itemsize: int
-    num_elements: int
 
     @property
     def num_bytes(self) -> int:
-        """What the frame holds when opened: at most 2 bytes an element more than the tensor, and some for passes."""
-        return 2 * self.num_gaps + self.itemsize * self.num_values
+        """What the frame holds when opened: at most 2 bytes an element more than the block has."""
+        return 2 * self.num_gaps + self.block.itemsize * self.num_values
 
 
-def gaps_between(positions: Positions, before: int = -1) -> Gaps:
-    """The gaps that lead to these elements from the changed one `before` them (-1: from the tensor's start)."""
-    distances = np.diff(positions, prepend=before) - 1
-    if not distances.size or distances.max() < PASS:
-        return distances.astype("<u2")
-    passes, rest = np.divmod(distances, PASS)
-    gaps = np.full(positions.size + int(passes.sum()), PASS, "<u2")
-    gaps[np.arange(positions.size) + passes.cumsum()] = rest
-    return gaps
+class Content(NamedTuple):
+    """What a record holds, checked."""
+
+    gaps: Gaps
+    zigzag: Elements
 
 
-def pack_sparse(zstd: zstandard.ZstdCompressor, index: int, gaps: Gaps, values: Elements) -> bytes:
-    """The record of the elements that these gaps lead to."""
-    packed = _pack(zstd, (gaps, values))
-    return HEADER.pack(index, Mode.SPARSE, values.size, gaps.size, len(packed)) + packed
+class _Zstd(threading.local):
+    """Contexts of zstd, which are dear to make and cannot be shared: one of each kind a thread."""
+
+    def __init__(self) -> None:
+        parameters = zstandard.ZstdCompressionParameters(
+            strategy=zstandard.STRATEGY_FAST,
+            window_log=WINDOW_LOG,
+            hash_log=HASH_LOG,
+            min_match=MIN_MATCH,
+            write_content_size=True,
+            write_checksum=False,
+        )
+        self.writer = zstandard.ZstdCompressor(compression_params=parameters)
+        self.reader = zstandard.ZstdDecompressor()
 
 
-def pack_dense(zstd: zstandard.ZstdCompressor, index: int, values: Elements) -> bytes:
-    """The record of a tensor that changed nearly everywhere: all of its elements."""
-    packed = _pack(zstd, (values,))
-    return HEADER.pack(index, Mode.DENSE, values.size, 0, len(packed)) + packed
+_zstd = _Zstd()
 
 
-def read_records(payload: Buffer, tensors: Sequence[TensorSpec]) -> list[Record]:
-    """The records of a payload, their headers checked against the tensors; nothing is decompressed.
+def pack(block: int, positions: Positions, differences: Elements) -> bytes:
+    """The record of these elements, at least one: their places in the block, ascending, and what is added to each."""
+    gaps = _gaps(positions)
+    frame = _zstd.writer.compressobj(size=gaps.nbytes + differences.nbytes)
+    parts: list[bytes] = []
+    for numbers in (gaps, _zigzag(differences)):
+        for shift in range(0, 8 * numbers.itemsize, 8):
+            parts.append(frame.compress((numbers >> shift).astype(np.uint8).data))
+            parts.append(frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))  # so each plane is under a code of its own
+    parts.append(frame.flush(zstandard.COMPRESSOBJ_FLUSH_FINISH))
+    packed = b"".join(parts)
+    return HEADER.pack(block, differences.size, gaps.size, len(packed)) + packed
+
+
+def repack(record: Record) -> bytes:
+    """The bytes of a record that was read."""
+    header = HEADER.pack(record.block.number, record.num_values, record.num_gaps, record.packed.nbytes)
+    return header + bytes(record.packed)
+
+
+def read_records(payload: Buffer, blocks: Blocks) -> list[Record]:
+    """The records of a payload, their headers checked against the blocks; nothing is decompressed.
 
     Raises ProtocolError.
     """
@@ -92,77 +154,113 @@ def read_records(payload: Buffer, tensors: Sequence[TensorSpec]) -> list[Record]
     while start < view.nbytes:
         if view.nbytes - start < HEADER.size:
             raise _bad(f"record {len(records)} has {view.nbytes - start} bytes; allowed: {HEADER.size} and its frame")
-        index, mode, num_values, num_gaps, num_packed = HEADER.unpack_from(view, start)
+        index, num_values, num_gaps, num_packed = HEADER.unpack_from(view, start)
         start += HEADER.size
-        first = records[-1].tensor + 1 if records else 0
-        if not first <= index < len(tensors):
-            raise _bad(f"record {len(records)} is of tensor {index}; allowed: {first} to {len(tensors) - 1}")
+        first = records[-1].block.number + 1 if records else 0
+        if not first <= index < blocks.num_blocks:
+            raise _bad(f"record {len(records)} is of block {index}; allowed: {first} to {blocks.num_blocks - 1}")
         if num_packed > view.nbytes - start:
-            raise _bad(
-                f"tensor {index} has {num_packed} packed bytes; allowed: the {view.nbytes - start} that are left"
-            )
-        itemsize = DTYPES[tensors[index].dtype][1]
-        num_elements = tensors[index].num_bytes // itemsize
-        _check_counts(index, mode, num_values, num_gaps, num_elements)
-        packed = view[start : start + num_packed]
-        record = Record(index, Mode(mode), num_values, num_gaps, packed, itemsize, num_elements)
+            raise _bad(f"block {index} has {num_packed} packed bytes; allowed: the {view.nbytes - start} that are left")
+        record = Record(blocks[index], num_values, num_gaps, view[start : start + num_packed])
+        _check_counts(record)
         _check_frame(record)
         records.append(record)
         start += num_packed
     return records
 
 
-def unpack(zstd: zstandard.ZstdDecompressor, record: Record) -> tuple[Positions | None, Elements]:
-    """Places and new values of one record; the places are None where all elements have a value (a dense record).
+def open_record(record: Record) -> Content:
+    """The numbers of a record, checked: its gaps lead to as many elements as it says, all of them in the block.
 
-    Raises ProtocolError. Takes some 20 bytes for each change, and for a dense record twice its tensor.
+    Raises ProtocolError. `unpack` of what it returns cannot fail.
     """
     try:
-        content = np.frombuffer(zstd.decompress(record.packed, allow_extra_data=False), np.uint8)
+        content = np.frombuffer(_zstd.reader.decompress(record.packed, allow_extra_data=False), np.uint8)
     except zstandard.ZstdError as error:
-        raise _bad(f"tensor {record.tensor} does not decompress: {error}") from error
+        raise _bad(f"block {record.block.number} does not decompress: {error}") from error
     if content.size != record.num_bytes:
-        raise _bad(f"tensor {record.tensor} decompresses to {content.size} bytes; allowed: {record.num_bytes}")
-    values = _join(content[2 * record.num_gaps :], record.itemsize)
-    if record.mode is Mode.DENSE:
-        return None, values
-    return _positions(record, _join(content[: 2 * record.num_gaps], 2)), values
+        raise _bad(f"block {record.block.number} decompresses to {content.size} bytes; allowed: {record.num_bytes}")
+    split = 2 * record.num_gaps
+    gaps = _join(content[:split], 2)
+    _check_gaps(record, gaps)
+    return Content(gaps, _join(content[split:], record.block.itemsize))
 
 
-def _positions(record: Record, gaps: Gaps) -> Positions:
-    steps = gaps.astype(np.int64)
-    named = gaps != PASS
-    steps += named
-    positions = np.cumsum(steps, out=steps)
-    positions -= 1
-    if not named[-1]:
-        raise _bad(
-            f"tensor {record.tensor} ends with a gap that names no element; allowed: a changed element at the end"
-        )
-    if positions[-1] >= record.num_elements:
-        raise _bad(f"tensor {record.tensor} changes element {positions[-1]}; allowed: below {record.num_elements}")
-    if record.num_gaps != record.num_values or not named.all():
-        positions = positions[named]
-    if positions.size != record.num_values:
-        raise _bad(f"tensor {record.tensor} has gaps for {positions.size} elements; allowed: {record.num_values}")
-    return positions
-
-
-def _check_counts(index: int, mode: int, num_values: int, num_gaps: int, num_elements: int) -> None:
-    """Bound what a record may hold by its tensor."""
-    if mode == Mode.DENSE:
-        if num_values != num_elements or num_gaps or not num_values:
-            raise _bad(
-                f"tensor {index}, dense, has {num_values} values and {num_gaps} gaps; allowed: {num_elements}, 0"
-            )
-    elif mode == Mode.SPARSE:
-        if not 1 <= num_values <= num_elements:
-            raise _bad(f"tensor {index} has {num_values} changed elements; allowed: 1 to {num_elements}")
-        if not 0 <= num_gaps - num_values <= num_elements // PASS:
-            most = num_values + num_elements // PASS
-            raise _bad(f"tensor {index} has {num_gaps} gaps; allowed: {num_values} to {most}")
+def unpack(content: Content) -> tuple[Positions, Elements]:
+    """Places in the block and differences, in memory of their own. Takes some 20 bytes a change."""
+    gaps = content.gaps
+    positions = gaps.astype(np.int64)
+    if gaps.size == content.zigzag.size:
+        positions += 1
+        np.cumsum(positions, out=positions)
     else:
-        raise _bad(f"tensor {index} has mode {mode}; allowed: {Mode.SPARSE} (sparse) and {Mode.DENSE} (dense)")
+        named = gaps != PASS
+        positions += named
+        positions = np.cumsum(positions)[named]
+    positions -= 1
+    return positions, _unzigzag(content.zigzag)
+
+
+def _gaps(positions: Positions) -> Gaps:
+    """The gaps that lead to these places, the first from the block's start."""
+    distances = np.empty_like(positions)
+    distances[0] = positions[0]
+    np.subtract(positions[1:], positions[:-1], out=distances[1:])
+    distances[1:] -= 1
+    if positions[-1] < PASS or distances.max() < PASS:
+        return distances.astype("<u2")
+    passes, rest = np.divmod(distances, PASS)
+    gaps = np.full(positions.size + int(passes.sum()), PASS, "<u2")
+    gaps[np.arange(positions.size) + passes.cumsum()] = rest
+    return gaps
+
+
+def _check_gaps(record: Record, gaps: Gaps) -> None:
+    num_named = int(np.count_nonzero(gaps != PASS))
+    if gaps[-1] == PASS:
+        raise _bad(
+            f"block {record.block.number} ends with a gap that names no element; allowed: a changed element at the end"
+        )
+    if num_named != record.num_values:
+        raise _bad(f"block {record.block.number} has gaps for {num_named} elements; allowed: {record.num_values}")
+    last = int(gaps.sum(dtype=np.int64)) + num_named - 1
+    if last >= record.block.num_elements:
+        raise _bad(f"block {record.block.number} changes element {last}; allowed: below {record.block.num_elements}")
+
+
+def _zigzag(differences: Elements) -> Elements:
+    """Small numbers for small steps up and down."""
+    signed = differences.view(f"<i{differences.itemsize}")
+    zigzag: Elements = ((signed << 1) ^ (signed >> (8 * differences.itemsize - 1))).view(differences.dtype)
+    return zigzag
+
+
+def _unzigzag(zigzag: Elements) -> Elements:
+    """The differences that these numbers stand for."""
+    differences: Elements = zigzag & 1
+    np.negative(differences, out=differences)
+    differences ^= zigzag >> 1
+    return differences
+
+
+def _join(planes: Bytes, itemsize: int) -> Elements:
+    """The numbers whose bytes lie in planes."""
+    first, *others = planes.reshape(itemsize, -1)[::-1]
+    numbers: Elements = first.astype(ELEMENT[itemsize])
+    for plane in others:
+        numbers <<= 8
+        numbers |= plane
+    return numbers
+
+
+def _check_counts(record: Record) -> None:
+    """Bound what a record may hold by its block."""
+    num_values, num_gaps, num_elements = record.num_values, record.num_gaps, record.block.num_elements
+    if not 1 <= num_values <= num_elements:
+        raise _bad(f"block {record.block.number} has {num_values} changed elements; allowed: 1 to {num_elements}")
+    if not 0 <= num_gaps - num_values <= num_elements // PASS:
+        most = num_values + num_elements // PASS
+        raise _bad(f"block {record.block.number} has {num_gaps} gaps; allowed: {num_values} to {most}")
 
 
 def _check_frame(record: Record) -> None:
@@ -170,29 +268,9 @@ def _check_frame(record: Record) -> None:
     try:
         size = zstandard.frame_content_size(record.packed)
     except zstandard.ZstdError as error:
-        raise _bad(f"tensor {record.tensor} has no zstd frame: {error}") from error
+        raise _bad(f"block {record.block.number} has no zstd frame: {error}") from error
     if size != record.num_bytes:
-        raise _bad(f"tensor {record.tensor} has a frame of {size} bytes; allowed: {record.num_bytes}")
-
-
-def _pack(zstd: zstandard.ZstdCompressor, columns: Sequence[Elements]) -> bytes:
-    """One frame with the planes of these numbers, each plane in blocks, and so under a code, of its own."""
-    frame = zstd.compressobj(size=sum(numbers.nbytes for numbers in columns))
-    parts: list[bytes] = []
-    for numbers in columns:
-        for plane in np.ascontiguousarray(numbers.view(np.uint8).reshape(-1, numbers.itemsize).T):
-            parts.append(frame.compress(plane.data))
-            parts.append(frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
-    parts.append(frame.flush(zstandard.COMPRESSOBJ_FLUSH_FINISH))
-    return b"".join(parts)
-
-
-def _join(planes: Bytes, itemsize: int) -> Elements:
-    """The numbers whose bytes lie in planes."""
-    by_number = np.empty((planes.size // itemsize, itemsize), np.uint8)
-    by_number[:] = planes.reshape(itemsize, -1).T
-    numbers: Elements = by_number.reshape(-1).view(ELEMENT[itemsize])
-    return numbers
+        raise _bad(f"block {record.block.number} has a frame of {size} bytes; allowed: {record.num_bytes}")
 
 
 def _bad(text: str) -> ProtocolError:

@@ -1,203 +1,261 @@
-"""Lossless differences between two versions of a snapshot: making, applying, folding them. Pure: no socket, no file.
+"""Lossless differences between two versions of a snapshot: making, applying, folding them. Pure: no socket, no file, no
+thread of its own, though it lets its caller's threads do what is independent (`Run`), with the same result.
 
-A payload is the records (`delta_records.py`) of the tensors that changed, in ascending order of their index, and
-nothing else; no byte at all says that nothing changed. A record names places and new values, never differences of
-values, so applying a payload twice is as good as once, and folding needs no snapshot. Knows nothing of versions, chunks
-and hashes: that a delta fits the snapshot it is applied to is for the receiver to verify, by the total hash.
+A payload is the records (`delta_records.py`) of the blocks that changed, ascending, and nothing else; no byte at all
+says that nothing changed. A record adds to the bits of elements, so a payload gives its version only on exactly the
+snapshot that it was made from, and once. Sums of differences are differences, so folding needs no snapshot. Knows
+nothing of versions, chunks and hashes: that a delta is applied to the snapshot it belongs to is the channel's to see
+to, and what came of it is for the receiver to verify, by the total hash.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
-import zstandard
 
 from broker.protocol.delta_records import (
     ELEMENT,
-    HEADER,
+    Block,
+    Blocks,
+    Content,
     Elements,
-    Gaps,
-    Mode,
     Positions,
     Record,
-    gaps_between,
-    pack_dense,
-    pack_sparse,
+    open_record,
+    pack,
     read_records,
+    repack,
     unpack,
 )
+from broker.protocol.hashes import Run
 from broker.protocol.weights import Buffer, Bytes, TensorSpec, flat
 
-LEVEL: Final = 1  # of zstd; measured on real versions, level 3 is slower and no smaller
-BLOCK_BYTES: Final = 1 << 20  # of either version: both stay in the cache while they are compared
 WORD: Final = np.dtype("<u8")
-DENSE_FRACTION: Final = 0.75  # of changed elements: from there on a record of all of them is about as small, and faster
+SCAN_BYTES: Final = 1 << 20  # of either version: both stay near the core from comparing to copying
+SHARED_BYTES: Final = 16 << 20  # of a tensor: from there on threads share its blocks
+BATCH_BYTES: Final = 128 << 10  # of opened records in one piece of work
+KEPT_BYTES: Final = 4 << 20  # of opened records between checking and applying; what is beyond is opened twice
 
 
 class DeltaEncoder:
-    """Collects the changes of one version, tensor by tensor, in the manifest's order."""
+    """Collects the changes of one version of a snapshot of these tensors, tensor by tensor, in their order.
 
-    def __init__(self, level: int = LEVEL) -> None:
-        """level: of zstd."""
-        self._zstd = zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True)
+    Where `run` is that of threads, they share the blocks of a large tensor. Small ones are not worth their trouble: in
+    Python threads hand over to each other after every operation, which takes longer than operations on a little do.
+    """
+
+    def __init__(self, tensors: Sequence[TensorSpec], run: Run = map) -> None:
+        self._tensors, self._blocks = tensors, Blocks(tensors)
+        self._run = run
+        self._num_given = 0  # tensors
+        self._block: Block | None = None  # which several tensors share
+        self._found: list[_Found] = []  # in it
         self._records: list[bytes] = []
-        self._num_bytes = 0
-        self._last_index = -1
+        self.num_bytes = 0  # of the records so far: the caller stops when a delta no longer pays
+        self.num_changed = 0  # elements in them
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all records so far: the caller stops when a delta no longer pays."""
-        return self._num_bytes
+    def add(self, base: Bytes, new: Buffer) -> None:
+        """Keep what changed in the next tensor from `base` to `new`, and make `base` equal to `new`.
 
-    def add(self, index: int, itemsize: int, base: Bytes, new: Buffer) -> int:
-        """Keep what changed in one tensor from `base` to `new`, and make `base` equal to `new`.
-
-        index: of the tensor in the manifest, ascending from call to call. itemsize: of an element, 1, 2, 4 or 8 bytes.
-        base: the tensor's bytes in the copy last published, writable. new: as many contiguous bytes. Returns the number
-        of changed elements. Beside the packed record it takes a few bytes for each change and 1 MiB or so.
-        Raises ValueError where the arguments do not fit each other, before anything is written.
+        base: the tensor's bytes in the copy last published, writable. new: as many contiguous bytes, which may change
+        once this returns. Beside the packed records it takes some 20 bytes for each change in a block. Raises
+        ValueError where the arguments do not fit the tensor, before anything is written.
         """
-        fresh = np.frombuffer(flat(new), np.uint8)
-        if index <= self._last_index:
-            raise ValueError(f"tensor {index} after tensor {self._last_index}; give them in the manifest's order")
-        if itemsize not in ELEMENT or base.size != fresh.size or base.size % itemsize:
-            raise ValueError(f"tensor {index}: {base.size} and {fresh.size} bytes in elements of {itemsize} bytes")
-        if not base.flags.writeable or base.dtype != np.uint8 or base.ndim != 1 or not base.flags.c_contiguous:
-            raise ValueError(f"tensor {index}: the base is not a writable array of bytes")
-        self._last_index = index
-        gaps, values, num_changed = _changes(itemsize, base, fresh)
-        if values is None:
-            self._keep(pack_dense(self._zstd, index, fresh.view(ELEMENT[itemsize])))
-        elif num_changed:
-            self._keep(pack_sparse(self._zstd, index, gaps, values))
-        return num_changed
+        if self._num_given >= len(self._tensors):
+            raise ValueError(f"there are {len(self._tensors)} tensors, and all of them were given")
+        spec, fresh = self._tensors[self._num_given], np.frombuffer(flat(new), np.uint8)
+        if base.dtype != np.uint8 or base.ndim != 1 or not (base.flags.writeable and base.flags.c_contiguous):
+            raise ValueError(f"tensor {spec.name!r}: the base is not a writable array of bytes")
+        if not base.size == fresh.size == spec.num_bytes:
+            raise ValueError(f"tensor {spec.name!r}: {base.size} and {fresh.size} bytes; allowed: {spec.num_bytes}")
+        self._num_given += 1
+        pieces = list(self._pieces(spec, base, fresh))
+        run = self._run if base.size >= SHARED_BYTES else map
+        for piece, (found, record) in zip(pieces, run(_encode, pieces), strict=True):
+            if piece.block != self._block:
+                self._end_block()
+                self._block = piece.block
+            self._found += found
+            self._keep(record)
 
     def finish(self) -> Bytes:
-        """The payload: one read-only uint8 array, empty where nothing changed."""
+        """The payload: one read-only uint8 array, empty where nothing changed. No tensor can be added after that."""
+        self._num_given = len(self._tensors)
+        self._end_block()
         return np.frombuffer(b"".join(self._records), np.uint8)
 
-    def _keep(self, record: bytes) -> None:
-        self._records.append(record)
-        self._num_bytes += len(record)
+    def _pieces(self, spec: TensorSpec, base: Bytes, new: Bytes) -> Iterator[_Piece]:
+        start = 0
+        while start < spec.num_bytes:
+            block = self._blocks.around(spec.offset + start)
+            place = spec.offset + start - block.offset
+            end = min(start + block.num_bytes - place, spec.num_bytes)
+            yield _Piece(block, place, base[start:end], new[start:end])
+            start = end
+
+    def _end_block(self) -> None:
+        if self._block is not None:
+            self._keep(_pack(self._block, self._found))
+            self._found = []
+
+    def _keep(self, record: _Packed) -> None:
+        self._records.append(record.data)
+        self.num_bytes += len(record.data)
+        self.num_changed += record.num_changed
 
 
-def apply_delta(payload: Buffer, tensors: Sequence[TensorSpec], target: Bytes) -> int:
-    """Overwrite the changed elements in `target`, a writable uint8 snapshot of exactly these tensors.
+class _Piece(NamedTuple):
+    """What one tensor has of a block, as it was published and as it is now. `place` counts bytes in the block."""
 
-    Everything is checked before the first byte is written. Every record is therefore opened twice, so that the memory
-    is that of one tensor's changes. Returns the number of elements written. Raises ProtocolError for a payload that is
-    malformed or does not fit the tensors, ValueError for a target that is no such snapshot.
+    block: Block
+    place: int
+    base: Bytes
+    new: Bytes
+
+
+class _Found(NamedTuple):
+    """What differed in a part of a block, in words or in elements: where, counted in them, and both bits."""
+
+    places: Positions
+    before: Elements
+    after: Elements
+
+
+def apply_delta(payload: Buffer, tensors: Sequence[TensorSpec], target: Bytes, run: Run = map) -> int:
+    """Change `target`, the writable uint8 snapshot of exactly these tensors that the delta was made from.
+
+    Everything is checked before the first byte is written. Applied to anything else, or once more, it gives other
+    bytes than it should, which only their hash tells. Returns the number of elements changed. Raises ProtocolError for
+    a payload that is malformed or does not fit the tensors, ValueError for a target that is no such snapshot.
     """
     num_bytes = tensors[-1].offset + tensors[-1].num_bytes
     if target.dtype != np.uint8 or target.shape != (num_bytes,) or not target.flags.writeable:
         raise ValueError(f"a target of shape {target.shape} and {target.dtype}; {num_bytes} writable bytes are due")
     if not target.flags.c_contiguous:
         raise ValueError("a target that is not contiguous; give the snapshot itself")
-    zstd = zstandard.ZstdDecompressor()
-    records = read_records(payload, tensors)
-    for record in records:
-        unpack(zstd, record)
-    for record in records:
-        positions, values = unpack(zstd, record)
-        spec = tensors[record.tensor]
-        elements = target[spec.offset : spec.offset + spec.num_bytes].view(ELEMENT[record.itemsize])
-        elements[... if positions is None else positions] = values
-    return sum(record.num_values for record in records)
+    batches = list(_batches(read_records(payload, Blocks(tensors))))
+    room = KEPT_BYTES
+    kept: list[bool] = []
+    for batch in batches:
+        room -= sum(record.num_bytes for record in batch)
+        kept.append(room >= 0)
+
+    def check(number: int) -> list[Content] | None:
+        contents = [open_record(record) for record in batches[number]]
+        return contents if kept[number] else None
+
+    opened = list(run(check, range(len(batches))))
+
+    def write(number: int) -> None:
+        contents = opened[number] or [open_record(record) for record in batches[number]]
+        opened[number] = None
+        for record, content in zip(batches[number], contents, strict=True):
+            positions, differences = unpack(content)
+            start, end = record.block.offset, record.block.offset + record.block.num_bytes
+            elements = target[start:end].view(ELEMENT[record.block.itemsize])
+            differences += elements.take(positions)
+            elements[positions] = differences
+
+    for _ in run(write, range(len(batches))):
+        pass
+    return sum(record.num_values for batch in batches for record in batch)
 
 
-def fold(payloads: Sequence[Buffer], tensors: Sequence[TensorSpec]) -> Bytes:
-    """One payload with the effect of these applied in order; later values win.
+def fold(payloads: Sequence[Buffer], tensors: Sequence[TensorSpec], run: Run = map) -> Bytes:
+    """One payload with the effect of these applied in order. What was changed and changed back is not in it.
 
-    The memory is that of one tensor's changes in all payloads, and of the result. Raises ProtocolError as `apply_delta`
-    does.
+    The memory is that of one block in all payloads for each thread, and of the result. Raises ProtocolError as
+    `apply_delta` does.
     """
-    by_tensor: dict[int, list[Record]] = {}
+    blocks, by_block = Blocks(tensors), dict[int, list[Record]]()
     for payload in payloads:
-        for record in read_records(payload, tensors):
-            by_tensor.setdefault(record.tensor, []).append(record)
-    reader = zstandard.ZstdDecompressor()
-    writer = zstandard.ZstdCompressor(level=LEVEL, write_checksum=False, write_content_size=True)
-    return np.frombuffer(b"".join(_fold_one(reader, writer, by_tensor[i]) for i in sorted(by_tensor)), np.uint8)
+        for record in read_records(payload, blocks):
+            by_block.setdefault(record.block.number, []).append(record)
+    return np.frombuffer(b"".join(run(_fold_one, [by_block[index] for index in sorted(by_block)])), np.uint8)
 
 
-def _fold_one(reader: zstandard.ZstdDecompressor, writer: zstandard.ZstdCompressor, records: Sequence[Record]) -> bytes:
-    """One record with the effect of these, all of one tensor, oldest first."""
-    dense = [i for i, record in enumerate(records) if record.mode is Mode.DENSE]
-    last_dense = dense[-1] if dense else 0
-    for record in records[:last_dense]:  # superseded, but what is wrong with them is said all the same
-        unpack(reader, record)
-    opened = [unpack(reader, record) for record in records[last_dense:]]
-    first = records[last_dense]
-    if len(opened) == 1:
-        header = HEADER.pack(first.tensor, first.mode, first.num_values, first.num_gaps, first.packed.nbytes)
-        return header + bytes(first.packed)
-    sparse = [(positions, values) for positions, values in opened if positions is not None]
-    if first.mode is Mode.DENSE:
-        everything = opened[0][1]
-        for positions, values in sparse:
-            everything[positions] = values
-        return pack_dense(writer, first.tensor, everything)
-    positions, values = _merge(sparse)
-    if positions.size == first.num_elements:
-        return pack_dense(writer, first.tensor, values)
-    return pack_sparse(writer, first.tensor, gaps_between(positions), values)
+def _fold_one(records: Sequence[Record]) -> bytes:
+    """One record with the effect of these, all of one block; none where they undo each other."""
+    block = records[0].block
+    contents = [open_record(record) for record in records]
+    if len(records) == 1:
+        return repack(records[0])
+    sums = np.zeros(block.num_elements, ELEMENT[block.itemsize])
+    for content in contents:
+        positions, differences = unpack(content)
+        differences += sums.take(positions)
+        sums[positions] = differences
+    positions = np.flatnonzero(sums != 0)
+    return pack(block.number, positions, sums.take(positions)) if positions.size else b""
 
 
-def _merge(changes: Sequence[tuple[Positions, Elements]]) -> tuple[Positions, Elements]:
-    """All places once, ascending, each with its latest value."""
-    places = np.concatenate([positions for positions, _ in changes])
-    values = np.concatenate([values for _, values in changes])
-    order = np.argsort(places, kind="stable")  # merges runs that are sorted already
-    places = places[order]
-    latest = np.append(places[1:] != places[:-1], True)
-    return places[latest], values[order[latest]]
+def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
+    """These records in their order, so many together that it pays to hand them to a thread."""
+    batch: list[Record] = []
+    num_bytes = 0
+    for record in records:
+        batch.append(record)
+        num_bytes += record.num_bytes
+        if num_bytes >= BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
 
 
-def _changes(itemsize: int, base: Bytes, new: Bytes) -> tuple[Gaps, Elements | None, int]:
-    """Gaps, values and number of the changed elements, block by block; no values where a dense record is due.
+class _Packed(NamedTuple):
+    """A record, empty where nothing changed."""
 
-    `base` equals `new` afterwards.
-    """
-    gaps, values = [np.empty(0, "<u2")], [np.empty(0, ELEMENT[itemsize])]
-    most, num_changed, before = DENSE_FRACTION * (base.size // itemsize), 0, -1
-    for start in range(0, base.size, BLOCK_BYTES):
-        block, fresh = base[start : start + BLOCK_BYTES], new[start : start + BLOCK_BYTES]
-        if num_changed > most:
-            num_changed += int(np.count_nonzero(block.view(ELEMENT[itemsize]) != fresh.view(ELEMENT[itemsize])))
-            block[:] = fresh
-            continue
-        positions, changed = _changes_of_block(itemsize, block, fresh)
-        if not positions.size:
-            continue
-        positions += start // itemsize
-        gaps.append(gaps_between(positions, before))
-        values.append(changed)
-        num_changed += positions.size
-        before = int(positions[-1])
-    if num_changed > most:
-        return gaps[0], None, num_changed
-    return np.concatenate(gaps), np.concatenate(values), num_changed
+    data: bytes
+    num_changed: int
 
 
-def _changes_of_block(itemsize: int, base: Bytes, new: Bytes) -> tuple[Positions, Elements]:
-    """Places, from the block's start, and values of what changed; `base` equals `new` afterwards.
+def _encode(piece: _Piece) -> tuple[list[_Found], _Packed]:
+    """What differs in a piece, packed where it is all of its block. Its base equals what is new afterwards."""
+    found = _compare(piece)
+    if piece.base.size == piece.block.num_bytes:
+        return [], _pack(piece.block, found)
+    return found, _Packed(b"", 0)
 
-    Most words of eight bytes are the same, so words are compared first and elements only within those that differ.
-    """
-    if base.size % WORD.itemsize or base.ctypes.data % WORD.itemsize or new.ctypes.data % WORD.itemsize:
-        old, fresh = base.view(ELEMENT[itemsize]), new.view(ELEMENT[itemsize])
-        places = np.flatnonzero(old != fresh)
-        values = fresh[places]
-        old[places] = values
-        return places, values
-    old_words, new_words = base.view(WORD), new.view(WORD)
-    words = np.flatnonzero(old_words != new_words)
-    fresh_words = new_words[words]
-    fresh = fresh_words.view(ELEMENT[itemsize])
-    differs = np.flatnonzero(old_words[words].view(ELEMENT[itemsize]) != fresh)
-    old_words[words] = fresh_words
-    per_word = WORD.itemsize // itemsize
-    which, within = np.divmod(differs, per_word)
-    return words[which] * per_word + within, fresh[differs]
+
+def _compare(piece: _Piece) -> list[_Found]:
+    """Most words of eight bytes are the same, so words are compared wherever they are aligned."""
+    addresses = piece.place | piece.base.size | piece.base.ctypes.data | piece.new.ctypes.data
+    unit = ELEMENT[piece.block.itemsize] if addresses % WORD.itemsize else WORD
+    found = []
+    for start in range(0, piece.base.size, SCAN_BYTES):
+        base, new = (side[start : start + SCAN_BYTES].view(unit) for side in (piece.base, piece.new))
+        places = np.flatnonzero(base != new)
+        if places.size:
+            before, after = base.take(places), new.take(places)
+            base[places] = after
+            places += (piece.place + start) // unit.itemsize
+            found.append(_Found(places, before, after))
+    return found
+
+
+def _pack(block: Block, found: Sequence[_Found]) -> _Packed:
+    if not found:
+        return _Packed(b"", 0)
+    element = ELEMENT[block.itemsize]
+    parts = [
+        _changed_elements(list(alike), element)
+        for _, alike in itertools.groupby(found, lambda each: each.before.itemsize)
+    ]
+    positions, differences = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return _Packed(pack(block.number, positions, differences), positions.size)
+
+
+def _changed_elements(found: Sequence[_Found], element: np.dtype[Any]) -> tuple[Positions, Elements]:
+    """Places and differences of the elements that changed in words, or elements, that did."""
+    places, before, after = (np.concatenate(column) for column in zip(*found, strict=True))
+    differences: Elements = after.view(element) - before.view(element)
+    changed = np.flatnonzero(differences != 0)
+    shift = (after.itemsize // element.itemsize).bit_length() - 1
+    positions = places.take(changed >> shift)
+    positions <<= shift
+    positions += changed & (1 << shift) - 1
+    return positions, differences.take(changed)

@@ -6,7 +6,6 @@ network raises `ProtocolError` and nothing else. Opens no socket, holds no weigh
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, ClassVar, Final
@@ -20,20 +19,18 @@ from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import Name, PolicyVersion, Positive, Seconds
 from broker.protocol.weights import (
-    DTYPES,
     HASH_BYTES,
     MAX_CHUNK_BYTES,
-    MAX_INT,
     MIN_CHUNK_BYTES,
     Bytes,
     Integer,
     Manifest,
     TensorSpec,
-    tensor_problem,
+    check_layout,
 )
 
 FROM_RECEIVER: Final = ("HELLO", "HEARTBEAT", "WATCH", "MANIFEST", "CHUNK")
-FROM_SERVER: Final = ("WELCOME", "HEARTBEAT", "ANNOUNCE", "MANIFEST_REPLY", "CHUNK_REPLY", "ERROR")
+FROM_SERVER: Final = ("WELCOME", "HEARTBEAT", "ANNOUNCE", "PUSH", "MANIFEST_REPLY", "CHUNK_REPLY", "ERROR")
 
 Pair = tuple[Integer, Integer]  # a policy version: its numbers may be larger here than on the experience channel
 
@@ -66,10 +63,12 @@ class Welcome(Body, frozen=True, kw_only=True):
 
 
 class Watch(Body, frozen=True, kw_only=True):
-    """Announce the newest version to me, now and at every change; `have` is the version I hold whole."""
+    """Announce the newest version to me, now and at every change; `have` is the version I hold whole. `push_bytes`:
+    the next one may come as one PUSH of a payload of at most so many bytes; 0: only announced."""
 
     COMMAND: ClassVar[str] = "WATCH"
     have: Pair | None
+    push_bytes: Integer
 
 
 class Announce(Body, frozen=True, kw_only=True):
@@ -110,6 +109,13 @@ class ManifestReply(OfVersion, frozen=True, kw_only=True):
     chunk_bytes: Annotated[int, Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)]
     total_hash: Annotated[bytes, Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
     created_at: Seconds
+
+
+class Push(ManifestReply, frozen=True, kw_only=True):
+    """Instead of the first ANNOUNCE: the newest version as a delta to what the receiver holds, unasked. Its arrays are
+    those of MANIFEST_REPLY and the whole payload, |u1 [payload_bytes]. See `read_push`."""
+
+    COMMAND: ClassVar[str] = "PUSH"
 
 
 class ChunkRequest(OfVersion, frozen=True, kw_only=True):
@@ -160,7 +166,16 @@ def chunk_reply(version: PolicyVersion, parent: PolicyVersion | None, index: int
 
 def manifest_reply(manifest: Manifest) -> Message:
     """The MANIFEST_REPLY that carries this manifest."""
-    body = ManifestReply(
+    return _described(ManifestReply, manifest)
+
+
+def push(manifest: Manifest, payload: Bytes) -> Message:
+    """The PUSH of a delta; its bytes are referenced, not copied."""
+    return _described(Push, manifest, payload)
+
+
+def _described(kind: type[ManifestReply], manifest: Manifest, *more: Bytes) -> Message:
+    body = kind(
         run_id=manifest.run_id,
         lineage=manifest.version.lineage,
         version=manifest.version.version,
@@ -171,7 +186,8 @@ def manifest_reply(manifest: Manifest) -> Message:
         total_hash=manifest.total_hash,
         created_at=manifest.created_at,
     )
-    return body.pack((np.frombuffer(b"".join(manifest.chunk_hashes), np.uint8).reshape(-1, HASH_BYTES),))
+    hashes = np.frombuffer(b"".join(manifest.chunk_hashes), np.uint8).reshape(-1, HASH_BYTES)
+    return body.pack((hashes, *more))
 
 
 def policy_version(pair: Pair | None) -> PolicyVersion | None:
@@ -182,7 +198,7 @@ def policy_version(pair: Pair | None) -> PolicyVersion | None:
 def read_chunk(message: Message) -> Chunk:
     """What a CHUNK_REPLY carries."""
     body = parse_body(message, ChunkReply)
-    data = _bytes_array(message, ndim=1)
+    (data,) = _bytes_arrays(message, 1)
     return Chunk(body.policy_version, policy_version(body.parent), body.index, data)
 
 
@@ -190,14 +206,33 @@ def read_manifest(message: Message) -> Manifest:
     """The manifest in a MANIFEST_REPLY, consistent in itself: tensors without gaps, a payload that an anchor or a delta
     can have, as many hashes as chunks."""
     body = parse_body(message, ManifestReply)
-    _check_payload(body, _check_tensors(body.tensors))
-    hashes = _bytes_array(message, ndim=2)
-    num_chunks = -(-body.payload_bytes // body.chunk_bytes)
-    if hashes.shape != (num_chunks, HASH_BYTES):
-        raise _bad(
-            f"chunk hashes of shape {list(hashes.shape)}; {body.payload_bytes} bytes in chunks of {body.chunk_bytes} "
-            f"need [{num_chunks}, {HASH_BYTES}]"
-        )
+    (hashes,) = _bytes_arrays(message, 2)
+    return _manifest(body, hashes)
+
+
+def read_push(message: Message) -> tuple[Manifest, Bytes]:
+    """The manifest in a PUSH, as `read_manifest` gives it, and the payload, which is not verified; it is a delta's."""
+    body = parse_body(message, Push)
+    hashes, payload = _bytes_arrays(message, 2, 1)
+    manifest = _manifest(body, hashes)
+    if manifest.parent is None:
+        raise _bad(body, "parent is null; allowed: an older version of the same lineage")
+    if payload.size != manifest.payload_bytes:
+        raise _bad(body, f"a payload of {payload.size} bytes; allowed: payload_bytes, {manifest.payload_bytes}")
+    return manifest, payload
+
+
+def _manifest(body: ManifestReply, hashes: Bytes) -> Manifest:
+    try:
+        _check_payload(body, check_layout(body.tensors))
+        num_chunks = -(-body.payload_bytes // body.chunk_bytes)
+        if hashes.shape != (num_chunks, HASH_BYTES):
+            raise ValueError(
+                f"chunk hashes of shape {list(hashes.shape)}; {body.payload_bytes} bytes in chunks of "
+                f"{body.chunk_bytes} need [{num_chunks}, {HASH_BYTES}]"
+            )
+    except ValueError as error:
+        raise _bad(body, str(error)) from error
     joined = hashes.tobytes()
     chunk_hashes = tuple(joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES))
     return Manifest(
@@ -214,54 +249,29 @@ def read_manifest(message: Message) -> Manifest:
 
 
 def _check_payload(body: ManifestReply, total_bytes: int) -> None:
-    """Raises ProtocolError unless an anchor is the whole snapshot, and a delta less, to an older one of its lineage."""
-    if body.parent is None:
-        if body.payload_bytes != total_bytes:
-            raise _bad(f"payload_bytes is {body.payload_bytes}; allowed for an anchor: {total_bytes}, its tensors")
+    """Raises ValueError unless an anchor is the whole snapshot, and a delta less, to an older one of its lineage."""
+    size, parent = body.payload_bytes, body.parent
+    if parent is None:
+        if size != total_bytes:
+            raise ValueError(f"payload_bytes is {size}; allowed for an anchor: {total_bytes}, its tensors")
         return
-    if body.parent[0] != body.lineage or body.parent[1] >= body.version:
-        raise _bad(
-            f"parent is {list(body.parent)}; allowed for version [{body.lineage}, {body.version}]: null, or an older "
+    if parent[0] != body.lineage or parent[1] >= body.version:
+        raise ValueError(
+            f"parent is {list(parent)}; allowed for version [{body.lineage}, {body.version}]: null, or an older "
             "version of the same lineage"
         )
-    if body.payload_bytes >= total_bytes:
-        raise _bad(
-            f"payload_bytes is {body.payload_bytes}; allowed for a delta: less than the snapshot's {total_bytes}"
-        )
+    if size >= total_bytes:
+        raise ValueError(f"payload_bytes is {size}; allowed for a delta: less than the snapshot's {total_bytes}")
 
 
-def _check_tensors(specs: tuple[TensorSpec, ...]) -> int:
-    """Bytes of the snapshot. Raises ProtocolError unless each tensor is one, and begins where the one before ends."""
-    names: set[str] = set()
-    end = 0
-    for i, (name, dtype, shape, offset, num_bytes) in enumerate(specs):
-        if dtype not in DTYPES or name == "__metadata__":  # what else a tensor may not be, its type has refused
-            raise _bad(f"tensors[{i}]: {tensor_problem(name, dtype, shape)}")
-        size = math.prod(shape) * DTYPES[dtype][1]
-        if offset != end or num_bytes != size:
-            raise _bad(
-                f"tensors[{i}]: tensor {name!r:.80} has offset {offset} and num_bytes {num_bytes}; allowed: offset "
-                f"{end} and num_bytes {size} (no gap, no overlap)"
-            )
-        if name in names:
-            raise _bad(f"tensors[{i}]: tensor {name!r:.80} is there twice; allowed: each name once")
-        names.add(name)
-        end += size
-        if end > MAX_INT:
-            raise _bad(f"tensors[{i}]: tensor {name!r:.80} ends at byte {end}; allowed: a snapshot below 2^63 bytes")
-    if end == 0:
-        raise _bad("a snapshot without a byte; allowed: at least one tensor that is not empty")
-    return end
+def _bytes_arrays(message: Message, *ndims: int) -> tuple[Bytes, ...]:
+    """The arrays, of so many dimensions each."""
+    if tuple(array.ndim if array.dtype == np.uint8 else -1 for array in message.arrays) != ndims:
+        due = ", ".join(f"one |u1 of {ndim} dimensions" for ndim in ndims)
+        text = f"{message.command[:40]}: carries {len(message.arrays)} arrays; {due} is due"
+        raise ProtocolError(ErrorCode.BAD_MESSAGE, text)
+    return message.arrays
 
 
-def _bytes_array(message: Message, ndim: int) -> Bytes:
-    if len(message.arrays) != 1 or message.arrays[0].dtype != np.uint8 or message.arrays[0].ndim != ndim:
-        raise ProtocolError(
-            ErrorCode.BAD_MESSAGE,
-            f"{message.command[:40]}: carries {len(message.arrays)} arrays; one |u1 of {ndim} dimensions is due",
-        )
-    return message.arrays[0]
-
-
-def _bad(text: str) -> ProtocolError:
-    return ProtocolError(ErrorCode.BAD_MESSAGE, f"MANIFEST_REPLY: {text}")
+def _bad(body: ManifestReply, text: str) -> ProtocolError:
+    return ProtocolError(ErrorCode.BAD_MESSAGE, f"{body.COMMAND}: {text}")

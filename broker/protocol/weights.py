@@ -3,8 +3,8 @@
 A snapshot is every tensor of one policy version laid out without gaps, widest element type first, in one run of bytes;
 that is also the data section of a safetensors file. A version travels as an anchor, which is the snapshot itself, or as
 a delta to an older version of its lineage (`deltas.py`). The bytes that travel are the payload, and chunk `i` is the
-bytes [i * chunk_bytes, (i + 1) * chunk_bytes) of it. Hashes are XXH3-128, big-endian: they find damage, not malice. How
-all this travels is in `weight_messages.py`.
+bytes [i * chunk_bytes, (i + 1) * chunk_bytes) of it. Hashes are those of `hashes.py`. How all this travels is in
+`weight_messages.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from msgspec import Meta
 
+from broker.protocol import hashes
+from broker.protocol.hashes import LEAF_BYTES, Run
 from broker.protocol.trajectory import PolicyVersion
 
 HASH_BYTES = 16
@@ -111,9 +112,9 @@ def flat(data: Buffer) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(b"")
 
 
-def digest(data: Buffer) -> bytes:
-    """XXH3-128 of contiguous bytes."""
-    return xxhash.xxh3_128_digest(flat(data))
+def digest(data: Buffer, run: Run = map) -> bytes:
+    """The hash of contiguous bytes, be they a chunk or a snapshot."""
+    return hashes.digest(flat(data), run)
 
 
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorSpec, ...]:
@@ -145,17 +146,19 @@ def describe(
     snapshot: Bytes,
     chunk_bytes: int,
     created_at: float,
+    run: Run = map,
 ) -> Manifest:
     """The manifest of a complete snapshot (uint8, one dimension) as an anchor, with the hashes of its chunks and of
-    the whole, for which every byte is read from memory once."""
-    total, hashes = xxhash.xxh3_128(), list[bytes]()
-    for start in range(0, snapshot.size, chunk_bytes):
-        chunk = flat(snapshot[start : start + chunk_bytes])
-        hashes.append(xxhash.xxh3_128_digest(chunk))
-        total.update(chunk)
-    return Manifest(
-        run_id, version, None, tensors, snapshot.size, chunk_bytes, tuple(hashes), total.digest(), created_at
-    )
+    the whole. Every byte is read once where chunks are whole leaves, else twice."""
+    leaves = hashes.leaves(flat(snapshot), run)
+    starts = range(0, snapshot.size, chunk_bytes)
+    if chunk_bytes % LEAF_BYTES:
+        chunk_hashes = [digest(snapshot[start : start + chunk_bytes]) for start in starts]
+    else:
+        step = chunk_bytes // LEAF_BYTES
+        chunk_hashes = [hashes.join(leaves[i : i + step]) for i in range(0, len(leaves), step)]
+    total = hashes.join(leaves)
+    return Manifest(run_id, version, None, tensors, snapshot.size, chunk_bytes, tuple(chunk_hashes), total, created_at)
 
 
 def describe_delta(anchor: Manifest, parent: PolicyVersion, payload: Bytes) -> Manifest:
@@ -188,6 +191,30 @@ def safetensors_header(manifest: Manifest) -> bytes:
     text += b" " * sum(len(str(MAX_INT)) - len(str(number)) for number in manifest.version)
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def check_layout(specs: Iterable[TensorSpec]) -> int:
+    """Bytes of the snapshot. Raises ValueError unless each tensor is one, and begins where the one before ends."""
+    names: set[str] = set()
+    end = 0
+    for i, (name, dtype, shape, offset, num_bytes) in enumerate(specs):
+        if dtype not in DTYPES or name == "__metadata__":  # what else a tensor may not be, its type has refused
+            raise ValueError(f"tensors[{i}]: {tensor_problem(name, dtype, shape)}")
+        size = math.prod(shape) * DTYPES[dtype][1]
+        if offset != end or num_bytes != size:
+            raise ValueError(
+                f"tensors[{i}]: tensor {name!r:.80} has offset {offset} and num_bytes {num_bytes}; allowed: offset "
+                f"{end} and num_bytes {size} (no gap, no overlap)"
+            )
+        if name in names:
+            raise ValueError(f"tensors[{i}]: tensor {name!r:.80} is there twice; allowed: each name once")
+        names.add(name)
+        end += size
+        if end > MAX_INT:
+            raise ValueError(f"tensors[{i}]: {name!r:.80} ends at byte {end}; allowed: a snapshot below 2^63 bytes")
+    if end == 0:
+        raise ValueError("a snapshot without a byte; allowed: at least one tensor that is not empty")
+    return end
 
 
 def tensor_problem(name: Any, dtype: Any, shape: Any) -> str | None:

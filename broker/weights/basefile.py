@@ -20,6 +20,7 @@ from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Buffer, Bytes, Manifest, digest, flat, safetensors_header
 from broker.weights import metrics
 from broker.weights.sinks import DeltaBuffer, wrong_total
+from broker.weights.threads import coding_run
 
 
 class BaseFile:
@@ -84,10 +85,10 @@ class BaseFile:
             self._held = None
             self._pwrite(bytes(self._data_offset), 0)
             self._delta.apply_to(data)
-            self._delta.verify(digest(data))
+            self._delta.verify(digest(data, coding_run()))
             metrics.apply_seconds.observe(time.monotonic() - started)
         # Read back what the file holds: the hash then covers the writing, too.
-        elif digest(data) != manifest.total_hash:
+        elif digest(data, coding_run()) != manifest.total_hash:
             raise wrong_total(manifest)
         self._pwrite(safetensors_header(manifest), 0)
         self._held, self._arriving, self._delta = manifest, None, None

@@ -6,9 +6,12 @@ which deltas one is made of, and keeps what it is given.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
+
+import numpy as np
 
 from broker.protocol.deltas import fold
 from broker.protocol.trajectory import PolicyVersion
@@ -64,18 +67,24 @@ class DeltaChain:
     """Deltas of one lineage and layout, each the child of the one before, and the folds made of them.
 
     `max_bytes` bounds the deltas, and again the folds: the oldest are forgotten first, of the folds only those that
-    nobody fetches.
+    nobody fetches. What was forgotten and is still on its way to a slow peer counts among the deltas until nothing
+    refers to it.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._links: list[Payload] = []
         self._folds: OrderedDict[Key, Payload | None] = OrderedDict()  # None: not worth it, or it could not be made
+        self._forgotten: list[weakref.ref[Bytes]] = []  # who owns the memory of what was forgotten
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all deltas and folds."""
-        return self._fold_bytes + sum(link.data.size for link in self._links)
+        """Memory of all deltas and folds, those included that are forgotten and still on their way to a peer."""
+        return self._fold_bytes + self._link_bytes + self._forgotten_bytes()
+
+    @property
+    def _link_bytes(self) -> int:
+        return sum(link.data.size for link in self._links)
 
     @property
     def _fold_bytes(self) -> int:
@@ -88,6 +97,8 @@ class DeltaChain:
 
     def clear(self) -> None:
         """Forget everything: what comes next is an anchor, or does not continue what is held."""
+        for held in (*self._links, *self._folds.values()):
+            self._forget(held)
         self._links.clear()
         self._folds.clear()
 
@@ -97,11 +108,10 @@ class DeltaChain:
         if self._links and self._links[-1].version != delta.manifest.parent:
             raise ValueError(f"a delta to {delta.manifest.parent} does not continue {self._links[-1].version}")
         self._links.append(delta)
-        size = sum(link.data.size for link in self._links)
-        while size > self._max_bytes:
-            size -= self._links.pop(0).data.size
         for key in [key for key in self._folds if key not in in_use]:
-            del self._folds[key]
+            self._forget(self._folds.pop(key))
+        while self._links and self._link_bytes + self._forgotten_bytes() > self._max_bytes:
+            self._forget(self._links.pop(0))
 
     def add_fold(self, key: Key, made: Payload | None, in_use: Collection[Key]) -> None:
         """Keep what a FoldJob made; None where the anchor is to be served instead, as it is where the fold does not fit
@@ -110,7 +120,7 @@ class DeltaChain:
         for other in [other for other in self._folds if other != key and other not in in_use]:
             if self._fold_bytes <= self._max_bytes:
                 return
-            del self._folds[other]
+            self._forget(self._folds.pop(other))
         if self._fold_bytes > self._max_bytes:
             self._folds[key] = None
 
@@ -136,6 +146,23 @@ class DeltaChain:
         # A fold is smaller than its parts where they change the same elements, but not by so much.
         pays = sum(link.data.size for link in links) < links[-1].manifest.total_bytes
         return FoldJob(links) if pays else None
+
+    def _forget(self, held: Payload | None) -> None:
+        if held is not None:
+            self._forgotten.append(weakref.ref(_owner(held.data)))
+
+    def _forgotten_bytes(self) -> int:
+        """Of what something refers to still: a message on its way, a fold that is being made."""
+        alive = {id(owner): owner for ref in self._forgotten if (owner := ref()) is not None}
+        self._forgotten = [weakref.ref(owner) for owner in alive.values()]
+        return sum(owner.nbytes for owner in alive.values())
+
+
+def _owner(data: Bytes) -> Bytes:
+    """The array that every view of these bytes refers to."""
+    while isinstance(data.base, np.ndarray):
+        data = data.base
+    return data
 
 
 def pays(num_bytes: int, total_bytes: int) -> bool:

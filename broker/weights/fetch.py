@@ -17,8 +17,9 @@ from broker.protocol.commands import ErrorBody, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
-from broker.protocol.weights import Buffer, Manifest
+from broker.protocol.weights import Buffer, Bytes, Manifest
 from broker.weights import metrics
+from broker.weights.chain import Payload
 from broker.weights.sinks import DeltaRefusedError, Sink, WeightsCorruptError
 
 logger = logging.getLogger(__name__)
@@ -133,9 +134,18 @@ class Fetch:
         """Whether every chunk is in the sink; `finish` is due."""
         return self._plan is not None and self._plan.complete
 
-    def start(self) -> None:
-        """Ask for the manifest."""
-        self._send(messages.manifest_request(self._version, self._sink.have))
+    def start(self, pushed: Payload | None = None) -> None:
+        """Ask for the manifest, or begin with what came unasked: what of that is damaged is asked for."""
+        if pushed is None:
+            self._send(messages.manifest_request(self._version, self._sink.have))
+            return
+        self._check_run(pushed.manifest)
+        self._begin(pushed.manifest)
+        if self._plan is None:
+            return
+        for index in range(pushed.manifest.num_chunks):
+            self._judge(index, pushed.chunk(index))
+        self._request()
 
     def handle(self, event: Event) -> None:
         """Take one event. Raises WeightsSupersededError, WeightsCorruptError, ProtocolError and the sink's errors."""
@@ -198,35 +208,48 @@ class Fetch:
     def _on_manifest(self, manifest: Manifest) -> None:
         if manifest.version != self._version:
             return  # an answer to an earlier fetch
-        if manifest.run_id != self._run_id:
-            raise ProtocolError(
-                ErrorCode.WRONG_RUN, f"MANIFEST_REPLY: run_id is {manifest.run_id!r:.80}, this is run {self._run_id!r}"
-            )
+        self._check_run(manifest)
         if manifest.parent not in (None, self._sink.have):
             return  # a late answer, to an earlier fetch or from before that version was lost or its delta refused
         if self._plan is None or _payload_of(self._plan.manifest) != _payload_of(manifest):
-            self._sink.abort()
-            try:
-                self._sink.begin(manifest)
-            except DeltaRefusedError as error:
-                self._refuse_delta(error)
-                return
-            self._plan = ChunkPlan(manifest, self._credit)
+            self._begin(manifest)
         else:
             self._plan.forget_requests()
-        self._request()
+        if self._plan is not None:
+            self._request()
+
+    def _check_run(self, manifest: Manifest) -> None:
+        if manifest.run_id != self._run_id:
+            raise ProtocolError(
+                ErrorCode.WRONG_RUN, f"the manifest's run_id is {manifest.run_id!r:.80}, this is run {self._run_id!r}"
+            )
+
+    def _begin(self, manifest: Manifest) -> None:
+        """A plan for this payload; none where it is a delta that cannot be used, and then the anchor is asked for."""
+        self._sink.abort()
+        try:
+            self._sink.begin(manifest)
+        except DeltaRefusedError as error:
+            self._refuse_delta(error)
+        else:
+            self._plan = ChunkPlan(manifest, self._credit)
 
     def _on_chunk(self, chunk: messages.Chunk) -> None:
         if self._plan is None or (chunk.version, chunk.parent) != (self._version, self._plan.manifest.parent):
             return  # an answer to an earlier fetch, or to an earlier manifest
-        verdict = self._plan.accept(chunk.index, chunk.data)
-        if verdict is Verdict.STORE:
-            self._sink.write(chunk.index, chunk.data)
-            metrics.fetched_bytes.labels(metrics.kind(chunk.parent)).inc(chunk.data.size)
-        elif verdict is Verdict.CORRUPT:
-            metrics.verify_failures.inc()
+        self._judge(chunk.index, chunk.data)
         if not self._absent:
             self._request()
+
+    def _judge(self, index: int, data: Bytes) -> None:
+        """Store a chunk that is right and missing."""
+        assert self._plan is not None
+        verdict = self._plan.accept(index, data)
+        if verdict is Verdict.STORE:
+            self._sink.write(index, data)
+            metrics.fetched_bytes.labels(metrics.kind(self._plan.manifest.parent)).inc(data.size)
+        elif verdict is Verdict.CORRUPT:
+            metrics.verify_failures.inc()
 
     def _on_error(self, error: ErrorBody) -> None:
         if error.known_code != ErrorCode.NOT_FOUND:

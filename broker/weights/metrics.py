@@ -41,7 +41,10 @@ newest_lineage = Gauge("ergon_weights_newest_lineage", "Lineage of the newest ve
 newest_version = Gauge("ergon_weights_newest_version", "Number of the newest version this process serves.")
 held_versions = Gauge("ergon_weights_held_versions", "Snapshots this process holds.")
 held_deltas = Gauge("ergon_weights_held_deltas", "Consecutive deltas up to the newest version that are held.")
-held_delta_bytes = Gauge("ergon_weights_held_delta_bytes", "Memory of deltas and of folds made of them.")
+held_delta_bytes = Gauge(
+    "ergon_weights_held_delta_bytes",
+    "Memory of deltas and of folds made of them, those still on their way to a peer included.",
+)
 folds = Counter("ergon_weights_folds_total", "Deltas made of several consecutive ones, for receivers further behind.")
 fold_seconds = Histogram("ergon_weights_fold_seconds", "Seconds to make one of them.", buckets=SECONDS)
 held_bytes = Gauge("ergon_weights_held_bytes", "Memory of snapshots, those still on their way to a peer included.")
@@ -58,6 +61,15 @@ peers_by_lag = Gauge(
 )
 served_bytes = Counter("ergon_weights_served_bytes_total", "Chunk bytes handed to the network.", ["kind"])
 served_chunks = Counter("ergon_weights_served_chunks_total", "Chunks handed to the network.")
+pushes_sent = Counter(
+    "ergon_weights_pushes_sent_total", "Deltas handed to the network with their announcement, without being asked for."
+)
+pushes_withheld = Counter(
+    "ergon_weights_pushes_withheld_total",
+    "Announcements without the delta that their receiver would have taken: large (beyond weights.push_mb there), "
+    "behind (no delta leads straight from what it holds), busy (it fetches, or its queue is full).",
+    ["reason"],
+)
 deferred_requests = Counter("ergon_weights_deferred_requests_total", "Requests that waited for a slow peer's queue.")
 refused = Counter(
     "ergon_weights_refused_total", "Messages that the serving half answered with ERROR, by code.", ["code"]
@@ -72,6 +84,17 @@ refused_handshakes = Counter(
 # The receiving half, in every relay and actor.
 announced_lineage = Gauge("ergon_weights_announced_lineage", "Lineage of the newest version announced to this process.")
 announced_version = Gauge("ergon_weights_announced_version", "Number of the newest version announced to this process.")
+pushes_received = Counter(
+    "ergon_weights_pushes_received_total",
+    "Deltas that came without being asked for, by what became of them: taken, or dropped (superseded before it was "
+    "wanted, not a delta to what is held, larger than allowed).",
+    ["outcome"],
+)
+transfer_seconds = Histogram(
+    "ergon_weights_transfer_seconds",
+    "Seconds of a fetch until the last chunk was there and checked; next to none for a delta that was pushed.",
+    buckets=SECONDS,
+)
 fetch_seconds = Histogram(
     "ergon_weights_fetch_seconds", "Seconds to fetch and verify one version, successful ones only.", buckets=SECONDS
 )

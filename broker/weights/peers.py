@@ -66,6 +66,8 @@ class Peer:
     seen_at: float
     watching: bool = False
     have: Pair | None = None
+    push_bytes: int = 0  # the largest payload it would take unasked; 0 from a push until its next WATCH
+    told: PolicyVersion | None = None  # the version announced or pushed to it last, on this connection
     fetching: Key | None = None
     requested_at: float = 0.0
     waiting: deque[Request] = field(default_factory=deque)
@@ -157,9 +159,9 @@ class Peers:
             level = self._losses.level(logging.INFO)
             logger.log(level, "Peer lost: it is silent. role=%s peer_id=%s", peer.role, peer.peer_id)
 
-    def watching(self) -> list[bytes]:
-        """Routing ids of who wants announcements."""
-        return [routing for routing, peer in self._by_routing.items() if peer.watching]
+    def watching(self) -> list[tuple[bytes, Peer]]:
+        """Who wants announcements."""
+        return [(routing, peer) for routing, peer in self._by_routing.items() if peer.watching]
 
     def waiting(self) -> list[tuple[bytes, Peer]]:
         """Whose requests wait for room in their queue."""

@@ -10,8 +10,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from broker.process.lifecycle import ErgonError
 from broker.process.security import OPEN, Security
@@ -23,10 +25,21 @@ from broker.weights import metrics
 from broker.weights.chain import Payload, pays
 from broker.weights.server import WeightServer
 from broker.weights.store import Draft, OutOfBudgetError, WeightStore
+from broker.weights.threads import coding_run
 
 logger = logging.getLogger(__name__)
 
 Read = Callable[[str], Buffer]
+
+
+class Changes(NamedTuple):
+    """What changed in a tensor: positions (int64) of elements, and their new bits as unsigned integers of that size."""
+
+    positions: npt.NDArray[np.int64]
+    elements: npt.NDArray[Any]
+
+
+Changed = Callable[[str], Changes | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +110,18 @@ class WeightPublisher:
         return self.publish_from(version, layout, sources.__getitem__)
 
     def publish_from(
-        self, version: PolicyVersion, layout: Iterable[tuple[str, str, Sequence[int]]], read: Read
+        self,
+        version: PolicyVersion,
+        layout: Iterable[tuple[str, str, Sequence[int]]],
+        read: Read,
+        changed: Changed | None = None,
     ) -> PublishStats:
         """Compare with the version before, copy, hash, switch, announce. `layout` is (name, dtype as in torch, shape).
 
         `read(name)` gives a tensor's contiguous little-endian bytes. It is called once for each, in the order of the
-        snapshot, and its result is let go of before the next; the bytes may change once this returns.
+        snapshot, and its result is let go of before the next; the bytes may change once this returns. `changed(name)`,
+        where it is given, is asked first wherever the version before is still there to be changed: what it knows of the
+        difference to that version is taken as all of it, and `read` is asked where it knows nothing.
 
         Raises ValueError for tensors or a version that cannot be published, ErgonError where the memory budget is too
         small; the version served before then stays. Where `read` fails, nothing is published, and if the version before
@@ -122,8 +141,11 @@ class WeightPublisher:
         except OutOfBudgetError as error:
             raise ErgonError(str(error)) from error
         try:
-            diff = _fill(draft, specs, read, encode=continues and draft.base is not None)
-            manifest = weights.describe(self._run_id, version, specs, draft.data, self._chunk_bytes, time.time())
+            based = continues and draft.base is not None
+            diff = _fill(draft, specs, read, changed if based else None, encode=based)
+            manifest = weights.describe(
+                self._run_id, version, specs, draft.data, self._chunk_bytes, time.time(), coding_run()
+            )
             delta = None
             if diff is not None and draft.base is not None:
                 delta = Payload(weights.describe_delta(manifest, draft.base.version, diff.payload), diff.payload)
@@ -155,24 +177,45 @@ def _continues(base: Manifest | None, version: PolicyVersion, specs: tuple[Tenso
     return base is not None and base.version.lineage == version.lineage and base.tensors == specs
 
 
-def _fill(draft: Draft, specs: Sequence[TensorSpec], read: Read, encode: bool) -> _Diff | None:
+def _fill(draft: Draft, specs: Sequence[TensorSpec], read: Read, changed: Changed | None, encode: bool) -> _Diff | None:
     """Make the draft the new snapshot, tensor by tensor; what changed, where that is asked for and pays."""
     started = time.monotonic()
-    encoder = DeltaEncoder() if encode else None
-    num_changed = 0
-    for index, spec in enumerate(specs):
-        source = np.frombuffer(_source(spec, read(spec.name)), np.uint8)
+    encoder = DeltaEncoder(specs, coding_run()) if encode else None
+    for spec in specs:
         target = draft.data[spec.offset : spec.offset + spec.num_bytes]
+        changes = changed(spec.name) if changed is not None else None
+        if changes is None:
+            source = np.frombuffer(_source(spec, read(spec.name)), np.uint8)
+        else:
+            source = _after(spec, target, changes)
         if encoder is None:
             target[:] = source
-        elif spec.num_bytes:
-            num_changed += encoder.add(index, DTYPES[spec.dtype][1], target, source)
+        else:
+            encoder.add(target, source)
             if not pays(encoder.num_bytes, draft.data.size):
                 encoder = None
         del source  # before the next one is read
     payload = encoder.finish() if encoder is not None else None
     metrics.diff_seconds.observe(time.monotonic() - started)
-    return _Diff(payload, num_changed) if payload is not None and pays(payload.size, draft.data.size) else None
+    if encoder is None or payload is None or not pays(payload.size, draft.data.size):
+        return None
+    return _Diff(payload, encoder.num_changed)
+
+
+def _after(spec: TensorSpec, before: Bytes, changes: Changes) -> Bytes:
+    """The bytes of a tensor after these changes. Raises ValueError where they do not fit its description."""
+    positions, elements = changes
+    size = DTYPES[spec.dtype][1]
+    num_elements = spec.num_bytes // size
+    outside = positions.size and not 0 <= int(positions.min()) <= int(positions.max()) < num_elements
+    if elements.dtype != np.dtype(f"u{size}") or elements.shape != positions.shape or outside:
+        raise ValueError(
+            f"tensor {spec.name!r}: {elements.size} changes of {elements.dtype} at {positions.size} positions; due are "
+            f"as many of both, unsigned integers of {size} bytes, within {num_elements} elements"
+        )
+    after = before.copy()
+    after.view(elements.dtype)[positions] = elements
+    return after
 
 
 def _source(spec: TensorSpec, data: Buffer) -> memoryview:

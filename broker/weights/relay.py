@@ -1,8 +1,9 @@
 """The relay process: a subscriber of its upstream, a server to its downstream. Stateless; it can be killed at any time.
 
 The upstream is the learner's publisher, or another relay: it is only an address. The relay pulls the newest version, as
-a delta to what it holds where the upstream has one, verifies the whole, then serves and announces it. It decides
-nothing about which version anybody should use.
+a delta to what it holds where the upstream has one, verifies the whole, then serves and announces it. A delta that was
+pushed to it goes on at once to who waits for that one, as soon as its chunks are verified: those verify the whole, too.
+It decides nothing about which version anybody should use.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import socket
 import threading
+from functools import partial
 
 from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError, install_stop, raise_file_limit
@@ -20,6 +22,7 @@ from broker.process.settings import Settings
 from broker.protocol.errors import ProtocolError
 from broker.protocol.trajectory import PolicyVersion
 from broker.weights import metrics
+from broker.weights.chain import Payload
 from broker.weights.fetch import WeightsSupersededError
 from broker.weights.server import WeightServer
 from broker.weights.sinks import WeightsCorruptError
@@ -31,6 +34,12 @@ logger = logging.getLogger(__name__)
 FETCH_TIMEOUT_S = 600.0  # a fetch that makes no headway for so long is begun anew, with the newest version
 RETRY_AFTER_S = 2.0
 WAIT_S = 0.5  # how soon a stop is noticed while nothing is announced
+
+
+def push_on(server: WeightServer, delta: Payload) -> None:
+    """Let `server` push this delta, which has just arrived, if its chunks are right."""
+    if all(delta.manifest.chunk_fits(index, delta.chunk(index)) for index in range(delta.manifest.num_chunks)):
+        server.push_ahead(delta)
 
 
 class Relay:
@@ -115,8 +124,10 @@ def serve_relay(settings: Settings) -> None:
         f"relay-{socket.gethostname()}-{os.getpid()}",
         role="relay",
         credit=weights.credit,
+        push_bytes=weights.push_mb << 20,
         heartbeat_s=weights.heartbeat_s,
         liveness=weights.liveness,
+        on_push=partial(push_on, server),
         on_failure=lambda _error: stop.set(),
         security=security,
         server=Identity(settings.security.upstream),

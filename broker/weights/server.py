@@ -2,8 +2,9 @@
 
 Serves what the `WeightStore` holds and decides nothing about it except which payloads are still being fetched. Folds of
 deltas are made in a thread of their own (`folding.py`); who asks for one waits until it is there. A peer that reads
-slowly fills its own queue, its further requests wait (bounded), and nobody else notices. It never pushes data, only
-announcements. The socket and its peers are in `peers.py`.
+slowly fills its own queue, its further requests wait (bounded), and nobody else notices. Data goes out on request, but
+for one small delta at a time to each peer that asked for that in advance (`_push`). The socket and its peers are in
+`peers.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 
 import zmq
 
@@ -23,8 +25,9 @@ from broker.protocol.commands import Heartbeat, error_message, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
+from broker.protocol.weights import MAX_CHUNK_BYTES, Manifest
 from broker.weights import metrics
-from broker.weights.chain import FoldJob
+from broker.weights.chain import FoldJob, Payload
 from broker.weights.folding import Folder
 from broker.weights.peers import MAX_REQUEST_BYTES, Peer, Peers, Request
 from broker.weights.store import WeightStore
@@ -59,6 +62,7 @@ class WeightServer:
         self.failure: Exception | None = None  # why the thread ended by itself; its owner must not go on without it
         self._peers = Peers(endpoint, run_id, heartbeat_s * liveness, security)
         self.endpoint = self._peers.endpoint
+        self._ahead: deque[Payload] = deque(maxlen=1)  # to be pushed; only the newest is worth it
         self._wakeup = Wakeup()
         self._folder = Folder(store)
         self._thread = threading.Thread(target=self._run, name="weight-server", daemon=True)
@@ -66,6 +70,11 @@ class WeightServer:
 
     def announce(self) -> None:
         """Announce the store's newest version to every watcher now. Thread-safe, returns at once."""
+        self._wakeup.wake()
+
+    def push_ahead(self, delta: Payload) -> None:
+        """Push this delta to who waits for it; the store need not hold what it leads to yet. Thread-safe."""
+        self._ahead.append(delta)
         self._wakeup.wake()
 
     def close(self) -> None:
@@ -108,6 +117,8 @@ class WeightServer:
             ready = dict(poller.poll(int(pause_s * 1000) + 1))
             if self._wakeup.fileno() in ready:
                 self._wakeup.drain()
+                while self._ahead:
+                    self._push_all(self._ahead.popleft())
                 self._announce_all()
             if self._peers.socket in ready:
                 self._receive()
@@ -128,15 +139,56 @@ class WeightServer:
         self._announce_all()
 
     def _announce_all(self) -> None:
-        message = self._announcement()
-        for routing in self._peers.watching():
-            self._peers.send(routing, message)
+        newest, pushes = self._store.newest, dict[PolicyVersion, Message]()
+        for routing, peer in self._peers.watching():
+            self._tell(routing, peer, newest, pushes)
 
-    def _announcement(self) -> Message:
-        newest = self._store.newest
+    def _tell(self, routing: bytes, peer: Peer, newest: Manifest | None, pushes: dict[PolicyVersion, Message]) -> None:
+        """Announce the newest version to a peer; by pushing it, where that is news to the peer, wanted and possible.
+        `pushes`: messages made so far, by parent."""
         if newest is None:
-            return messages.Announce(newest=None, num_bytes=0).pack()
-        return messages.Announce(newest=newest.version, num_bytes=newest.total_bytes).pack()
+            self._peers.send(routing, messages.Announce(newest=None, num_bytes=0).pack())
+        elif peer.told == newest.version or not self._push(routing, peer, newest.version, pushes):
+            message = messages.Announce(newest=newest.version, num_bytes=newest.total_bytes).pack()
+            if self._peers.send(routing, message):
+                peer.told = newest.version
+
+    def _push(self, routing: bytes, peer: Peer, newest: PolicyVersion, pushes: dict[PolicyVersion, Message]) -> bool:
+        """Send the newest version as a delta to what the peer holds; whether there is one, and it was sent."""
+        have = messages.policy_version(peer.have)
+        if not peer.push_bytes or have is None or have >= newest:
+            return False
+        delta = self._store.delta(newest, have)
+        if delta is None:
+            metrics.pushes_withheld.labels("behind").inc()
+            return False
+        if have not in pushes:
+            pushes[have] = messages.push(delta.manifest, delta.data)
+        return self._send_push(routing, peer, delta, pushes[have])
+
+    def _push_all(self, delta: Payload) -> None:
+        """Send a delta that the store does not hold yet to who holds its parent."""
+        message = messages.push(delta.manifest, delta.data)
+        for routing, peer in self._peers.watching():
+            if peer.push_bytes and peer.have == delta.manifest.parent and peer.told != delta.version:
+                self._send_push(routing, peer, delta, message)
+
+    def _send_push(self, routing: bytes, peer: Peer, delta: Payload, message: Message) -> bool:
+        """Send it within the peer's credit, which is used up with it; whether that was done.
+
+        Never behind an answer that the peer still waits for, so that a peer has one push in its queue at most, and
+        nothing but announcements before it.
+        """
+        if delta.data.size > min(peer.push_bytes, MAX_CHUNK_BYTES):
+            metrics.pushes_withheld.labels("large").inc()
+            return False
+        if peer.fetching is not None or not self._peers.send(routing, message):
+            metrics.pushes_withheld.labels("busy").inc()
+            return False
+        peer.told, peer.push_bytes = delta.version, 0
+        metrics.pushes_sent.inc()
+        metrics.served_bytes.labels(metrics.DELTA).inc(delta.data.size)
+        return True
 
     def _receive(self) -> None:
         for _ in range(MESSAGES_PER_TURN):
@@ -170,9 +222,10 @@ class WeightServer:
         if message.command == Heartbeat.COMMAND:
             self._peers.send(routing, Message(Heartbeat.COMMAND))
         elif message.command == messages.Watch.COMMAND:
-            peer.have, peer.watching, peer.fetching = parse_body(message, messages.Watch).have, True, None
+            watch = parse_body(message, messages.Watch)
+            peer.watching, peer.have, peer.push_bytes, peer.fetching = True, watch.have, watch.push_bytes, None
             peer.waiting.clear()
-            self._peers.send(routing, self._announcement())
+            self._tell(routing, peer, self._store.newest, {})
         elif message.command == messages.ManifestRequest.COMMAND:
             manifest = parse_body(message, messages.ManifestRequest)
             have = messages.policy_version(manifest.have)

@@ -19,6 +19,7 @@ from broker.protocol.weights import Buffer, Bytes, Manifest, TensorSpec, describ
 from broker.weights import metrics
 from broker.weights.chain import Payload
 from broker.weights.store import Draft, WeightStore
+from broker.weights.threads import coding_run
 
 
 class WeightsCorruptError(Exception):
@@ -77,7 +78,7 @@ class DeltaBuffer:
         """Make `target`, the parent's snapshot, that of this version; `verify` is due. Raises DeltaRefusedError."""
         self.data.setflags(write=False)
         try:
-            apply_delta(self.data, self.manifest.tensors, target)
+            apply_delta(self.data, self.manifest.tensors, target, coding_run())
         except ProtocolError as error:
             raise DeltaRefusedError(f"the delta to {_text(self.manifest)} is malformed: {error.message}") from error
 
@@ -165,7 +166,13 @@ class StoreSink:
 def describe_as(manifest: Manifest, snapshot: Bytes) -> Manifest:
     """The manifest of these bytes as an anchor of the version that `manifest` names; only `total_hash` may differ."""
     return describe(
-        manifest.run_id, manifest.version, manifest.tensors, snapshot, manifest.chunk_bytes, manifest.created_at
+        manifest.run_id,
+        manifest.version,
+        manifest.tensors,
+        snapshot,
+        manifest.chunk_bytes,
+        manifest.created_at,
+        coding_run(),
     )
 
 

@@ -88,6 +88,11 @@ class WeightStore:
                 self._in_use |= {found.key}
             return found
 
+    def delta(self, version: PolicyVersion, have: PolicyVersion) -> Payload | None:
+        """The delta that leads straight from `have` to this version, where it is there already."""
+        with self._lock:
+            return self._chain.held((version, have))
+
     def add_fold(self, job: FoldJob, made: Payload | None) -> None:
         """Keep what a job made, None where it failed; the anchor is served instead where a fold does not pay."""
         worth = made is not None and pays(made.data.size, made.manifest.total_bytes)

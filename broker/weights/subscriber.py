@@ -25,11 +25,13 @@ from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Manifest
 from broker.weights import metrics
 from broker.weights.basefile import BaseFile
+from broker.weights.chain import Payload
 from broker.weights.fetch import Announced, Event, Fetch, Reconnected, WeightsSupersededError
+from broker.weights.pushed import PushSlot
 from broker.weights.sinks import Sink, StoreSink, WeightsCorruptError
 from broker.weights.store import WeightStore
 
-REPLY_LIMITS = Limits(max_frames=3, max_envelope_bytes=64 << 20, max_array_bytes=weights.MAX_CHUNK_BYTES)
+REPLY_LIMITS = Limits(max_frames=4, max_envelope_bytes=64 << 20, max_array_bytes=weights.MAX_CHUNK_BYTES)
 
 
 class WeightsTimeoutError(Exception):
@@ -39,9 +41,11 @@ class WeightsTimeoutError(Exception):
 class WeightSubscriber:
     """Knows the newest version announced at `endpoint` and fetches versions from there. Thread-safe.
 
-    `on_announce(version)` is called from the connection's thread for each newer version; it must not block.
+    `on_announce(version)` is called from the connection's thread for each newer version, `on_push(delta)` before that
+    for one that came unasked, which is not verified; they must not block.
     `on_failure(exc)` is called once if the server refuses this peer for good (another protocol or run, or its key).
-    `server` is whose key the server must have, where `security` has keys.
+    `server` is whose key the server must have, where `security` has keys. `push_bytes`: deltas up to this size may come
+    with their announcement, and the newest one waits in memory until it is fetched; 0: all are asked for.
     """
 
     def __init__(
@@ -52,9 +56,11 @@ class WeightSubscriber:
         *,
         role: Literal["relay", "actor", "operator"] = "actor",
         credit: int = 8,
+        push_bytes: int = 16 << 20,
         heartbeat_s: float = 1.0,
         liveness: int = 15,
         on_announce: Callable[[PolicyVersion], None] | None = None,
+        on_push: Callable[[Payload], None] | None = None,
         on_failure: Callable[[Exception], None] | None = None,
         security: Security = OPEN,
         server: Identity = Identity.RELAY,
@@ -63,12 +69,13 @@ class WeightSubscriber:
         self._run_id = run_id
         self._credit = credit
         self._stall_s = heartbeat_s * liveness
-        self._on_announce, self._on_failure_given = on_announce, on_failure
+        self._on_announce, self._on_push, self._on_failure_given = on_announce, on_push, on_failure
         self._fetching = threading.Lock()  # one fetch at a time; the credit belongs to the connection
         self._changed = threading.Condition()
         self._latest: PolicyVersion | None = None  # newest ever announced
         self._have: PolicyVersion | None = None
         self._inbox: queue.SimpleQueue[Event | Exception] | None = None
+        self._pushed = PushSlot(push_bytes)
         hello = messages.Hello(role=messages.Role(role), peer_id=peer_id, run_id=run_id, session=uuid.uuid4().hex)
         self._connection = Connection(
             endpoint,
@@ -141,9 +148,17 @@ class WeightSubscriber:
         try:
             self._inbox = queue.SimpleQueue()
             fetch = Fetch(version, self._run_id, sink, self._credit, self._send)
-            fetch.start()
-            while not fetch.complete or (manifest := fetch.finish()) is None:
-                fetch.handle(self._next_event(version, started + timeout_s, timeout_s))
+            fetch.start(self._pushed.take(version, sink.have))
+            moved = time.monotonic()
+            while True:
+                if fetch.complete:
+                    arrived = time.monotonic()
+                    if (manifest := fetch.finish()) is not None:
+                        break
+                event = self._next_event(version, started + timeout_s, timeout_s, moved + self._stall_s)
+                if not isinstance(event, Announced):  # these come all the time, whatever becomes of our requests
+                    moved = time.monotonic()
+                fetch.handle(event)
         except WeightsCorruptError:
             metrics.verify_failures.inc()
             raise
@@ -157,16 +172,16 @@ class WeightSubscriber:
             self._fetching.release()
         self._watch()  # the server may let go of what this peer no longer fetches
         metrics.fetched_versions.labels(metrics.kind(manifest.parent)).inc()
+        metrics.transfer_seconds.observe(arrived - started)
         metrics.fetch_seconds.observe(time.monotonic() - started)
         return manifest
 
-    def _next_event(self, version: PolicyVersion, deadline: float, timeout_s: float) -> Event:
+    def _next_event(self, version: PolicyVersion, deadline: float, timeout_s: float, stalled_at: float) -> Event:
         assert self._inbox is not None
-        left_s = deadline - time.monotonic()
         try:
-            event = self._inbox.get(timeout=max(min(left_s, self._stall_s), 0.0))
+            event = self._inbox.get(timeout=max(min(deadline, stalled_at) - time.monotonic(), 0.0))
         except queue.Empty:
-            if left_s > self._stall_s:
+            if deadline > stalled_at:
                 return Reconnected()  # nothing for so long: requests must have been lost
             raise WeightsTimeoutError(
                 f"version {tuple(version)} did not arrive from {self.endpoint} within {timeout_s:g} s"
@@ -183,8 +198,10 @@ class WeightSubscriber:
             raise self.failure or WeightsTimeoutError(f"the subscriber of {self.endpoint} is closed") from error
 
     def _watch(self) -> None:
+        # During a fetch nothing is to be pushed: what comes next will be a delta to another version.
+        push_bytes = self._pushed.max_bytes if self._inbox is None else 0
         with contextlib.suppress(ConnectionClosedError):  # closed meanwhile: nobody watches any more
-            self._connection.send(messages.Watch(have=self._have).pack())
+            self._connection.send(messages.Watch(have=self._have, push_bytes=push_bytes).pack())
 
     # --- callbacks, in the connection's thread ----------------------------------------------------------------------
 
@@ -193,10 +210,17 @@ class WeightSubscriber:
         self._post(Reconnected())
 
     def _on_message(self, message: Message) -> None:
-        if message.command != messages.Announce.COMMAND:
+        if message.command == messages.Announce.COMMAND:
+            self._on_newest(messages.policy_version(parse_body(message, messages.Announce).newest))
+        elif message.command == messages.Push.COMMAND:
+            push = Payload(*messages.read_push(message))
+            if self._pushed.put(push) and self._on_push is not None:
+                self._on_push(push)
+            self._on_newest(push.version)
+        else:
             self._post(message)
-            return
-        newest = messages.policy_version(parse_body(message, messages.Announce).newest)
+
+    def _on_newest(self, newest: PolicyVersion | None) -> None:
         with self._changed:
             newer = newest if newest is not None and (self._latest is None or newest > self._latest) else None
             if newer is not None:

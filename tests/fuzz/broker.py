@@ -30,7 +30,7 @@ from broker.weights.subscriber import WeightSubscriber
 from tests.fuzz import corpus
 from tests.fuzz.attack import Attackers
 from tests.fuzz.honest import Actors, Learner, Receiver
-from tests.integration.weights.conftest import random_tensors
+from tests.integration.weights.ends import random_tensors
 from tests.ports import free_ports
 
 RUN_ID = "fuzz"

@@ -34,7 +34,7 @@ PARCELS = {body.COMMAND: body for body in (TrajectoryBody, Deliver)}
 BODIES = {
     *(spec.body for spec in COMMANDS.values()),
     *(weights.Hello, weights.Welcome, weights.Watch, weights.Announce),
-    *(weights.ManifestRequest, weights.ManifestReply, weights.ChunkRequest, weights.ChunkReply),
+    *(weights.ManifestRequest, weights.ManifestReply, weights.Push, weights.ChunkRequest, weights.ChunkReply),
 }
 SEEDS = 3000
 MAX_BYTES = 8192  # of one input
@@ -68,7 +68,7 @@ def one_input(data: bytes) -> None:
             facts = parse_body(message, body)
             if parse_body(facts.pack(), body) != facts:
                 raise AssertionError(f"a {body.COMMAND} changes when it is packed again")
-    for read in (weights.read_chunk, weights.read_manifest):
+    for read in (weights.read_chunk, weights.read_manifest, weights.read_push):
         with contextlib.suppress(ProtocolError):
             read(message)
     if message.command in PARCELS:

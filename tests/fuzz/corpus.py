@@ -13,7 +13,7 @@ from broker.protocol.codec import Parcel, pack_trajectories
 from broker.protocol.commands import COMMANDS, Role
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
-from broker.protocol.weights import MIN_CHUNK_BYTES, describe, lay_out
+from broker.protocol.weights import MIN_CHUNK_BYTES, Bytes, Manifest, describe, describe_delta, lay_out
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
 TICKETS = 2000  # ids that the attackers draw from; honest peers use others
@@ -124,13 +124,14 @@ def weight(rng: random.Random, run_id: str, _role: Role) -> Message:
     choices = (
         lambda: weight_hello(rng, run_id),
         lambda: Message("HEARTBEAT"),
-        lambda: weights.Watch(have=rng.choice((None, version))).pack(),
+        lambda: weights.Watch(have=rng.choice((None, version)), push_bytes=rng.choice((0, 1 << 20, 2**62))).pack(),
         lambda: weights.manifest_request(version, have),
         lambda: weights.chunk_request(version, have, rng.choice((0, 1, 2, 3, 1000, 2**62))),
         lambda: weights.Announce(newest=version, num_bytes=17).pack(),
         lambda: weights.Welcome(run_id=run_id, heartbeat_s=1.0, liveness=15).pack(),
         lambda: weights.chunk_reply(version, have, 0, np.zeros(64, np.uint8)),
         lambda: _manifest(rng, run_id, version),
+        lambda: weights.push(*_pushed(run_id, version)),
     )
     return rng.choice(choices)()
 
@@ -140,6 +141,14 @@ def _manifest(rng: random.Random, run_id: str, version: PolicyVersion) -> Messag
     tensors = lay_out([("w", "bfloat16", (64, 32)), ("b", "float32", (rng.choice((1, 64, 5000)),))])
     snapshot = np.zeros(tensors[-1].offset + tensors[-1].num_bytes, np.uint8)
     return weights.manifest_reply(describe(run_id, version, tensors, snapshot, MIN_CHUNK_BYTES, 1.75e9))
+
+
+def _pushed(run_id: str, version: PolicyVersion) -> tuple[Manifest, Bytes]:
+    """A delta, which only a server may push."""
+    tensors = lay_out([("w", "bfloat16", (64, 32))])
+    anchor = describe(run_id, version, tensors, np.zeros(4096, np.uint8), MIN_CHUNK_BYTES, 1.75e9)
+    payload = np.zeros(100, np.uint8)
+    return describe_delta(anchor, PolicyVersion(version.lineage, 0), payload), payload
 
 
 def weight_hello(rng: random.Random, run_id: str) -> Message:

@@ -18,10 +18,12 @@ import zstandard
 
 from broker.protocol.deltas import DeltaEncoder, apply_delta
 from broker.protocol.weights import DTYPES, Bytes, TensorSpec, digest
+from broker.weights.threads import coding_run
 from tests.bench.weight_versions import read_snapshot
 from tests.bench.weightchannel.workers import State, Usage, median_usage, timed
 
 ZSTD_LEVEL = 1
+SCAN_BYTES = 2 << 20
 
 
 class Codec(NamedTuple):
@@ -31,8 +33,9 @@ class Codec(NamedTuple):
     snapshot_bytes: int
     delta_bytes: int
     encode: Usage  # the difference and its packing
-    decode_apply: Usage  # opened twice: once to check everything, once to write it
-    total_hash: Usage  # of the snapshot, on either side
+    decode_apply: Usage  # to check everything, and then to write it
+    total_hash: Usage  # of the snapshot, on either side; in none of the others
+    scan: Usage  # to read both versions once and no more: what no encoder can be faster than
 
     @property
     def ratio(self) -> float:
@@ -63,11 +66,11 @@ class Shared(NamedTuple):
 def measure_codec(_: State, specs: Sequence[TensorSpec], files: Sequence[Path], repeats: int) -> Codec:
     """Encode and apply every step between these versions, `repeats` times, and verify each result."""
     snapshots = [read_snapshot(file) for file in files]
-    runs: list[tuple[float, int, Usage, Usage, Usage]] = []
+    runs: list[tuple[float, int, Usage, Usage, Usage, Usage]] = []
     for _repeat in range(repeats):
         for old, new in itertools.pairwise(snapshots):
             runs.append(_one_step(specs, old, new))
-    changed, sizes, encodes, applies, hashes = zip(*runs, strict=True)
+    changed, sizes, encodes, applies, hashes, scans = zip(*runs, strict=True)
     return Codec(
         statistics.median(changed),
         snapshots[0].size,
@@ -75,27 +78,33 @@ def measure_codec(_: State, specs: Sequence[TensorSpec], files: Sequence[Path], 
         median_usage(encodes),
         median_usage(applies),
         median_usage(hashes),
+        median_usage(scans),
     )
 
 
-def _one_step(specs: Sequence[TensorSpec], old: Bytes, new: Bytes) -> tuple[float, int, Usage, Usage, Usage]:
-    published, held = old.copy(), old.copy()
+def _one_step(specs: Sequence[TensorSpec], old: Bytes, new: Bytes) -> tuple[float, int, Usage, Usage, Usage, Usage]:
+    published, held, run = old.copy(), old.copy(), coding_run()
 
     def encode() -> tuple[int, Bytes]:
-        encoder = DeltaEncoder()
-        num = 0
-        for index, spec in enumerate(specs):
+        encoder = DeltaEncoder(specs, run)
+        for spec in specs:
             part = slice(spec.offset, spec.offset + spec.num_bytes)
-            num += encoder.add(index, DTYPES[spec.dtype][1], published[part], new[part])
-        return num, encoder.finish()
+            encoder.add(published[part], new[part])
+        payload = encoder.finish()
+        return encoder.num_changed, payload
 
+    def compare(start: int) -> None:
+        np.not_equal(old[start : start + SCAN_BYTES].view("<u8"), new[start : start + SCAN_BYTES].view("<u8"))
+
+    whole_words = range(0, old.size // SCAN_BYTES * SCAN_BYTES, SCAN_BYTES)
+    _, scanning = timed(lambda: list(run(compare, whole_words)))
     (num_changed, payload), encoding = timed(encode)
-    _, applying = timed(lambda: apply_delta(payload, specs, held))
-    hashed, hashing = timed(lambda: digest(held))
+    _, applying = timed(lambda: apply_delta(payload, specs, held, run))
+    hashed, hashing = timed(lambda: digest(held, run))
     if hashed != digest(new):
         raise RuntimeError("a delta does not give the version it was made from")
     num_elements = sum(spec.num_bytes // DTYPES[spec.dtype][1] for spec in specs)
-    return num_changed / num_elements, payload.size, encoding, applying, hashing
+    return num_changed / num_elements, payload.size, encoding, applying, hashing, scanning
 
 
 def measure_zstd(_: State, file: Path) -> Packed:

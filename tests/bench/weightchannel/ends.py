@@ -14,6 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+from prometheus_client import REGISTRY
+
 from broker.process.keys import Identity, read_pair
 from broker.process.security import OPEN, Security
 from broker.protocol.trajectory import PolicyVersion
@@ -35,6 +37,7 @@ class Published(NamedTuple):
     started: float
     seconds: float
     cpu_s: float
+    diff_s: float  # of these seconds, to compare and encode; the rest is hashing and switching
     payload_bytes: int
     changed_fraction: float
     full: bool
@@ -46,6 +49,8 @@ class Arrived(NamedTuple):
     at: float
     seconds: float  # since it was announced there
     cpu_s: float
+    transfer_s: float  # of these seconds, until every chunk was there and checked
+    apply_s: float  # of these seconds, to decode, apply and verify the whole
     payload_bytes: int
     full: bool
 
@@ -74,12 +79,14 @@ def publish(state: State, number: int) -> Published:
         (spec.name, spec.dtype, spec.shape, snapshot[spec.offset : spec.offset + spec.num_bytes])
         for spec in state["specs"]
     ]
+    diff_s = total("ergon_weights_diff_seconds_sum")
     started, cpu = time.monotonic(), time.process_time()
     stats = state["publisher"].publish(PolicyVersion(LINEAGE, number), tensors)
     return Published(
         started,
         time.monotonic() - started,
         time.process_time() - cpu,
+        total("ergon_weights_diff_seconds_sum") - diff_s,
         stats.payload_bytes,
         stats.num_changed / stats.num_elements,
         stats.full,
@@ -110,11 +117,24 @@ def fetch(state: State, number: int) -> Arrived:
     wanted = PolicyVersion(LINEAGE, number)
     if subscriber.wait_newer(PolicyVersion(LINEAGE, number - 1) if number else None, PATIENCE_S) != wanted:
         raise RuntimeError(f"version {number} was never announced")
+    transfer_s, apply_s = total("ergon_weights_transfer_seconds_sum"), total("ergon_weights_apply_seconds_sum")
     announced, cpu = time.monotonic(), time.process_time()
     manifest = subscriber.fetch_base(wanted, base, PATIENCE_S)
     at = time.monotonic()
-    full = manifest.parent is None
-    return Arrived(at, at - announced, time.process_time() - cpu, manifest.payload_bytes, full)
+    return Arrived(
+        at,
+        at - announced,
+        time.process_time() - cpu,
+        total("ergon_weights_transfer_seconds_sum") - transfer_s,
+        total("ergon_weights_apply_seconds_sum") - apply_s,
+        manifest.payload_bytes,
+        manifest.parent is None,
+    )
+
+
+def total(name: str) -> float:
+    """A metric of this process, 0 before its first use."""
+    return REGISTRY.get_sample_value(name) or 0.0
 
 
 def close_actor(state: State) -> None:

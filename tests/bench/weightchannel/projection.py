@@ -32,8 +32,8 @@ class Projected(NamedTuple):
 def project(codec: Codec) -> list[Projected]:
     """Bytes, and seconds of the processor, grow with the number of parameters; links are as fast as they are named.
 
-    Today one core at each end does all of it. Tensors are encoded and applied one by one, so ranks and workers that
-    share them out would divide it; that the memory keeps up with so many cores is assumed, too.
+    Blocks are encoded, applied and hashed by as many threads as there are cores. That they share the work out evenly
+    and that the memory keeps up with so many is assumed: on two cores it does not quite.
     """
     core_s = codec.encode.cpu_s + codec.decode_apply.cpu_s + 2 * codec.total_hash.cpu_s
     rows = []

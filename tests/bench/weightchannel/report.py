@@ -74,6 +74,7 @@ def markdown(results: Results, conditions: str) -> str:
         _codec_table(results),
         _whole_table(results),
         _travel_table(results),
+        _phase_table(results),
         _crowd_table(results),
         _step_and_pause(results),
         *(projection_table(rate, codec) for (rate, settled), codec in results.codecs.items() if not settled),
@@ -113,16 +114,16 @@ def _targets(results: Results) -> str:
 
 def _codec_table(results: Results) -> str:
     head = ["learning rate", "changed", "delta bytes", "snapshot / delta", "zstd-1 of it / delta"]
-    head += ["diff + encode ms (CPU)", "decode + apply ms (CPU)", "total hash ms"]
+    head += ["diff + encode ms (CPU)", "of it to read both ms", "decode + apply ms (CPU)", "total hash ms"]
     rows = []
     for (rate, settled), codec in results.codecs.items():
         packed = f"{results.packed.num_bytes / codec.delta_bytes:.0f}×" if results.packed else ""
-        rows.append(
-            [f"{rate:.0e}{', settled' if settled else ''}", f"{codec.changed_fraction:.2%}", f"{codec.delta_bytes:,}"]
-            + [f"{codec.ratio:.1f}×", packed]
-            + [f"{1000 * u.seconds:.0f} ({1000 * u.cpu_s:.0f})" for u in (codec.encode, codec.decode_apply)]
-            + [f"{1000 * codec.total_hash.seconds:.0f}"]
-        )
+        row = [f"{rate:.0e}{', settled' if settled else ''}", f"{codec.changed_fraction:.2%}"]
+        row += [f"{codec.delta_bytes:,}", f"{codec.ratio:.1f}×", packed]
+        row += [f"{1000 * codec.encode.seconds:.0f} ({1000 * codec.encode.cpu_s:.0f})"]
+        row += [f"{1000 * codec.scan.seconds:.0f}"]
+        row += [f"{1000 * codec.decode_apply.seconds:.0f} ({1000 * codec.decode_apply.cpu_s:.0f})"]
+        rows.append([*row, f"{1000 * codec.total_hash.seconds:.0f}"])
     return _table(head, rows) if rows else ""
 
 
@@ -157,6 +158,18 @@ def _travel_table(results: Results) -> str:
                 travel.load.removeprefix("load "),
             ]
         )
+    return _table(head, rows) if rows else ""
+
+
+def _phase_table(results: Results) -> str:
+    """Where the time of a delta goes."""
+    head = ["link", "diff + encode ms", "hash + switch ms", "announcement or push under way ms", "chunks asked for ms"]
+    head += ["decode + apply + verify ms", "rest ms"]
+    rows = []
+    for way in results.travels:
+        rest_s = way.delta_s - way.publish_s - way.wire_s - way.transfer_s - way.apply_s
+        parts = (way.diff_s, way.publish_s - way.diff_s, way.wire_s, way.transfer_s, way.apply_s, rest_s)
+        rows.append([way.way.name, *(f"{1000 * part:.0f}" for part in parts)])
     return _table(head, rows) if rows else ""
 
 

@@ -90,10 +90,10 @@ def _run(*arguments: str) -> dict[str, Any]:
 def play_learner(num_steps: int) -> Step:
     """Steps and publications in turn. The loss is the warm start's: nobody sampled these episodes, so the policy loss
     would mask them. It costs the same, but for a few operations a token."""
-    from learner.training.deepspeed_engine import DeepSpeedEngine
     from learner.losses.policy import supervised_loss
     from learner.model import prepare_model
     from learner.publisher import Publisher
+    from learner.training.deepspeed_engine import DeepSpeedEngine
 
     settings = load_settings(RUN_FILE, port_overrides())
     model = prepare_model(settings.model.path, settings.model.cache)
@@ -179,14 +179,14 @@ def play_engine(directory: Path, learning_rate: float, num_versions: int, adopti
     async def scenes() -> tuple[list[float], list[float]]:
         pauses, totals = [], []
         for number in range(1, adoptions + 1):
-            path = _stage(specs, files[number % len(files)], number)
+            path, digest = _stage(specs, files[number % len(files)], number)
             flying = [
                 asyncio.create_task(engine.generate(prompt, Sampling(), TURN_TOKENS, (), f"{number}-{i}"))
                 for i, prompt in enumerate(prompts)
             ]
             await asyncio.sleep(0.5)
             started = time.monotonic()
-            pauses.append(1000 * await engine.adopt(PolicyVersion(1, number), path))
+            pauses.append(1000 * await engine.adopt(PolicyVersion(1, number), path, digest))
             totals.append(time.monotonic() - started)
             await asyncio.gather(*flying)
             path.unlink()
@@ -199,15 +199,15 @@ def play_engine(directory: Path, learning_rate: float, num_versions: int, adopti
     return Pause(pauses, statistics.median(totals), len(prompts), mode)
 
 
-def _stage(specs: Sequence[TensorSpec], file: Path, number: int) -> Path:
-    """The version as the base file of an actor holds it."""
+def _stage(specs: Sequence[TensorSpec], file: Path, number: int) -> tuple[Path, str]:
+    """The version as the base file of an actor holds it, and its hash."""
     snapshot = read_snapshot(file)
     manifest = describe("bench-weights", PolicyVersion(1, number), tuple(specs), snapshot, 4 << 20, time.time())
     fd, name = tempfile.mkstemp(suffix=".safetensors", dir="/dev/shm")
     with os.fdopen(fd, "wb") as out:
         out.write(safetensors_header(manifest))
         out.write(snapshot.data)
-    return Path(name)
+    return Path(name), manifest.total_hash.hex()
 
 
 def main() -> None:

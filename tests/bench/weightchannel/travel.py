@@ -40,12 +40,17 @@ GIGABIT, SLOW = Way("1 Gbit/s, 20 ms", 1e9), Way("100 Mbit/s, 20 ms", 1e8)
 
 
 class Travel(NamedTuple):
-    """Medians, seconds. `delta_s`, `full_s`: from the call of publish() until the actor's base is verified."""
+    """Medians, seconds. `delta_s`, `full_s`: from the call of publish() until the actor's base is verified. That of a
+    delta is made of publish(), `wire_s` and the fetch."""
 
     way: Way
     delta_s: float
     publish_s: float
     publish_cpu_s: float
+    diff_s: float  # of publish(), to compare and encode
+    wire_s: float  # from the end of publish() to the arrival of its announcement, with the delta where that is pushed
+    transfer_s: float  # of the fetch, until every chunk was there
+    apply_s: float  # of the fetch, to decode, apply and verify the whole
     fetch_s: float  # from the announcement's arrival to the verified base
     fetch_cpu_s: float
     full_s: float
@@ -98,6 +103,10 @@ def measure(
         delta_s=statistics.median(arrived.at - published.started for published, arrived in deltas),
         publish_s=statistics.median(published.seconds for published, _ in deltas),
         publish_cpu_s=statistics.median(published.cpu_s for published, _ in deltas),
+        diff_s=statistics.median(published.diff_s for published, _ in deltas),
+        wire_s=statistics.median(a.at - a.seconds - p.started - p.seconds for p, a in deltas),
+        transfer_s=statistics.median(arrived.transfer_s for _, arrived in deltas),
+        apply_s=statistics.median(arrived.apply_s for _, arrived in deltas),
         fetch_s=statistics.median(arrived.seconds for _, arrived in deltas),
         fetch_cpu_s=statistics.median(arrived.cpu_s for _, arrived in deltas),
         full_s=first_arrived.at - first_published.started,

@@ -1,137 +1,13 @@
-"""Relay processes, raw peers and random weights for the weight channel's integration tests."""
+"""Relays, a learner and actors for one test; they end with it."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from broker.protocol.trajectory import PolicyVersion
-
-HEARTBEAT_S = 0.1
-LIVENESS = 10
-RUN = "weights-test"
-ROOT = Path(__file__).parents[3]
-
-Tensors = list[tuple[str, str, tuple[int, ...], np.ndarray]]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    """Wait for something that has no event to wait for."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.002)
-
-
-def random_tensors(num_bytes: int, seed: int) -> Tensors:
-    """Random bytes as one bf16 matrix and one fp32 vector."""
-    data = np.random.default_rng(seed).integers(0, 256, num_bytes, np.uint8)
-    half = num_bytes // 8 * 4
-    return [
-        ("embed.weight", "bfloat16", (half // 4, 2), data[:half]),
-        ("norm.weight", "float32", ((num_bytes - half) // 4,), data[half : half + (num_bytes - half) // 4 * 4]),
-    ]
-
-
-def file_holds(path: Path, tensors: Tensors) -> bool:
-    """Whether a safetensors file holds exactly these tensors, bit for bit."""
-    raw = path.read_bytes()
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    data = raw[8 + int.from_bytes(raw[:8], "little") :]
-    header.pop("__metadata__")
-    assert header.keys() == {name for name, _, _, _ in tensors}
-    return all(
-        data[header[name]["data_offsets"][0] : header[name]["data_offsets"][1]] == given.tobytes()
-        for name, _, _, given in tensors
-    )
-
-
-class RelayProcess:
-    """`python -m broker relay` on a port of its own, which stays the same over restarts."""
-
-    def __init__(
-        self,
-        directory: Path,
-        upstream_port: int,
-        run: str = RUN,
-        port: int | None = None,
-        metrics_port: int | None = None,
-        max_mb: int = 1024,
-    ) -> None:
-        self.port, self.metrics_port = port or free_port(), metrics_port or free_port()
-        self._config = directory / f"relay-{self.port}-{self.metrics_port}.toml"
-        self._config.write_text(
-            f'[run]\nname = "{run}"\n[weights]\nport = {upstream_port}\nrelay_port = {self.port}\n'
-            f"heartbeat_s = {HEARTBEAT_S}\nliveness = {LIVENESS}\nmax_mb = {max_mb}\n"
-            f"[metrics]\nrelay_port = {self.metrics_port}\n"
-        )
-        self._process: subprocess.Popen[str] | None = None
-        self.start()
-
-    @property
-    def endpoint(self) -> str:
-        return f"tcp://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "broker", "relay", "--config", str(self._config)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.communicate()
-
-    def end(self) -> tuple[int, str]:
-        """SIGTERM unless it has ended by itself; exit code and standard error."""
-        assert self._process is not None
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-        return self.wait()
-
-    def wait(self) -> tuple[int, str]:
-        assert self._process is not None
-        _, errors = self._process.communicate(timeout=30)
-        return self._process.returncode, errors
-
-    def health(self) -> tuple[int, dict[str, object]]:
-        """Status (0 while nobody answers) and detail of /healthz."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/healthz", timeout=5) as reply:
-                return reply.status, json.loads(reply.read())
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
-        except OSError:
-            return 0, {}
-
-    def metrics(self) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as reply:
-            return str(reply.read().decode())
-
-    def wait_serving(self, version: PolicyVersion) -> None:
-        until(lambda: self.health()[1].get("newest") == list(version))
-
-    def dispose(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self.kill()
+from tests.integration.weights.ends import Actor, Learner, RelayProcess
 
 
 @pytest.fixture
@@ -145,3 +21,23 @@ def start_relay(tmp_path: Path) -> Iterator[Callable[..., RelayProcess]]:
     yield start
     for relay in relays:
         relay.dispose()
+
+
+@pytest.fixture
+def learner() -> Iterator[Learner]:
+    learner = Learner()
+    yield learner
+    learner.publisher.close()
+
+
+@pytest.fixture
+def actor_at(tmp_path: Path) -> Iterator[Callable[..., Actor]]:
+    actors: list[Actor] = []
+
+    def actor(endpoint: str, **kwargs: int) -> Actor:
+        actors.append(Actor(endpoint, tmp_path / f"actor-{len(actors)}", **kwargs))
+        return actors[-1]
+
+    yield actor
+    for each in actors:
+        each.subscriber.close()

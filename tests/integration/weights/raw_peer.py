@@ -7,7 +7,7 @@ from msgspec import msgpack
 
 from broker.protocol import frames
 from broker.protocol.frames import Message
-from tests.integration.weights.conftest import RUN
+from tests.integration.weights.ends import RUN
 
 
 class RawPeer:

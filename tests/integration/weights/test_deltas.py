@@ -4,106 +4,31 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from prometheus_client import REGISTRY
 
 from broker.protocol import weight_messages as messages
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import describe_delta
-from broker.weights.basefile import BaseFile
 from broker.weights.chain import FoldJob, Payload
 from broker.weights.fetch import WeightsSupersededError
-from broker.weights.publisher import WeightPublisher
-from broker.weights.subscriber import WeightSubscriber
-from tests.integration.weights.conftest import HEARTBEAT_S, RUN, RelayProcess, Tensors, file_holds, free_port, until
+from tests.integration.weights.ends import (
+    HEARTBEAT_S,
+    SIZE,
+    Actor,
+    ActorAt,
+    Learner,
+    StartRelay,
+    file_holds,
+    free_port,
+    total,
+    until,
+)
 from tests.integration.weights.raw_peer import RawPeer
-
-SIZE = 1 << 20
-StartRelay = Callable[..., RelayProcess]
-
-
-class Learner:
-    """A publisher and the weights that it changes."""
-
-    def __init__(self, port: int | None = None, size: int = SIZE) -> None:
-        self.publisher = WeightPublisher(
-            f"tcp://127.0.0.1:{port or '*'}", RUN, chunk_bytes=64 << 10, heartbeat_s=HEARTBEAT_S, liveness=100
-        )
-        self._rng = np.random.default_rng(0)
-        self._data = self._rng.integers(0, 256, size, np.uint8)
-        self.version = PolicyVersion(1, 0)
-        self.contents: dict[PolicyVersion, Tensors] = {}
-
-    def publish(self, num_changes: int = 200, lineage: int | None = None) -> PolicyVersion:
-        """The next version; so many of its bytes are drawn anew."""
-        was = self.version
-        self.version = PolicyVersion(was.lineage, was.version + 1) if lineage is None else PolicyVersion(lineage, 0)
-        places = self._rng.integers(0, self._data.size, num_changes)
-        self._data[places] = self._rng.integers(0, 256, num_changes, np.uint8)
-        half = self._data.size // 8 * 4
-        tensors: Tensors = [
-            ("embed.weight", "bfloat16", (half // 4, 2), self._data[:half]),
-            ("norm.weight", "float32", ((self._data.size - half) // 4,), self._data[half:]),
-        ]
-        self.contents[self.version] = [(*rest, data.copy()) for *rest, data in tensors]  # type: ignore[misc]
-        self.publisher.publish(self.version, tensors)
-        return self.version
-
-    @property
-    def store(self):  # type: ignore[no-untyped-def]
-        """What it serves."""
-        return self.publisher._store
-
-
-class Actor:
-    """A subscriber and its base file."""
-
-    def __init__(self, endpoint: str, path: Path, credit: int = 8) -> None:
-        self.subscriber = WeightSubscriber(
-            endpoint, RUN, path.name, credit=credit, heartbeat_s=HEARTBEAT_S, liveness=100
-        )
-        self.base = BaseFile(path)
-
-    def follow(self, learner: Learner) -> PolicyVersion | None:
-        """Fetch the learner's newest version; the parent of what it came as. The file must be right, bit for bit."""
-        version = learner.version
-        until(lambda: self.subscriber.latest() == version)
-        manifest = self.subscriber.fetch_base(version, self.base, 30)
-        assert file_holds(self.base.path, learner.contents[version])
-        return manifest.parent
-
-
-@pytest.fixture
-def learner() -> Iterator[Learner]:
-    learner = Learner()
-    yield learner
-    learner.publisher.close()
-
-
-@pytest.fixture
-def actor_at(tmp_path: Path) -> Iterator[Callable[..., Actor]]:
-    actors: list[Actor] = []
-
-    def actor(endpoint: str, **kwargs: int) -> Actor:
-        actors.append(Actor(endpoint, tmp_path / f"actor-{len(actors)}", **kwargs))
-        return actors[-1]
-
-    yield actor
-    for each in actors:
-        each.subscriber.close()
-
-
-ActorAt = Callable[..., Actor]
-
-
-def total(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
 def test_stats_say_what_was_published(learner: Learner) -> None:
@@ -248,7 +173,7 @@ def test_a_slow_reader_keeps_its_version_bit_exact_while_others_are_published(
                 chunk = messages.read_chunk(raw.expect("CHUNK_REPLY"))
                 assert (chunk.version, chunk.index) == (first, index)
                 assert manifest.chunk_fits(index, chunk.data)
-            raw.send(messages.Watch(have=first).pack())
+            raw.send(messages.Watch(have=first, push_bytes=0).pack())
             until(lambda: big.store.live_bytes == 24 << 20)
             big.publish()
             raw.send(messages.chunk_request(first, None, 0))
@@ -269,7 +194,7 @@ def forge(learner: Learner, data: np.ndarray) -> None:
 def test_a_delta_that_lies_is_followed_by_the_anchor_in_the_same_call(
     learner: Learner, actor_at: ActorAt, what: str
 ) -> None:
-    actor = actor_at(learner.publisher.endpoint)
+    actor = actor_at(learner.publisher.endpoint, push_bytes=0)
     for _ in range(2):
         learner.publish()
         actor.follow(learner)

@@ -15,7 +15,7 @@ from broker.weights.basefile import BaseFile
 from broker.weights.fetch import WeightsSupersededError
 from broker.weights.publisher import WeightPublisher
 from broker.weights.subscriber import WeightSubscriber
-from tests.integration.weights.conftest import (
+from tests.integration.weights.ends import (
     HEARTBEAT_S,
     LIVENESS,
     RUN,

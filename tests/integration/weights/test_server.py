@@ -24,7 +24,7 @@ from broker.weights.publisher import WeightPublisher
 from broker.weights.server import MAX_WAITING
 from broker.weights.sinks import WeightsCorruptError
 from broker.weights.subscriber import WeightsTimeoutError, WeightSubscriber
-from tests.integration.weights.conftest import HEARTBEAT_S, RUN, file_holds, random_tensors, until
+from tests.integration.weights.ends import HEARTBEAT_S, RUN, file_holds, random_tensors, until
 from tests.integration.weights.raw_peer import RawPeer
 
 V1, V2 = PolicyVersion(1, 0), PolicyVersion(1, 1)
@@ -68,7 +68,7 @@ def test_hello_watch_announce_and_repetition(publisher: WeightPublisher, raw: Ra
     raw.hello()
     welcome = raw.expect("WELCOME")
     assert msgpack.decode(welcome.body) == {"run_id": RUN, "heartbeat_s": HEARTBEAT_S, "liveness": LIVENESS}
-    raw.send(messages.Watch(have=None).pack())
+    raw.send(messages.Watch(have=None, push_bytes=0).pack())
     assert announced(raw) == (None, 0)
     publisher.publish(V1, random_tensors(1 << 20, seed=0))
     while announced(raw) != (V1, 1 << 20):
@@ -132,7 +132,7 @@ def test_other_refusals(publisher: WeightPublisher, raw: RawPeer) -> None:
     for noise in ([b"noise", b"\xff"], deep):
         raw.socket.send_multipart(noise)
         assert parse_body(raw.expect("ERROR"), ErrorBody).code == "BAD_FRAME"
-        assert refusal(messages.Watch(have=None).pack()) == ("UNKNOWN_PEER", "")
+        assert refusal(messages.Watch(have=None, push_bytes=0).pack()) == ("UNKNOWN_PEER", "")
         raw.hello()
         raw.expect("WELCOME")
 

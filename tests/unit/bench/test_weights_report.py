@@ -16,12 +16,15 @@ from tests.bench.weightchannel.report import Results, markdown, summary
 from tests.bench.weightchannel.travel import GIGABIT, LOOPBACK, Travel, Way
 from tests.bench.weightchannel.workers import Usage
 
-CODEC = Codec(0.004, 269_000_000, 1_345_000, Usage(0.08, 0.075), Usage(0.03, 0.025), Usage(0.01, 0.01))
+CODEC = Codec(
+    0.004, 269_000_000, 1_345_000, Usage(0.08, 0.075), Usage(0.03, 0.025), Usage(0.01, 0.01), Usage(0.02, 0.02)
+)
 SLOWER = CODEC._replace(delta_bytes=5_380_000, encode=Usage(0.16, 0.15))
 
 
 def travel(way: Way, delta_s: float, gloo_s: float) -> Travel:
-    return Travel(way, delta_s, 0.1, 0.1, 0.05, 0.05, 1.0, gloo_s, True, None, 280.0, 300.0, "load 0.1")
+    parts = (0.08, 0.01, 0.01, 0.03)
+    return Travel(way, delta_s, 0.1, 0.1, *parts, 0.05, 0.05, 1.0, gloo_s, True, None, 280.0, 300.0, "load 0.1")
 
 
 def crowd(relays: int, actors: int, serve_cpu_s: float) -> Crowd:

@@ -37,10 +37,10 @@ def changed(
     rng = np.random.default_rng(seed)
     new, base = data.copy(), data.copy()
     new[rng.integers(0, data.size, num_changes)] = rng.integers(0, 256, num_changes, np.uint8)
-    encoder = DeltaEncoder()
-    for index, spec in enumerate(old.tensors):
+    encoder = DeltaEncoder(old.tensors)
+    for spec in old.tensors:
         start, end = spec.offset, spec.offset + spec.num_bytes
-        encoder.add(index, DTYPES[spec.dtype][1], base[start:end], new[start:end])
+        encoder.add(base[start:end], new[start:end])
     payload = encoder.finish()
     anchor = describe(old.run_id, version, old.tensors, new, old.chunk_bytes, 1.75e9)
     return describe_delta(anchor, old.version, payload), payload, new

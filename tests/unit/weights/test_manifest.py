@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,11 +13,46 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.protocol.weights import DTYPES, describe, lay_out, safetensors_header
+from broker.protocol.hashes import LEAF_BYTES, Hasher
+from broker.protocol.weights import DTYPES, describe, digest, lay_out, safetensors_header
 from tests.unit.weights.samples import CHUNK, VERSION, snapshot
 
 
-def test_hashes_are_xxh3_128_of_the_chunks_and_of_the_whole() -> None:
+def tree_hash(raw: bytes) -> bytes:
+    """XXH3-128 of what fits in a leaf; of the digests of the leaves where there are several."""
+    leaves = [xxhash.xxh3_128_digest(raw[start : start + LEAF_BYTES]) for start in range(0, len(raw), LEAF_BYTES)]
+    return leaves[0] if len(leaves) == 1 else xxhash.xxh3_128_digest(b"".join(leaves))
+
+
+@pytest.mark.parametrize("num_bytes", [1, LEAF_BYTES, LEAF_BYTES + 1, 9 * LEAF_BYTES, 17 * LEAF_BYTES + 5])
+def test_a_hash_is_the_same_whole_by_threads_and_piece_by_piece(num_bytes: int) -> None:
+    rng = np.random.default_rng(num_bytes)
+    raw = rng.bytes(num_bytes)
+    expected = tree_hash(raw)
+    assert digest(raw) == expected
+    with ThreadPoolExecutor(3) as pool:
+        assert digest(raw, pool.map) == expected
+    hasher, start = Hasher(), 0
+    while start < num_bytes:
+        size = int(rng.choice([0, 1, 1000, LEAF_BYTES - 1, LEAF_BYTES, 3 * LEAF_BYTES]))
+        hasher.update(memoryview(raw)[start : start + size])
+        start += size
+    assert hasher.digest() == hasher.digest() == expected
+
+
+@pytest.mark.parametrize("chunk_bytes", [2 * LEAF_BYTES, LEAF_BYTES, LEAF_BYTES // 2, 3 * LEAF_BYTES + 7])
+def test_chunks_have_the_hash_of_their_bytes_whether_or_not_they_are_whole_leaves(chunk_bytes: int) -> None:
+    specs = lay_out([("w", "uint8", (5 * LEAF_BYTES + 11,))])
+    data = np.random.default_rng(0).integers(0, 256, specs[0].num_bytes, np.uint8)
+    raw = data.tobytes()
+    manifest = describe("run", VERSION, specs, data, chunk_bytes, 0.0)
+    assert manifest.total_hash == tree_hash(raw)
+    chunks = [raw[start : start + chunk_bytes] for start in range(0, len(raw), chunk_bytes)]
+    assert list(manifest.chunk_hashes) == [tree_hash(chunk) for chunk in chunks]
+    assert all(manifest.chunk_fits(index, chunk) for index, chunk in enumerate(chunks))
+
+
+def test_hashes_of_small_chunks_and_snapshots_are_plain_xxh3_128() -> None:
     manifest, data = snapshot(num_bytes=3 * CHUNK + 5)
     raw = data.tobytes()
     assert manifest.num_chunks == 4

@@ -12,15 +12,18 @@ from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import MAX_INT, Manifest, TensorSpec, describe_delta
 from tests.unit.weights.samples import CHUNK, OLDER, VERSION, snapshot
-from tests.unit.weights.wire import GOOD, MANIFEST, READERS, body_of, over_the_wire, with_body
+from tests.unit.weights.wire import GOOD, MANIFEST, PAYLOAD, PUSHED, READERS, body_of, over_the_wire, with_body
 
 NUMBERS = [
+    ("WATCH", "push_bytes"),
     ("ANNOUNCE", "num_bytes"),
     ("MANIFEST", "lineage"),
     ("MANIFEST", "version"),
     ("MANIFEST_REPLY", "lineage"),
     ("MANIFEST_REPLY", "version"),
     ("MANIFEST_REPLY", "payload_bytes"),
+    ("PUSH", "version"),
+    ("PUSH", "payload_bytes"),
     ("CHUNK", "lineage"),
     ("CHUNK", "version"),
     ("CHUNK", "index"),
@@ -57,14 +60,45 @@ def test_the_largest_numbers_round_trip() -> None:
     assert read.version == largest
     request = parse_body(over_the_wire(messages.chunk_request(largest, largest, MAX_INT)), messages.ChunkRequest)
     assert (request.index, messages.policy_version(request.parent)) == (MAX_INT, largest)
-    watch = over_the_wire(messages.Watch(have=largest).pack())
-    assert messages.policy_version(parse_body(watch, messages.Watch).have) == largest
+    watch = parse_body(over_the_wire(messages.Watch(have=largest, push_bytes=MAX_INT).pack()), messages.Watch)
+    assert (messages.policy_version(watch.have), watch.push_bytes) == (largest, MAX_INT)
+
+
+def test_push_round_trip() -> None:
+    manifest, payload = messages.read_push(over_the_wire(GOOD["PUSH"]))
+    assert (manifest, payload.tobytes()) == (PUSHED, PAYLOAD.tobytes())
+    assert manifest.num_chunks > 1
+    empty = describe_delta(MANIFEST, OLDER, np.zeros(0, np.uint8))
+    manifest, payload = messages.read_push(over_the_wire(messages.push(empty, np.zeros(0, np.uint8))))
+    assert (manifest, payload.size) == (empty, 0)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ((), "one \\|u1 of 2 dimensions, one \\|u1 of 1 dimensions is due"),
+        (GOOD["PUSH"].arrays[:1], "carries 1 arrays"),
+        (GOOD["PUSH"].arrays[::-1], "carries 2 arrays"),
+        ((*GOOD["PUSH"].arrays, PAYLOAD), "carries 3 arrays"),
+        ((GOOD["PUSH"].arrays[0], PAYLOAD.reshape(1, -1)), "carries 2 arrays"),
+        ((GOOD["PUSH"].arrays[0], PAYLOAD.view(np.int8)), "carries 2 arrays"),
+        ((GOOD["PUSH"].arrays[0], PAYLOAD[:-1]), f"a payload of {PAYLOAD.size - 1} bytes; allowed"),
+        ((GOOD["PUSH"].arrays[0], PAYLOAD[:0]), "a payload of 0 bytes"),
+        ((GOOD["PUSH"].arrays[0][1:], PAYLOAD), "chunk hashes of shape"),
+    ],
+)
+def test_a_push_carries_its_whole_payload(arrays: tuple[np.ndarray, ...], words: str) -> None:
+    refuse(Message("PUSH", GOOD["PUSH"].body, arrays), words)
+
+
+def test_an_anchor_is_not_pushed() -> None:
+    refuse(messages.push(*snapshot()), "parent is null")
 
 
 def test_small_messages_round_trip() -> None:
     for body in (
-        messages.Watch(have=None),
-        messages.Watch(have=VERSION),
+        messages.Watch(have=None, push_bytes=0),
+        messages.Watch(have=VERSION, push_bytes=1 << 24),
         messages.Announce(newest=VERSION, num_bytes=9),
         messages.Announce(newest=None, num_bytes=0),
         messages.ManifestRequest(lineage=3, version=17, have=None),
@@ -88,8 +122,9 @@ def test_small_messages_round_trip() -> None:
 
 
 def test_what_is_on_the_wire_is_what_the_protocol_page_says() -> None:
-    assert body_of(GOOD["WATCH"]) == {"have": [3, 17]}
-    assert body_of(messages.Watch(have=None).pack()) == {"have": None}
+    assert body_of(GOOD["WATCH"]) == {"have": [3, 17], "push_bytes": 65_536}
+    assert body_of(messages.Watch(have=None, push_bytes=0).pack()) == {"have": None, "push_bytes": 0}
+    assert body_of(GOOD["PUSH"]) == body_of(messages.manifest_reply(PUSHED))
     assert body_of(GOOD["MANIFEST"]) == {"lineage": 3, "version": 17, "have": [3, 12]}
     assert body_of(GOOD["CHUNK"]) == {"lineage": 3, "version": 17, "parent": [3, 12], "index": 7}
     assert body_of(GOOD["CHUNK_REPLY"]) == {"lineage": 3, "version": 17, "parent": [3, 12], "index": 7}
@@ -158,6 +193,7 @@ def test_numbers_are_integers_within_bounds(command: str, key: str, value: objec
         ("ANNOUNCE", "newest"),
         ("MANIFEST", "have"),
         ("MANIFEST_REPLY", "parent"),
+        ("PUSH", "parent"),
         ("CHUNK", "parent"),
         ("CHUNK_REPLY", "parent"),
     ],

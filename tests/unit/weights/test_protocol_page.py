@@ -37,7 +37,7 @@ def test_keys() -> None:
     manifest, data = snapshot()
     for message in (
         messages.Hello(role=messages.Role.RELAY, peer_id="p", run_id="run", session="s").pack(),
-        messages.Watch(have=None).pack(),
+        messages.Watch(have=None, push_bytes=0).pack(),
         messages.Announce(newest=None, num_bytes=0).pack(),
         messages.manifest_request(VERSION, None),
         messages.chunk_request(VERSION, None, 0),
@@ -50,6 +50,7 @@ def test_keys() -> None:
     keys = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE))))
     assert keys == msgpack.decode(messages.manifest_reply(manifest).body).keys()
     assert all(f"`{word}`" in section or word in section for word in DTYPES)
+    assert keys == msgpack.decode(messages.push(manifest, data).body).keys()
 
 
 def test_limits() -> None:
@@ -57,7 +58,10 @@ def test_limits() -> None:
     assert f"the credit is 1 to {MAX_WAITING}" in PART
     assert f"at most {SEND_QUEUE} messages per peer" in PART
     assert f"at most {MAX_REQUEST_BYTES >> 10} KiB" in PART
-    assert REPLY_LIMITS.max_frames == 3
+    assert REPLY_LIMITS.max_frames == 4
+    assert "a reply has at most four frames" in PART
+    push_mb = WeightsSection.model_fields["push_mb"]
+    assert next(m.le for m in push_mb.metadata if hasattr(m, "le")) << 20 == MAX_CHUNK_BYTES
     assert f"at most {REPLY_LIMITS.max_envelope_bytes >> 20} MiB each" in PART
     credit = next(m for m in WeightsSection.model_fields["credit"].metadata if hasattr(m, "le"))
     assert credit.le == MAX_WAITING

@@ -219,7 +219,7 @@ def test_a_fold_that_failed_or_does_not_pay_is_answered_with_the_anchor_and_not_
     for failed in (True, False):
         store = WeightStore(3 * SIZE)
         put(store, version(1))
-        num_changes = 20 if failed else SIZE // 8
+        num_changes = 20 if failed else SIZE // 5
         for number in (2, 3):
             step(store, version(number), num_changes)
         job = store.find(version(3), version(1))

@@ -21,6 +21,7 @@ ACTIONS = (
     + ["deliver"] * 10
     + ["burst"] * 16
     + ["let go"] * 3
+    + ["push"] * 12
     + ["join", "reconnect", "restart", "move", "fail", "forge"]
 )
 Step = tuple[str, int, int]
@@ -45,6 +46,7 @@ def happen(tree: Tree, action: str, which: int, how: int) -> None:
             "publish": lambda: tree.publish(PUBLISH[which % len(PUBLISH)], how),
             "poll": lambda: tree.poll(receiver),
             "serve": lambda: tree.serve(receiver, how),
+            "push": lambda: tree.push(receiver, how),
             "deliver": lambda: tree.deliver(receiver, how // 8, DELIVER[how % 8]),
             "let go": lambda: tree.let_go(store),
             "reconnect": lambda: tree.reconnect(receiver),
@@ -68,9 +70,10 @@ def test_long_histories(tmp_path: Path, seed: int) -> None:
     tree = Tree(tmp_path)
     for store in tree.stores:
         tree.join(store)
-    run(tree, [(rng.choice(ACTIONS), rng.randrange(60), rng.randrange(1000)) for _ in range(1500)])
+    run(tree, [(rng.choice(ACTIONS), rng.randrange(60), rng.randrange(1000)) for _ in range(4000)])
     assert tree.num_fetched > 50
     assert tree.num_deltas > 10
+    assert tree.num_pushed > 4
     assert tree.num_anchors > 10
 
 

@@ -12,18 +12,20 @@ from broker.protocol import frames
 from broker.protocol import weight_messages as messages
 from broker.protocol.commands import Body, parse_body
 from broker.protocol.frames import Message
-from tests.unit.weights.samples import OLDER, VERSION, snapshot
+from tests.unit.weights.samples import OLDER, VERSION, changed, snapshot
 
-MANIFEST, _ = snapshot()
+MANIFEST, SNAPSHOT = snapshot()
+PUSHED, PAYLOAD, _ = changed(*snapshot(version=OLDER), VERSION, seed=1, num_changes=3000)
 GOOD = {
     message.command: message
     for message in (
         messages.Hello(role=messages.Role.RELAY, peer_id="relay-0", run_id="run", session="s").pack(),
         messages.Welcome(run_id="run", heartbeat_s=0.5, liveness=15).pack(),
-        messages.Watch(have=VERSION).pack(),
+        messages.Watch(have=VERSION, push_bytes=65_536).pack(),
         messages.Announce(newest=VERSION, num_bytes=9).pack(),
         messages.manifest_request(VERSION, OLDER),
         messages.manifest_reply(MANIFEST),
+        messages.push(PUSHED, PAYLOAD),
         messages.chunk_request(VERSION, OLDER, 7),
         messages.chunk_reply(VERSION, OLDER, 7, np.arange(5, dtype="u1")),
     )
@@ -43,12 +45,14 @@ BODIES: dict[str, type[Body]] = {
         messages.Announce,
         messages.ManifestRequest,
         messages.ManifestReply,
+        messages.Push,
         messages.ChunkRequest,
         messages.ChunkReply,
     )
 }
 READERS = {command: typed(body) for command, body in BODIES.items()} | {
     "MANIFEST_REPLY": messages.read_manifest,
+    "PUSH": messages.read_push,
     "CHUNK_REPLY": messages.read_chunk,
 }
 

@@ -1,0 +1,76 @@
+"""The weight channel's hash, and how independent pieces of work are run. Pure: no socket, no file, no thread.
+
+The digest of at most `LEAF_BYTES` is XXH3-128 of them, big-endian; that of more bytes is XXH3-128 of the digests of
+their leaves in order, where all leaves but the last have `LEAF_BYTES`. So leaves can be hashed side by side, and the
+digests of a snapshot's chunks follow from those of its leaves. It finds damage, not malice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final, Protocol, TypeVar
+
+import xxhash
+
+LEAF_BYTES: Final = 1 << 20
+RUN_LEAVES: Final = 8  # leaves in one piece of work: fewer would be dearer to hand out than to hash
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Run(Protocol):
+    """Does independent pieces of work: the built-in `map`, or that of some threads. Results come in order."""
+
+    def __call__(self, work: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
+        """Nothing is promised to have been done before all results were taken."""
+        ...
+
+
+def digest(data: memoryview, run: Run = map) -> bytes:
+    """The digest of a one-dimensional view of bytes."""
+    if data.nbytes <= LEAF_BYTES:
+        return xxhash.xxh3_128_digest(data)
+    return join(leaves(data, run))
+
+
+def leaves(data: memoryview, run: Run = map) -> list[bytes]:
+    """The digests of the leaves of a one-dimensional view of bytes, in order."""
+    step = RUN_LEAVES * LEAF_BYTES
+    pieces = (data[start : start + step] for start in range(0, data.nbytes, step))
+    return [leaf for some in run(_leaves, pieces) for leaf in some]
+
+
+def join(digests: Sequence[bytes]) -> bytes:
+    """The digest of the bytes that have these leaves, at least one."""
+    return digests[0] if len(digests) == 1 else xxhash.xxh3_128_digest(b"".join(digests))
+
+
+class Hasher:
+    """The digest of bytes that come piece by piece."""
+
+    def __init__(self) -> None:
+        self._leaf = xxhash.xxh3_128()
+        self._room = LEAF_BYTES
+        self._leaves: list[bytes] = []
+
+    def update(self, data: memoryview) -> None:
+        """The next bytes, a one-dimensional view."""
+        view = data
+        while view.nbytes:
+            if not self._room:
+                self._leaves.append(self._leaf.digest())
+                self._leaf.reset()
+                self._room = LEAF_BYTES
+            taken = view[: self._room]
+            self._leaf.update(taken)
+            self._room -= taken.nbytes
+            view = view[taken.nbytes :]
+
+    def digest(self) -> bytes:
+        """Of all bytes so far."""
+        return join([*self._leaves, self._leaf.digest()])
+
+
+def _leaves(data: memoryview) -> list[bytes]:
+    return [xxhash.xxh3_128_digest(data[start : start + LEAF_BYTES]) for start in range(0, data.nbytes, LEAF_BYTES)]

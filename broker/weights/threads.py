@@ -1,0 +1,41 @@
+"""The threads that code and hash weights: as many as this process has cores, one set for all. Decides nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
+from typing import Final, TypeVar
+
+from broker.protocol.hashes import Run
+
+MAX_THREADS: Final = 16  # beyond that the memory is what limits
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def coding_run() -> Run:
+    """What codes and hashes here: these threads, or the caller's own where the process has one core."""
+    num_threads = min(len(os.sched_getaffinity(0)), MAX_THREADS)
+    return _run if num_threads > 1 else map
+
+
+def _run(work: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
+    """As the built-in `map`, but all is begun at once. Where one piece fails, the others have ended when it is said."""
+    pool = _pool()
+    return _results([pool.submit(work, item) for item in items])
+
+
+def _results(futures: list[Future[R]]) -> Iterator[R]:
+    try:
+        for future in futures:
+            yield future.result()
+    finally:
+        wait(futures)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS), thread_name_prefix="weight-coding")
