@@ -1,27 +1,24 @@
-"""Safetensors files of a model: which tensors they hold, whether they fit the model, and the hash of their data.
+"""Safetensors files of a model: which tensors they hold, and whether they fit the model.
 
-Reads headers and hashes bytes; never imports torch or vllm and never interprets a weight. Shared by the engine, which
-checks a file before anything touches it, and by vLLM's worker, which takes the tensors in the file's order.
+Reads headers; never imports torch or vllm and never reads a weight. Shared by the engine, which checks a file before
+anything touches it, and by vLLM's worker, which takes the tensors in the file's order.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import xxhash
 from safetensors import SafetensorError, safe_open
 
 from actors.engine import AdoptionError
 from broker.process.lifecycle import ErgonError
 
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
-HASH_BLOCK_BYTES = 8 << 20
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -63,10 +60,10 @@ def checkpoint_shapes(model: Path) -> Shapes:
     return shapes
 
 
-def check_fit(shapes: Mapping[str, tuple[int, ...]], weights: Path) -> str:
-    """The hash of a file that holds exactly the model's tensors; float formats may differ. See `data_digest`.
+def check_fit(shapes: Mapping[str, tuple[int, ...]], weights: Path) -> None:
+    """Raise AdoptionError for a file that does not hold exactly the model's tensors. Reads its header only.
 
-    Raises AdoptionError for any other file.
+    Number formats may differ: the engine rounds to its own. What is beyond the range of its own becomes infinite.
     """
     try:
         offered = _header(weights)
@@ -83,7 +80,6 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], weights: Path) -> str:
             raise AdoptionError(f"tensor {name} has shape {list(shape)}; the model's is {list(shapes[name])}")
         if dtype not in FLOAT_DTYPES:
             raise AdoptionError(f"tensor {name} has dtype {dtype}; allowed: {', '.join(sorted(FLOAT_DTYPES))}")
-    return data_digest(weights)
 
 
 def stored_tensors(path: Path) -> tuple[StoredTensor, ...]:
@@ -98,18 +94,6 @@ def stored_tensors(path: Path) -> tuple[StoredTensor, ...]:
         first, end = entry["data_offsets"]
         tensors.append(StoredTensor(name, entry["dtype"], tuple(entry["shape"]), start + first, end - first))
     return tuple(sorted(tensors, key=lambda tensor: (tensor.offset, tensor.num_bytes)))
-
-
-def data_digest(path: Path) -> str:
-    """XXH3-128, in hexadecimal, of everything behind the header: of a snapshot its manifest's `total_hash`."""
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        (num_header_bytes,) = struct.unpack("<Q", mapped[:8])
-        with memoryview(mapped) as view:
-            for start in range(8 + num_header_bytes, len(mapped), HASH_BLOCK_BYTES):
-                with view[start : start + HASH_BLOCK_BYTES] as block:
-                    hasher.update(block)
-    return hasher.hexdigest()
 
 
 def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

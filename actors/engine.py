@@ -23,7 +23,18 @@ class EngineDeadError(Exception):
 
 
 class AdoptionError(Exception):
-    """New weights were refused before the switch; the engine goes on serving the old ones."""
+    """New weights do not fit the model and would be refused again; the engine goes on serving the old ones."""
+
+
+class AdoptionFailedError(Exception):
+    """Something failed before the switch; the engine goes on serving the old weights, and it may be tried again.
+
+    damaged: the file was read and does not hold what it was said to hold, so it must be fetched again.
+    """
+
+    def __init__(self, message: str, *, damaged: bool = False) -> None:
+        super().__init__(message)
+        self.damaged = damaged
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,11 +81,13 @@ class Engine(Protocol):
         """Raise EngineDeadError if the engine can serve no more requests; cheap, for periodic use."""
         ...
 
-    async def adopt(self, version: PolicyVersion, weights: Path) -> float:
+    async def adopt(self, version: PolicyVersion, weights: Path, digest: str) -> float:
         """Switch to the verified weights in this safetensors file; returns the pause of sampling in seconds.
 
-        The file may be rewritten once this has returned. Raises AdoptionError for whatever fails before the switch:
-        names, dtypes or shapes that do not fit, bytes that changed meanwhile; after it EngineDeadError.
+        digest: `total_hash` in hexadecimal, of the file's data; what the engine has read must have it. The file may be
+        rewritten once this has returned or raised. Raises AdoptionError where names, dtypes or shapes do not fit, and
+        AdoptionFailedError for whatever else fails before the switch. What fails after it is mended by loading the
+        whole file again before sampling goes on; where that fails, too, EngineDeadError.
         """
         ...
 

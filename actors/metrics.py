@@ -32,6 +32,15 @@ adopt_seconds = Histogram(
 adopt_pause_seconds = Histogram(
     "ergon_actor_adopt_pause_seconds", "Pause of sampling for one adoption", buckets=SECONDS
 )
+adopt_phase_seconds = Histogram(
+    "ergon_actor_adopt_phase_seconds",
+    "One phase of an adoption, sampling going on: fetch, prepare, drain (no turn starts), release",
+    ["phase"],
+    buckets=SECONDS,
+)
+adopt_reloads = Counter(
+    "ergon_actor_adopt_reloads", "Switches that failed, so that sampling paused until the whole model was reloaded"
+)
 
 
 def observe_episode(trajectory: Trajectory) -> None:

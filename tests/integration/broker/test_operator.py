@@ -21,7 +21,7 @@ from broker.process.settings import SecuritySection
 from broker.protocol.commands import Role, TicketState
 from broker.protocol.trajectory import Trajectory
 from tests.integration.broker.conftest import HEARTBEAT_S, LIVENESS, RUN_ID, BrokerProcess, free_port
-from tests.integration.weights.conftest import until
+from tests.integration.weights.ends import until
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
 TICKETS = ("a1", "a2", "b1", "b2")

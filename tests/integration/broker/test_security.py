@@ -55,7 +55,7 @@ from broker.weights.basefile import BaseFile
 from broker.weights.publisher import WeightPublisher
 from broker.weights.subscriber import WeightSubscriber
 from tests.integration.broker.conftest import HEARTBEAT_S, LIVENESS, RUN_ID
-from tests.integration.weights.conftest import until
+from tests.integration.weights.ends import until
 from tests.ports import free_ports
 from tests.unit.broker.samples import make_ticket, make_trajectory
 

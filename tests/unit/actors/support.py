@@ -82,6 +82,8 @@ class ScriptedEngine:
         self.adopted: list[PolicyVersion] = []
         self.adopted_bytes: list[bytes] = []
         self.adopt_error: Exception | None = None
+        self.adopt_errors: list[Exception] = []  # one for each attempt, before `adopt_error` counts
+        self.digests: list[str] = []
         self.adopt_gate = asyncio.Event()
         self.adopt_gate.set()
         self._aborts: dict[str, asyncio.Event] = {}
@@ -138,10 +140,13 @@ class ScriptedEngine:
         if self.dead is not None:
             raise self.dead
 
-    async def adopt(self, version: PolicyVersion, weights: Path) -> float:
+    async def adopt(self, version: PolicyVersion, weights: Path, digest: str) -> float:
         read = weights.read_bytes()
+        if self.adopt_errors:
+            raise self.adopt_errors.pop(0)
         if self.adopt_error is not None:
             raise self.adopt_error
+        self.digests.append(digest)
         await self.adopt_gate.wait()
         assert weights.read_bytes() == read  # nobody writes it meanwhile
         self.adopted_bytes.append(read)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.engine import AdoptionError, EngineDeadError
+from actors.engine import AdoptionError, AdoptionFailedError, EngineDeadError
 from actors.weights import Subscriber, WeightAdopter
 from broker.process.lifecycle import ErgonError
 from broker.protocol.trajectory import PolicyVersion
@@ -33,6 +33,7 @@ class ScriptedSubscriber(Subscriber):
         self.newer_during_fetch: PolicyVersion | None = None
         self.asked_than: list[PolicyVersion | None] = []
         self.bases: set[BaseFile] = set()
+        self.held: list[Manifest | None] = []  # what the base held when a fetch began
 
     def wait_newer(self, than: PolicyVersion | None, timeout_s: float) -> PolicyVersion | None:
         self.asked_than.append(than)
@@ -51,10 +52,13 @@ class ScriptedSubscriber(Subscriber):
         if self.errors:
             raise self.errors.pop(0)
         self.bases.add(base)
+        self.held.append(base.manifest)
         base.path.write_text(f"{version.lineage}.{version.version}")
         if self.newer_during_fetch is not None:
             self.newest, self.newer_during_fetch = self.newer_during_fetch, None
-        return Manifest("run", version, None, (), 0, 4096, (), b"", 0.0)
+        manifest = Manifest("run", version, None, (), 0, 4096, (), bytes([version.version]), 0.0)
+        base._held = manifest
+        return manifest
 
     def close(self) -> None:
         pass
@@ -110,6 +114,7 @@ async def test_adopts_what_is_announced_and_opens_the_gate(
         (base,) = subscriber.bases  # one file is kept for all versions
         assert [path.name for path in base.path.parent.iterdir()] == [base.path.name]
         assert engine.adopted_bytes == [b"1.1", b"2.0"]
+        assert engine.digests == ["01", "00"]  # of the manifests
 
 
 async def test_a_version_superseded_while_it_is_fetched_is_skipped(
@@ -168,6 +173,38 @@ async def test_refused_weights_are_not_fetched_again_but_newer_ones_are(
         subscriber.announced.put(V2)
         await asyncio.wait_for(adopter.at_least(V2), 5)
     assert engine.adopted == [V2]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_an_adoption_that_failed_before_the_switch_is_tried_again(
+    tmp_path: Path, engine: ScriptedEngine, subscriber: ScriptedSubscriber, damaged: bool
+) -> None:
+    engine.adopt_errors = [AdoptionFailedError("no memory", damaged=damaged), AdoptionFailedError("no memory")]
+    subscriber.announced.put(V1)
+    async with adopting(tmp_path, subscriber, engine) as (adopter, _):
+        await asyncio.wait_for(adopter.at_least(V1), 5)
+    assert (engine.adopted, subscriber.fetched) == ([V1], [V1, V1, V1])
+    # What the engine found to be damaged is not what a delta may be applied to, nor what is held already.
+    assert [held is None for held in subscriber.held] == [True, damaged, False]
+
+
+async def test_an_engine_that_keeps_failing_is_asked_more_and_more_rarely(
+    tmp_path: Path, engine: ScriptedEngine, subscriber: ScriptedSubscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        waits.append(seconds)
+        await sleep(0)
+
+    engine.adopt_errors = [AdoptionFailedError("no memory") for _ in range(5)]
+    monkeypatch.setattr("actors.weights.MAX_RETRY_S", 0.1)
+    monkeypatch.setattr("actors.weights.asyncio.sleep", note)
+    subscriber.announced.put(V1)
+    async with adopting(tmp_path, subscriber, engine) as (adopter, _):
+        await asyncio.wait_for(adopter.at_least(V1), 5)
+    assert waits == [0.02, 0.04, 0.08, 0.1, 0.1]
 
 
 async def test_a_dead_engine_ends_the_loop(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tests.chaos.schedule import KINDS, LINKS, PROCESSES, combinations, make_schedule
+from tests.chaos.schedule import KINDS, LINKS, PROCESSES, UPDATE_PHASES, combinations, make_schedule
 
 NUM_TICKETS = 6400
 
@@ -17,7 +17,9 @@ def test_a_seed_names_one_schedule() -> None:
 def test_two_hundred_faults_hit_everything_in_every_way() -> None:
     schedule = make_schedule(1, 200, NUM_TICKETS, 3)
     assert len(schedule) == 200
-    assert {(fault.kind, fault.target) for fault in schedule} == set(combinations(()))
+    assert {(fault.kind, fault.target) for fault in schedule} == {row[:2] for row in combinations()}
+    killed = {(fault.target, fault.variant) for fault in schedule if fault.kind == "kill_update"}
+    assert killed == set(UPDATE_PHASES)
     assert {fault.kind for fault in schedule} == set(KINDS)
     assert {fault.target for fault in schedule} == {*PROCESSES, *LINKS, "disk"}
     assert {fault.place for fault in schedule} >= {"actor-0", "actor-1", "actor-2"}
@@ -42,3 +44,15 @@ def test_what_the_machine_cannot_do_is_left_out() -> None:
     schedule = make_schedule(4, 200, NUM_TICKETS, 3, unavailable=("clock", "disk_low"))
     assert len(schedule) == 200
     assert not {fault.kind for fault in schedule} & {"clock", "disk_low"}
+
+
+def test_only_the_kinds_that_are_asked_for() -> None:
+    schedule = make_schedule(5, 16, NUM_TICKETS, 3, kinds=("kill_update",))
+    assert [(fault.kind, fault.target) for fault in schedule].count(("kill_update", "actor")) == 8
+    assert {(fault.target, fault.variant) for fault in schedule} == set(UPDATE_PHASES)
+
+
+def test_after_an_order_to_kill_in_an_update_there_are_updates() -> None:
+    for num_tickets in (288, NUM_TICKETS):
+        schedule = make_schedule(6, 40, num_tickets, 3, kinds=("kill_update",))
+        assert all(fault.at_tickets <= num_tickets - 96 for fault in schedule)
