@@ -36,11 +36,16 @@ format: $(READY) ## rewrite the code in the house's format
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
 
-bench: bench-broker bench-weights ## all benchmarks
+bench: bench-broker bench-weights bench-learner ## the benchmarks that take minutes; bench-end-to-end takes an hour and a half
 
 bench-broker: ## the broker against Redis Streams and bare pyzmq; ARGS="--quick", "--only 2KiB/16", "--curve"
 
 bench-weights: ## the weight channel on real versions against sending everything: ARGS="--quick", "--only codec,crowd"
+
+bench-learner: ## the trainer against plain PyTorch and TRL's GRPOTrainer: ARGS="--quick", "--only packed,trl"
+
+bench-end-to-end: $(READY) ## the main job trained by Ergon and by TRL, wall-clock to the same reward: ARGS="--quick", "--seeds 0"
+	@$(PYTHON) -m tests.bench.end_to_end $(ARGS)
 
 bench-exactness: ## the actor's log-probs against a Hugging Face forward pass of the same weights
 

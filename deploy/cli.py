@@ -10,6 +10,7 @@ from broker.process.keys import make_keys
 from broker.process.lifecycle import ErgonError, run_main
 from broker.protocol.commands import MAX_ROWS
 from deploy import broker_admin
+from deploy.export import export_run
 from deploy.run import run_local
 from envs.registry import known_environments
 
@@ -27,6 +28,17 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--new", action="store_true", help="start a new run where one of this name was not finished")
     run.add_argument("--plain", action="store_true", help="a plain log instead of the live view")
     run.set_defaults(act=_run)
+
+    export = commands.add_parser("export", help="a run's weights as a Hugging Face directory")
+    export.add_argument("run", type=Path, help="the run's folder, for example runs/NAME, finished or not")
+    export.add_argument("directory", type=Path, help="where to, a new directory")
+    export.add_argument(
+        "--checkpoint",
+        default="best",
+        metavar="best|last|NUMBER",
+        help="the one with the best held-out reward (the default), the newest, or a number of runs/NAME/checkpoints",
+    )
+    export.set_defaults(act=_export)
 
     keys = commands.add_parser("keys", help="encryption and identities of a run's processes")
     keys_commands = keys.add_subparsers(dest="keys_command", required=True)
@@ -92,6 +104,10 @@ def _purge(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     settings = load_settings(arguments.file, arguments.set)
     run_local(settings, new=arguments.new, plain=arguments.plain)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    print(export_run(arguments.run, arguments.directory, arguments.checkpoint))
 
 
 def _keys_make(arguments: argparse.Namespace) -> None:

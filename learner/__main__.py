@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from broker.process.config import load_settings
 from broker.process.lifecycle import run_main
+from learner import launch
 
 
 def main() -> None:
@@ -16,6 +19,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     arguments = parser.parse_args()
     settings = load_settings(arguments.config, arguments.overrides)
+    if launch.is_needed(settings):
+        sys.exit(launch.launch(settings, sys.argv[1:]))
 
     from learner.trainer import run_learner  # after the settings were found to be good: importing torch takes seconds
 
@@ -23,4 +28,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main("learner", main)
+    rank = os.environ.get("RANK", "0")
+    run_main("learner" if rank == "0" else f"learner-rank-{rank}", main)

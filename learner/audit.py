@@ -1,4 +1,4 @@
-"""The run's line files: trained.jsonl (which trajectory was consumed when) and metrics.jsonl. Owns both files.
+"""The run's line files: what a line is, and those of trained.jsonl (which trajectory was consumed when).
 
 trained.jsonl is the surviving history: on resume it is cut back to the length that the checkpoint names, so a
 trajectory stands in it once however often the learner was killed. metrics.jsonl only grows; its lines carry the
@@ -30,7 +30,7 @@ class LineFile:
         """Its length."""
         return self._file.tell()
 
-    def append(self, lines: Iterable[dict[str, Any]], *, durable: bool) -> None:
+    def append(self, lines: Iterable[Any], *, durable: bool) -> None:
         """Add lines; on disk when this returns, where `durable`."""
         self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
         self._file.flush()

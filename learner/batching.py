@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from broker.process.loss_settings import LossSection
 from broker.protocol.trajectory import Outcome, Segment, Trajectory, Verdict
 from learner.engine import TrainSequence
-from learner.losses.advantage import Baseline, group_advantages, has_variance
+from learner.losses.advantage import group_advantages, has_variance, soft_overlong_punishment
 
 
 class DeadNotice(Protocol):
@@ -44,7 +45,12 @@ class Reason(StrEnum):
     ENV_FAILURE = "env_failure"
     STALE = "stale"
     SURPLUS = "surplus"
+    OVERLONG = "overlong"
     NOT_FINITE = "not_finite"
+
+
+COUNTED = frozenset({Reason.TRAINED, Reason.ZERO_VARIANCE, Reason.STALE, Reason.OVERLONG, Reason.NOT_FINITE})
+"""Reasons of episodes that say how well the policy does: all but failures, screened ones and surplus."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,13 +103,13 @@ class Batcher:
     """Gathers trajectories of mode `train`. Every id is admitted once; a second one is refused and counted."""
 
     def __init__(
-        self, *, groups_per_step: int, max_groups_per_step: int, group_size: int, max_staleness: int, baseline: Baseline
+        self, *, groups_per_step: int, max_groups_per_step: int, group_size: int, max_staleness: int, loss: LossSection
     ) -> None:
         self._groups_per_step = groups_per_step
         self._max_groups_per_step = max(max_groups_per_step, groups_per_step)
         self._group_size = group_size
         self._max_staleness = max_staleness
-        self._baseline: Baseline = baseline
+        self._loss = loss
         self._open: dict[str, _Group] = {}
         self._ready: deque[_Group] = deque()
         self._flat: list[_Group] = []
@@ -175,7 +181,7 @@ class Batcher:
         if not group.closed:
             return
         del self._open[group_id]
-        rewards_G, counted_G, _ = judge(group.trajectories)
+        rewards_G, counted_G, _ = judge(group.trajectories, self._loss)
         (self._ready.append if has_variance(rewards_G, counted_G) else self._flat.append)(group)
 
     def _batch(self, taken: Sequence[_Group], flat: Sequence[_Group], version: int) -> Batch:
@@ -184,21 +190,15 @@ class Batcher:
         staleness: list[npt.NDArray[np.int32]] = [np.zeros(0, dtype=np.int32)]
         num_stale = 0
         for group in flat:
-            _, _, reasons = judge(group.trajectories)
+            _, _, reasons = judge(group.trajectories, self._loss)
             for trajectory, reason in zip(group.trajectories, reasons, strict=True):
                 consumed.append(Consumed(trajectory, Reason.ZERO_VARIANCE if reason is Reason.TRAINED else reason))
         for group in taken:
-            rewards_G, counted_G, reasons = judge(group.trajectories)
-            advantages_G = group_advantages(rewards_G, counted_G, self._baseline)
-            for trajectory, advantage, reason in zip(group.trajectories, advantages_G, reasons, strict=True):
+            for trajectory, advantage, reason in self._compared(group):
                 fate: Reason = reason
                 if reason is Reason.TRAINED:
-                    made = [
-                        train_sequence(segment, float(advantage), version, self._max_staleness)
-                        for segment in trajectory.segments
-                    ]
-                    num_stale += sum(int((s.staleness_T > self._max_staleness).sum()) for s in made)
-                    made = [s for s in made if s.loss_mask_T[1:].any()]
+                    made, num_masked = train_sequences(trajectory, advantage, version, self._max_staleness)
+                    num_stale += num_masked
                     staleness.extend(s.staleness_T[s.loss_mask_T] for s in made)
                     sequences.extend(made)
                     fate = Reason.TRAINED if made else Reason.STALE
@@ -211,24 +211,52 @@ class Batcher:
         self._held_ids.difference_update(batch.ids)
         return batch
 
+    def _compared(self, group: _Group) -> list[tuple[Trajectory, float, Reason]]:
+        """Each trajectory of a group with its advantage."""
+        loss = self._loss
+        rewards_G, counted_G, reasons = judge(group.trajectories, loss)
+        advantages_G = group_advantages(rewards_G, counted_G, loss.baseline, divide_by_std=loss.divide_by_std)
+        return list(zip(group.trajectories, advantages_G.tolist(), reasons, strict=True))
+
 
 def judge(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Trajectory], loss: LossSection
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], list[Reason]]:
-    """Rewards, which of them count in the group's statistics, and why the others do not."""
-    reasons = [_reason(trajectory) for trajectory in trajectories]
-    rewards_G = np.asarray([trajectory.head.reward for trajectory in trajectories], dtype=np.float64)
+    """Rewards as the advantage sees them, which of them count in the group's statistics, and why the others do not."""
+    reasons = [_reason(trajectory, loss) for trajectory in trajectories]
+    rewards_G = np.asarray([_reward(trajectory, loss) for trajectory in trajectories], dtype=np.float64)
     counted_G = np.asarray([reason is Reason.TRAINED for reason in reasons], dtype=np.bool_)
     return rewards_G, counted_G, reasons
 
 
-def _reason(trajectory: Trajectory) -> Reason:
+def _reason(trajectory: Trajectory, loss: LossSection) -> Reason:
     head = trajectory.head
     if head.integrity.verdict is not Verdict.CLEAN or head.outcome is Outcome.EXPLOIT:
         return Reason.SCREENED
     if head.outcome in (Outcome.ENV_FAILURE, Outcome.INFRA_FAILURE):
         return Reason.ENV_FAILURE
+    if loss.overlong == "mask" and head.outcome is Outcome.TRUNCATED_TOKENS:
+        # Not in the baseline either: what remains is the gradient of the reward among episodes that came to an end.
+        return Reason.OVERLONG
     return Reason.TRAINED
+
+
+def _reward(trajectory: Trajectory, loss: LossSection) -> float:
+    reward = trajectory.head.reward
+    if loss.overlong == "soft":
+        reward += soft_overlong_punishment(trajectory.num_sampled, loss.overlong_tokens, loss.overlong_buffer)
+    return reward
+
+
+def train_sequences(
+    trajectory: Trajectory, advantage: float, version: int, max_staleness: int
+) -> tuple[list[TrainSequence], int]:
+    """The sequences of a trajectory that have a trained token, of equal share in it; and how many tokens were too
+    stale."""
+    made = [train_sequence(segment, advantage, version, max_staleness) for segment in trajectory.segments]
+    num_stale = sum(int((s.staleness_T > max_staleness).sum()) for s in made)
+    made = [s for s in made if s.loss_mask_T[1:].any()]
+    return [replace(s, weight=1 / len(made)) for s in made], num_stale
 
 
 def train_sequence(segment: Segment, advantage: float, version: int, max_staleness: int) -> TrainSequence:

@@ -2,7 +2,7 @@
 
 A checkpoint is written into a hidden folder, every file synced, its manifest (names, sizes, hashes) last, and then made
 visible by one rename. A process killed at any byte leaves the previous checkpoint the newest one. Where the engine did
-not change since, its files are hard-linked instead of written.
+not change since, its files are hard-linked instead of written. The newest ones are kept, and those of named labels.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ _READ_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk. `label`: the name it may be kept under when it is not one of the newest, or ""."""
 
     number: int
     directory: Path
     state: dict[str, Any]
+    label: str = ""
 
     @property
     def engine_directory(self) -> Path | None:
@@ -42,12 +43,26 @@ class Checkpoint:
         return directory if directory.is_dir() else None
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A checkpoint that nobody sees yet. The engine's files go into `engine_directory`, which is empty."""
+
+    number: int
+    directory: Path
+
+    @property
+    def engine_directory(self) -> Path:
+        """Where the training engine saves."""
+        return self.directory / _ENGINE
+
+
 class CheckpointStore:
-    """Numbered checkpoints in one folder, the newest `keep` of them."""
+    """Numbered checkpoints in one folder: the newest `keep` of them, and those with a label in `kept_labels`."""
 
     def __init__(self, directory: Path, keep: int) -> None:
         self._directory = directory
         self._keep = keep
+        self.kept_labels: frozenset[str] = frozenset()
         directory.mkdir(parents=True, exist_ok=True)
 
     def newest(self) -> Checkpoint | None:
@@ -56,41 +71,56 @@ class CheckpointStore:
             shutil.rmtree(leftover)
         for number in sorted(self._numbers(), reverse=True):
             directory = self._path(number)
-            problem = _problem(directory)
+            problem = find_problem(directory)
             if problem is None:
-                state = json.loads((directory / _STATE).read_text())
-                return Checkpoint(number, directory, state)
+                return read_checkpoint(directory)
             logger.warning("removing an unusable checkpoint path=%s problem=%s", directory, problem)
             shutil.rmtree(directory)
         return None
 
+    def draft(self) -> Draft:
+        """Begin a checkpoint; `complete` ends it. One at a time."""
+        number = max(self._numbers(), default=0) + 1
+        draft = Draft(number, self._directory / f"{_HIDDEN}{number}")
+        shutil.rmtree(draft.directory, ignore_errors=True)
+        draft.engine_directory.mkdir(parents=True)
+        return draft
+
+    def complete(
+        self, draft: Draft, state: dict[str, Any], *, reuse: Checkpoint | None = None, label: str = ""
+    ) -> Checkpoint:
+        """Make a draft visible; durable when this returns. From any thread.
+
+        Where the draft has no engine files, those of `reuse` (if any) are linked.
+        """
+        (draft.directory / _STATE).write_text(json.dumps(state))
+        known: dict[str, dict[str, Any]] = {}
+        if not any(draft.engine_directory.iterdir()):
+            draft.engine_directory.rmdir()
+            if reuse is not None and (linked := reuse.engine_directory) is not None:
+                shutil.copytree(linked, draft.engine_directory, copy_function=os.link)
+                known = _entries(reuse.directory, _ENGINE)
+        _write_manifest(draft.directory, label, known)
+        final = self._path(draft.number)
+        draft.directory.rename(final)
+        _sync(self._directory)
+        self._prune()
+        return Checkpoint(draft.number, final, state, label)
+
     def save(
         self, state: dict[str, Any], save_engine: Callable[[Path], None] | None, reuse: Checkpoint | None = None
     ) -> Checkpoint:
-        """Write a checkpoint and make it visible; durable when this returns.
-
-        `save_engine` writes into the empty folder it is given. Where it is None, the engine's files of `reuse` (if any)
-        are linked.
-        """
-        number = max(self._numbers(), default=0) + 1
-        temporary = self._directory / f"{_HIDDEN}{number}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        (temporary / _STATE).write_text(json.dumps(state))
-        linked = reuse.engine_directory if reuse and save_engine is None else None
+        """Draft and complete at once. `save_engine` writes into the empty folder it is given; None: see `complete`."""
+        draft = self.draft()
         if save_engine is not None:
-            (temporary / _ENGINE).mkdir()
-            save_engine(temporary / _ENGINE)
-        elif linked is not None:
-            shutil.copytree(linked, temporary / _ENGINE, copy_function=os.link)
-        known = _entries(reuse.directory, _ENGINE) if reuse and linked is not None else {}
-        _write_manifest(temporary, known)
-        final = self._path(number)
-        temporary.rename(final)
-        _sync(self._directory)
+            save_engine(draft.engine_directory)
+        return self.complete(draft, state, reuse=reuse)
+
+    def _prune(self) -> None:
+        kept = self.kept_labels
         for old in sorted(self._numbers())[: -self._keep]:
-            self._remove(old)
-        return Checkpoint(number, final, state)
+            if not kept or read_checkpoint(self._path(old)).label not in kept:
+                self._remove(old)
 
     def _remove(self, number: int) -> None:
         # Renamed first: a half-deleted checkpoint must never look like a whole one.
@@ -99,10 +129,21 @@ class CheckpointStore:
         shutil.rmtree(hidden)
 
     def _numbers(self) -> list[int]:
-        return [int(path.name) for path in self._directory.iterdir() if path.name.isdigit() and path.is_dir()]
+        return [int(path.name) for path in checkpoint_directories(self._directory)]
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number:06d}"
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """A visible checkpoint, its hashes not verified."""
+    label = json.loads((directory / _MANIFEST).read_text()).get("label", "")
+    return Checkpoint(int(directory.name), directory, json.loads((directory / _STATE).read_text()), label)
+
+
+def checkpoint_directories(directory: Path) -> list[Path]:
+    """The visible checkpoints in a folder, oldest first."""
+    return sorted(path for path in directory.glob("*") if path.name.isdigit() and path.is_dir())
 
 
 def _files(directory: Path) -> list[Path]:
@@ -125,7 +166,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_manifest(directory: Path, known: dict[str, dict[str, Any]]) -> None:
+def _write_manifest(directory: Path, label: str, known: dict[str, dict[str, Any]]) -> None:
     """Sync every file and folder, then write the manifest. `known`: entries of files that are linked, not new."""
     files: dict[str, dict[str, Any]] = {}
     for path in _files(directory):
@@ -139,7 +180,7 @@ def _write_manifest(directory: Path, known: dict[str, dict[str, Any]]) -> None:
         _sync(folder)
     manifest = directory / _MANIFEST
     draft = directory / f"{_MANIFEST}.tmp"
-    draft.write_text(json.dumps({"files": files}))
+    draft.write_text(json.dumps({"label": label, "files": files}))
     _sync(draft)
     draft.replace(manifest)
     _sync(directory)
@@ -151,7 +192,7 @@ def _entries(directory: Path, folder: str) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in files.items() if name.startswith(f"{folder}/")}
 
 
-def _problem(directory: Path) -> str | None:
+def find_problem(directory: Path) -> str | None:
     """Why this is no complete checkpoint, or None."""
     try:
         files = json.loads((directory / _MANIFEST).read_text())["files"]

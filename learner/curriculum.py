@@ -1,44 +1,121 @@
-"""Which tickets to issue: training, held-out evaluation, reference episodes. Owns the next group's number; no sockets.
+"""Which training groups to issue. Owns the next group's number, what is known of the tasks, and issued.jsonl.
 
-Deterministic: group g is always the same task with the same ticket ids, so issuing again after a resume is harmless
-(the broker ignores ids that it knows). Admission control bounds staleness: a ticket is issued only while those issued
-and not yet consumed number at most (max_staleness + 1) batches, and never more than the remaining steps can use.
+What a group's task is may depend on results, and a learner that resumes knows fewer of them than the one before it did.
+So every choice is written to issued.jsonl, durably, before its tickets are issued, and a resumed learner repeats the
+choices that lie beyond its checkpoint: an id is bound to one task for ever, and no ticket of a group is left unissued.
+
+Admission control bounds staleness: a ticket is issued only while those issued and not yet consumed number at most
+(max_staleness + 1) batches (fewer where a batch is several optimiser steps, which are as many versions), and never more
+than the remaining steps can use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from broker.process.settings import EnvironmentSection, SamplingSection, Settings
-from broker.protocol.trajectory import Mode, PolicyVersion, Sampling, TaskRef, Ticket
+from broker.process.lifecycle import ErgonError
+from broker.process.settings import Settings
+from broker.protocol.trajectory import PolicyVersion, Ticket
+from learner.audit import LineFile
+from learner.batching import COUNTED, Consumed
+from learner.difficulty import TaskPool
+from learner.mixture import Mixture
+from learner.tickets import group_number, train_tickets
 
-EvalStyle = Literal["sampled", "greedy"]
-TRAIN_SPLIT = "train"
-HELDOUT_SPLIT = "heldout"
 
-# Reference tasks come from the train split too, from indices that reinforcement learning never reaches, so that what
-# was imitated is not rehearsed (in an environment with fewer tasks than that, indices may begin again).
-REFERENCE_FIRST_INDEX = 1 << 24
+class Choice(NamedTuple):
+    """The task of a group, and the step whose weights it was drawn by."""
+
+    group: int
+    step: int
+    env: str
+    task: int
+
+
+class IssueLog:
+    """issued.jsonl: a line for every training group ever issued, in order, on disk before its tickets leave."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = LineFile(path)
+        lines = path.read_bytes().split(b"\n")
+        if torn := lines.pop():  # killed in the middle of it; nothing that a torn line names was issued
+            self._file.cut(path.stat().st_size - len(torn))
+        self._lines = lines
+
+    def beyond(self, next_group: int) -> list[Choice]:
+        """The choices from group `next_group` on. Raises ErgonError where the file is not whole."""
+        lines, self._lines = self._lines, []
+        try:
+            choices = [Choice(*json.loads(line)) for line in lines[next_group:]]
+        except (ValueError, TypeError) as error:
+            raise ErgonError(
+                f"{self._path} is damaged ({error}); restore it, or begin anew: ergon run --new"
+            ) from error
+        numbers = [choice.group for choice in choices]
+        if len(lines) < next_group or numbers != list(range(next_group, next_group + len(choices))):
+            raise ErgonError(
+                f"{self._path} does not have a line for each group, but the newest checkpoint has {next_group} groups; "
+                "restore it, or begin anew: ergon run --new"
+            )
+        return choices
+
+    def append(self, choices: Iterable[Choice]) -> None:
+        """Durable when this returns."""
+        self._file.append(choices, durable=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class Curriculum:
-    """Issues groups 0, 1, 2, ... of the training split."""
+    """Issues groups 0, 1, 2, ... of the training split, `max_groups` of them at most.
 
-    def __init__(self, settings: Settings, next_group: int = 0) -> None:
+    `state`: what `to_state` gave, from the checkpoint. What the log has beyond it was issued, or was about to be:
+    `repeated` must be issued again before anything else.
+    """
+
+    def __init__(
+        self, settings: Settings, log: IssueLog, state: Mapping[str, Any] | None = None, max_groups: int | None = None
+    ) -> None:
         self._settings = settings
-        self._schedule = EnvironmentSchedule(settings.environments)
-        self.next_group = next_group
+        self._log = log
+        self._max_groups = max_groups
+        state = state or {"next_group": 0, "credit": None, "pools": {}}
+        self.next_group = int(state["next_group"])
+        self._mixture = Mixture(settings.environments, state["credit"])
+        self._pools = {
+            section.name: TaskPool(
+                settings.curriculum,
+                f"{settings.run.seed}/{section.name}",
+                section.num_tasks,
+                state["pools"].get(section.name),
+            )
+            for section in settings.environments
+        }
+        self._repeated = log.beyond(self.next_group)
+        for choice in self._repeated:
+            self._mixture.repeat(choice.step, choice.env)
+            if choice.env in self._pools:
+                self._pools[choice.env].take(choice.task, choice.group)
+        self.next_group += len(self._repeated)
 
     @property
     def num_issued(self) -> int:
         """Training tickets of all groups so far, over all lineages."""
         return self.next_group * self._settings.learner.group_size
 
-    def note(self, group_id: str) -> None:
-        """A result of this group arrived: after a resume, groups issued after the checkpoint were issued already."""
-        number = int(group_id.removeprefix(f"{self._settings.run.name}/train/"))
-        self.next_group = max(self.next_group, number + 1)
+    def repeated(self, min_version: PolicyVersion) -> list[Ticket]:
+        """Tickets of the groups that were issued after the checkpoint; the broker ignores those that it knows."""
+        return [
+            ticket
+            for choice in self._repeated
+            for ticket in train_tickets(self._settings, choice.group, choice.env, choice.task, min_version)
+        ]
 
     def top_up(self, num_outstanding: int, remaining_steps: int, min_version: PolicyVersion) -> list[Ticket]:
         """Tickets to issue now, whole groups. `num_outstanding`: issued and not yet consumed, without those of closed
@@ -46,109 +123,46 @@ class Curriculum:
         learner = self._settings.learner
         batch = learner.groups_per_step * learner.group_size
         # A quarter of a batch beyond the need: closed groups may turn out to have no variance.
-        limit = min((learner.max_staleness + 1) * batch, remaining_steps * batch + batch // 4)
-        tickets: list[Ticket] = []
-        while remaining_steps > 0 and num_outstanding + len(tickets) + learner.group_size <= limit:
-            tickets.extend(self._group(self.next_group, min_version))
+        # A batch makes as many versions as it has minibatches.
+        limit = min((learner.max_staleness // learner.minibatches + 1) * batch, remaining_steps * batch + batch // 4)
+        step = max(0, learner.num_steps - remaining_steps)
+        choices: list[Choice] = []
+        while (
+            remaining_steps > 0
+            and num_outstanding + (len(choices) + 1) * learner.group_size <= limit
+            and (self._max_groups is None or self.next_group < self._max_groups)
+        ):
+            env = self._mixture.draw(step)
+            choices.append(Choice(self.next_group, step, env, self._pools[env].choose(self.next_group)))
             self.next_group += 1
-        return tickets
+        if choices:
+            self._log.append(choices)
+        return [t for c in choices for t in train_tickets(self._settings, c.group, c.env, c.task, min_version)]
 
-    def _group(self, group: int, min_version: PolicyVersion) -> list[Ticket]:
-        run = self._settings.run.name
-        env, index = self._schedule.task(group)
-        task = TaskRef(env=env, split=TRAIN_SPLIT, index=index)
-        sampling = sampling_of(self._settings.sampling)
-        size = self._settings.learner.group_size
-        return [
-            Ticket(
-                ticket_id=f"{run}/train/{group}/{i}",
-                group_id=f"{run}/train/{group}",
-                group_size=size,
-                task=task,
-                mode=Mode.TRAIN,
-                sampling=sampling,
-                min_version=min_version,
-                deadline_s=self._settings.sampling.deadline_s,
-            )
-            for i in range(size)
-        ]
+    def learn(self, consumed: Iterable[Consumed]) -> None:
+        """Take note of how well the groups of a batch did. Episodes that do not count in a group's statistics do not
+        count here."""
+        rewards: dict[str, list[float]] = {}
+        tasks: dict[str, tuple[str, int]] = {}
+        for item in consumed:
+            ticket = item.trajectory.ticket
+            if item.reason in COUNTED and ticket.task.env in self._pools:
+                rewards.setdefault(ticket.group_id, []).append(min(1.0, max(0.0, item.trajectory.head.reward)))
+                tasks[ticket.group_id] = (ticket.task.env, ticket.task.index)
+        for group_id, values in rewards.items():
+            env, index = tasks[group_id]
+            number = group_number(group_id, self._settings.run.name)
+            self._pools[env].learn(index, sum(values) / len(values), number)
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Remembered tasks by environment and how often they are solved: never, sometimes, always."""
+        return {name: pool.counts() for name, pool in self._pools.items()}
 
-class EnvironmentSchedule:
-    """Smooth weighted round-robin over the environments: deterministic, and close to the weights over any stretch."""
+    def to_state(self) -> dict[str, Any]:
+        """For the checkpoint; bounded by `curriculum.memory` tasks of each environment."""
+        pools = {name: pool.to_state() for name, pool in self._pools.items()}
+        return {"next_group": self.next_group, "credit": self._mixture.credit, "pools": pools}
 
-    def __init__(self, environments: Sequence[EnvironmentSection]) -> None:
-        self._environments = environments
-        self._current = [0.0] * len(environments)
-        self._counts = [0] * len(environments)
-        self._drawn: list[tuple[str, int]] = []
-
-    def task(self, number: int) -> tuple[str, int]:
-        """The environment and task index of the draw `number`."""
-        total = sum(environment.weight for environment in self._environments)
-        while len(self._drawn) <= number:
-            self._current = [c + e.weight for c, e in zip(self._current, self._environments, strict=True)]
-            chosen = max(range(len(self._current)), key=lambda i: (self._current[i], -i))
-            self._current[chosen] -= total
-            self._drawn.append((self._environments[chosen].name, self._counts[chosen]))
-            self._counts[chosen] += 1
-        return self._drawn[number]
-
-
-def eval_tickets(
-    settings: Settings, phase: str, style: EvalStyle, num_tasks: int, min_version: PolicyVersion
-) -> list[Ticket]:
-    """One ticket for each of the first held-out tasks; the same tasks in every phase, so that results are paired."""
-    sampling = sampling_of(settings.sampling, greedy=style == "greedy")
-    return _singles(settings, f"eval/{phase}/{style}", Mode.EVAL, HELDOUT_SPLIT, 0, num_tasks, sampling, min_version)
-
-
-def reference_tickets(settings: Settings) -> list[Ticket]:
-    """The reference episodes of the warm start."""
-    num_tasks = settings.learner.warm_start.episodes
-    sampling = sampling_of(settings.sampling)
-    oldest = PolicyVersion(0, 0)  # no policy samples them
-    return _singles(
-        settings, "reference", Mode.REFERENCE, TRAIN_SPLIT, REFERENCE_FIRST_INDEX, num_tasks, sampling, oldest
-    )
-
-
-def sampling_of(section: SamplingSection, *, greedy: bool = False) -> Sampling:
-    """The wire's sampling parameters."""
-    return Sampling(
-        temperature=0.0 if greedy else section.temperature,
-        top_p=1.0 if greedy else section.top_p,
-        max_turn_tokens=section.max_turn_tokens,
-        max_episode_tokens=section.max_episode_tokens,
-        max_turns=section.max_turns,
-    )
-
-
-def _singles(
-    settings: Settings,
-    family: str,
-    mode: Mode,
-    split: str,
-    first_index: int,
-    num_tasks: int,
-    sampling: Sampling,
-    min_version: PolicyVersion,
-) -> list[Ticket]:
-    schedule = EnvironmentSchedule(settings.environments)
-    tickets = []
-    for k in range(num_tasks):
-        env, index = schedule.task(k)
-        ticket_id = f"{settings.run.name}/{family}/{k}"
-        tickets.append(
-            Ticket(
-                ticket_id=ticket_id,
-                group_id=ticket_id,
-                group_size=1,
-                task=TaskRef(env=env, split=split, index=first_index + index),
-                mode=mode,
-                sampling=sampling,
-                min_version=min_version,
-                deadline_s=settings.sampling.deadline_s,
-            )
-        )
-    return tickets
+    def close(self) -> None:
+        """Close issued.jsonl."""
+        self._log.close()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from broker.protocol.trajectory import Trajectory
-from learner.curriculum import EvalStyle
+from learner.tickets import EvalStyle
 
 STYLES: tuple[EvalStyle, EvalStyle] = ("sampled", "greedy")
 
@@ -81,6 +81,16 @@ class Evaluation:
             evaluation._results[style] = {int(n): (str(kind), float(reward)) for n, (kind, reward) in results.items()}
             evaluation._missing[style] = set(state["missing"][style])
         return evaluation
+
+
+def is_better(candidate: Evaluation, best: Evaluation) -> bool:
+    """Whether the candidate's reward at the training temperature is at least the best one's, over the tasks that both
+    have: evaluations differ in how many they take, and some tasks are easier than others."""
+    new, old = candidate.rewards("sampled"), best.rewards("sampled")
+    common = sorted(set(new) & set(old))
+    if not common:
+        return bool(new)
+    return sum(new[task] for task in common) >= sum(old[task] for task in common)
 
 
 def parse_eval_id(ticket_id: str, run: str) -> tuple[str, str, int]:

@@ -26,7 +26,7 @@ class StoppedError(Exception):
 
 
 class Inbox:
-    """Receives and routes. `on_train` is told the group of everything that arrives for training."""
+    """Receives and routes. `on_evaluation` is told of each evaluation that becomes complete."""
 
     def __init__(
         self,
@@ -35,7 +35,6 @@ class Inbox:
         state: TrainerState,
         batcher: Batcher,
         stop: threading.Event,
-        on_group: Callable[[str], None],
         on_evaluation: Callable[[Evaluation], None],
     ) -> None:
         self._client = client
@@ -43,7 +42,6 @@ class Inbox:
         self._state = state
         self._batcher = batcher
         self._stop = stop
-        self._on_group = on_group
         self._on_evaluation = on_evaluation
         self._references: dict[str, Trajectory | DeadLetter] = {}
         self._eval_ids: dict[str, list[str]] = {}
@@ -93,10 +91,8 @@ class Inbox:
 
     def _train(self, item: Trajectory | DeadLetter) -> None:
         if isinstance(item, DeadLetter):
-            self._on_group(item.group_id)
             self._batcher.add_dead(item)
         else:
-            self._on_group(item.ticket.group_id)
             self._batcher.add(item)
         metrics.HELD.set(self._batcher.num_held)
 

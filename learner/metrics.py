@@ -37,6 +37,27 @@ LOSS_MASKED = Gauge("ergon_learner_loss_masked_ratio", "Share of tokens outside 
 ENTROPY = Gauge("ergon_learner_entropy_nats", "Mean entropy of the policy per trained token")
 HELD = Gauge("ergon_learner_held_trajectories", "Trajectories received and not yet in a batch")
 OUTSTANDING = Gauge("ergon_learner_outstanding_tickets", "Training tickets issued and not yet consumed")
+PASS_RATE = Gauge("ergon_learner_pass_ratio", "Share of the newest batch's episodes with eval.pass_reward", ["env"])
+EPISODE_SECONDS = Histogram(
+    "ergon_learner_episode_seconds",
+    "Seconds of the episodes that were consumed, by what became of them; ergon_broker_drift compares the two",
+    ["env", "fate"],
+    buckets=(0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384),
+)
+EPISODE_REWARD = Histogram(
+    "ergon_learner_episode_reward",
+    "Rewards of the episodes that were consumed, by what became of them",
+    ["env", "fate"],
+    buckets=(0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999),
+)
+TASKS = Gauge("ergon_learner_tasks", "Training tasks remembered, by how often their groups succeed", ["env", "solved"])
+ALARM = Gauge("ergon_learner_alarm", "1 while an alarm of [learner.alarms] is raised", ["kind"])
+CHECKPOINT_SECONDS = Histogram(
+    "ergon_learner_checkpoint_seconds",
+    "Seconds of a checkpoint: the loop was blocked, and from its beginning until it was complete on disk",
+    ["part"],
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320),
+)
 UNACKED = Gauge("ergon_learner_unacked_trajectories", "Trajectories consumed and not yet in a checkpoint")
 
 _FROM_STATS = {
@@ -55,6 +76,13 @@ def observe_step(stats: Mapping[str, float]) -> None:
         if name in stats:
             gauge.set(stats[name])
     TRAINED_TOKENS.inc(stats.get("num_trained_tokens", 0))
+
+
+def observe_tasks(counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Set how many tasks of each environment never, sometimes and always succeed."""
+    for env, by_solved in counts.items():
+        for solved, number in by_solved.items():
+            TASKS.labels(env, solved).set(number)
 
 
 def observe_staleness(staleness_N: npt.NDArray[np.int32]) -> None:

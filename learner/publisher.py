@@ -6,6 +6,7 @@ Owns the publishing client; holds no bytes of its own, and what it brings from a
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from broker.process.keys import Identity
 from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion
-from broker.weights.publisher import WeightPublisher
+from broker.weights.publisher import Changes, WeightPublisher
 from learner.engine import TrainEngine
 
 
@@ -35,6 +36,7 @@ class Publisher:
             security=load_security(settings, Identity.LEARNER),
         )
         self._published: PolicyVersion | None = None
+        self._engine_knows = False  # what was published last
 
     def publish(self, lineage: int, engine: TrainEngine) -> float:
         """Make the engine's current weights the newest version; returns the seconds it took, 0 where they already are.
@@ -45,10 +47,13 @@ class Publisher:
         if version == self._published:
             return 0.0
         started = time.monotonic()
-        tensors = dict(engine.weights())
-        layout = [(name, wire_dtype(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()]
-        self._client.publish_from(version, layout, lambda name: wire_bytes(tensors[name]))
-        self._published = version
+        layout = [(spec.name, spec.dtype, spec.shape) for spec in engine.weight_layout()]
+        knows, self._engine_knows = self._engine_knows, False  # until this version is complete
+        self._client.publish_from(
+            version, layout, lambda name: wire_bytes(engine.read_weight(name)), _changed(engine) if knows else None
+        )
+        engine.mark_published()
+        self._published, self._engine_knows = version, True
         return time.monotonic() - started
 
     def close(self) -> None:
@@ -56,9 +61,12 @@ class Publisher:
         self._client.close()
 
 
-def wire_dtype(tensor: torch.Tensor) -> str:
-    """The element type's name on the wire."""
-    return str(tensor.dtype).removeprefix("torch.")
+def _changed(engine: TrainEngine) -> Callable[[str], Changes | None]:
+    def changed(name: str) -> Changes | None:
+        found = engine.changed_weight(name)
+        return None if found is None else Changes(found.positions, found.elements)
+
+    return changed
 
 
 def wire_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from broker.process.settings import Settings
+from broker.protocol.trajectory import Trajectory
 from learner import metrics
 from learner.audit import LineFile
 from learner.batching import Batch, rewards_by_kind
 from learner.engine import TrainEngine
 from learner.evaluation import STYLES, Evaluation
+from learner.health import Edge
 from learner.state import TrainerState
 
 logger = logging.getLogger(__name__)
@@ -24,8 +27,11 @@ logger = logging.getLogger(__name__)
 class Reporter:
     """Writes lines that all carry: event, time (Unix), phase, step, version, lineage."""
 
-    def __init__(self, path: Path, state: TrainerState, engine: TrainEngine, lineage: Callable[[], int]) -> None:
+    def __init__(
+        self, path: Path, settings: Settings, state: TrainerState, engine: TrainEngine, lineage: Callable[[], int]
+    ) -> None:
         self._file = LineFile(path)
+        self._pass_reward = settings.eval.pass_reward
         self._state = state
         self._engine = engine
         self._lineage = lineage
@@ -35,6 +41,14 @@ class Reporter:
         trajectories = [item.trajectory for item in batch.consumed]
         rewards = np.asarray([trajectory.head.reward for trajectory in trajectories] or [0.0])
         kinds = rewards_by_kind(trajectories)
+        passed = passed_by_env(trajectories, self._pass_reward)
+        for env, share in passed.items():
+            metrics.PASS_RATE.labels(env).set(share)
+        for item in batch.consumed:
+            labels = (item.trajectory.ticket.task.env, "trained" if item.trained else "masked")
+            metrics.EPISODE_REWARD.labels(*labels).observe(item.trajectory.head.reward)
+            if (total_s := item.trajectory.head.timings_s.get("total")) is not None:
+                metrics.EPISODE_SECONDS.labels(*labels).observe(total_s)
         for trajectory in trajectories:
             kind = trajectory.head.kind or trajectory.ticket.task.env
             metrics.REWARD.labels(trajectory.ticket.task.env, kind).set(kinds[kind])
@@ -47,6 +61,7 @@ class Reporter:
             reward_mean=float(rewards.mean()),
             reward_std=float(rewards.std()),
             reward_by_kind=kinds,
+            passed_by_env=passed,
             trajectories=len(trajectories),
             reasons=dict(Counter(item.reason.value for item in batch.consumed)),
             groups=batch.num_groups,
@@ -59,6 +74,20 @@ class Reporter:
             seconds={name: round(value, 4) for name, value in seconds.items()},
             **(stats or {}),
         )
+
+    def refused(self, error: str, trajectories: Path) -> None:
+        """A batch whose step was not taken."""
+        self._write("refused", error=error, trajectories=str(trajectories))
+
+    def alarms(self, edges: Iterable[Edge], raised: Mapping[str, bool]) -> None:
+        """Alarms that began or ended with a step, and which are raised now."""
+        for kind, is_raised in raised.items():
+            metrics.ALARM.labels(kind).set(is_raised)
+        for edge in edges:
+            log = logger.warning if edge.begins else logger.info
+            values = (edge.kind, "raised" if edge.begins else "over", edge.value, edge.threshold, self._state.step)
+            log("alarm kind=%s state=%s value=%.4g threshold=%.4g step=%d", *values)
+            self._write("alarm", kind=edge.kind, raised=edge.begins, value=edge.value, threshold=edge.threshold)
 
     def warm_start(self, number: int, total: int, stats: Mapping[str, float]) -> None:
         """A supervised step."""
@@ -79,6 +108,8 @@ class Reporter:
                 metrics.EVAL_REWARD.labels(evaluation.phase, style).set(mean)
             result[style] = mean
             result[f"{style}_by_kind"] = evaluation.mean_by_kind(style)
+            rewards = evaluation.rewards(style).values()
+            result[f"{style}_passed"] = _share([reward >= self._pass_reward for reward in rewards])
         self._write("evaluation", **result)
 
     def summary(self, summary: Mapping[str, Any]) -> None:
@@ -99,3 +130,15 @@ class Reporter:
             "lineage": self._lineage(),
         }
         self._file.append([place | fields], durable=False)
+
+
+def passed_by_env(trajectories: Iterable[Trajectory], pass_reward: float) -> dict[str, float]:
+    """Share of the episodes of each environment with at least this reward."""
+    passed: dict[str, list[bool]] = {}
+    for trajectory in trajectories:
+        passed.setdefault(trajectory.ticket.task.env, []).append(trajectory.head.reward >= pass_reward)
+    return {env: float(np.mean(flags)) for env, flags in sorted(passed.items())}
+
+
+def _share(flags: Sequence[bool]) -> float | None:
+    return sum(flags) / len(flags) if flags else None

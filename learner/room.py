@@ -1,7 +1,7 @@
 """What the trainer's loop works with: the engine, the broker's client, the publisher, the files, the state.
 
-Owns how a batch becomes a step and how a step becomes durable (audit, checkpoint, acknowledgement, in this order).
-Never decides what comes next; that is the trainer's.
+Owns how they fit together and how a batch becomes a step. How a step becomes durable is durability's, what its numbers
+mean is health's, and what comes next is the trainer's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -23,25 +22,29 @@ from broker.process.settings import Settings
 from broker.protocol.commands import MAX_IDS
 from broker.protocol.trajectory import PolicyVersion
 from learner import metrics
-from learner.audit import LineFile, audit_lines, read_audit
-from learner.batching import Batch, Batcher, Consumed, Reason
-from learner.checkpoint import CheckpointStore
-from learner.curriculum import Curriculum
+from learner.audit import read_audit
+from learner.batching import Batch, Consumed, Reason
+from learner.curriculum import Curriculum, IssueLog
+from learner.durability import Durability
 from learner.engine import TrainEngine, TrainingError
+from learner.evaluation import Evaluation
+from learner.health import Alarms, Guard
 from learner.inbox import Inbox, StoppedError
-from learner.losses.policy import effective_sample_size, policy_loss
+from learner.losses.importance import effective_sample_size
+from learner.losses.policy import policy_loss
 from learner.publisher import Publisher
+from learner.quarantine import Quarantine, make_batcher
+from learner.recording import Recorder
 from learner.report import Reporter
-from learner.state import Phase, TrainerState
+from learner.schedule import scheduled_rate
+from learner.state import Phase
 from learner.summary import summarise
-from learner.warm_start import warmed_up
 
 logger = logging.getLogger(__name__)
 
 _MAX_FAILED_BATCHES = 3  # in a row
 _STOP_PATIENCE_S = 8.0
 _SURPLUS_PATIENCE_S = 15.0
-_THROWN_AWAY = frozenset({Reason.STALE, Reason.NOT_FINITE})  # told to the broker, whose monitor looks for a bias
 
 
 class Room:
@@ -51,30 +54,8 @@ class Room:
         self.settings = settings
         self.engine = engine
         self._stop = stop
-        learner = settings.learner
-        self._loss = policy_loss(learner.loss)
+        learner, broker = settings.learner, settings.broker
         self._directory = settings.run_dir
-        self._store = CheckpointStore(self._directory / "checkpoints", learner.keep_checkpoints)
-        self._checkpoint = self._store.newest()
-        self.state = TrainerState.from_json(self._checkpoint.state) if self._checkpoint else TrainerState()
-        self._saved_version = 0
-        if self._checkpoint and self._checkpoint.engine_directory:
-            engine.load(self._checkpoint.engine_directory)
-            self._saved_version = engine.policy_version
-        self._audit_path = self._directory / "trained.jsonl"
-        self._audit_file = LineFile(self._audit_path)
-        self._audit_file.cut(self.state.audit_bytes)
-        self._failed_batches = 0
-        self._unused: set[str] = set()  # of the unacked: what was thrown away
-        self.batcher = Batcher(
-            groups_per_step=learner.groups_per_step,
-            max_groups_per_step=learner.max_groups_per_step,
-            group_size=learner.group_size,
-            max_staleness=learner.max_staleness,
-            baseline=learner.loss.baseline,
-        )
-        self.curriculum = Curriculum(settings, self.state.next_group)
-        broker = settings.broker
         self.client = LearnerClient(
             f"tcp://{broker.host}:{broker.port}",
             settings.run.name,
@@ -83,10 +64,19 @@ class Room:
             liveness=broker.liveness,
             security=load_security(settings, Identity.LEARNER),
         )
-        self.report = Reporter(self._directory / "metrics.jsonl", self.state, engine, lambda: self.client.lineage)
-        self.inbox = Inbox(
-            self.client, settings, self.state, self.batcher, stop, self.curriculum.note, self.report.evaluation
-        )
+        self.durability = Durability(self._directory, learner, engine, self.client.ack)
+        self.state = self.durability.state
+        self._objective = policy_loss(learner.loss)
+        self._guard = Guard(learner.alarms.collapse_sample_size, learner.alarms.collapse_masked)
+        self._alarms = Alarms(learner.alarms, self.state.alarms or None)
+        self._quarantine = Quarantine(self._directory / "quarantine")
+        pass_reward, num_consumed = settings.eval.pass_reward, self.state.num_consumed
+        self._recorder = Recorder(self._directory / "recorded", learner.record, pass_reward, num_consumed)
+        self._failed_batches = 0
+        self.batcher = make_batcher(learner)
+        self.curriculum = Curriculum(settings, IssueLog(self._directory / "issued.jsonl"), self.state.curriculum)
+        self.report = Reporter(self._directory / "metrics.jsonl", settings, self.state, engine, self._lineage)
+        self.inbox = Inbox(self.client, settings, self.state, self.batcher, stop, self._evaluated)
 
     def __enter__(self) -> Room:
         section = self.settings.metrics
@@ -96,6 +86,8 @@ class Room:
         threading.Thread(target=self._close_when_stopped, name="stop-watch", daemon=True).start()
         num_returned = self.client.resume(self.state.unacked)
         self.state.unacked.clear()
+        if self.state.phase in ("after_warm_start", "train"):
+            self.client.issue(self.curriculum.repeated(self._oldest))
         metrics.LINEAGE.set(self.client.lineage)
         logger.info(
             "learner is ready lineage=%d phase=%s step=%d version=%d returned=%d",
@@ -104,21 +96,22 @@ class Room:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        if not self.durability.ended(_STOP_PATIENCE_S):
+            self.client.close()  # whoever waits for an absent broker's acknowledgement gives up
+        self.durability.close()
         self.client.close()
         self._publisher.close()
         self._server.close()
         self.report.close()
-        self._audit_file.close()
+        self.curriculum.close()
         self.engine.close()
 
     # --- steps
 
     def top_up(self, remaining_steps: int) -> None:
         """Issue the training tickets that admission control allows."""
-        learner, state = self.settings.learner, self.state
-        outstanding = self.curriculum.num_issued - state.num_consumed - self.batcher.num_without_gradient
-        oldest = max(state.first_version, self.engine.policy_version - learner.max_staleness)
-        tickets = self.curriculum.top_up(outstanding, remaining_steps, PolicyVersion(self.client.lineage, oldest))
+        outstanding = self.curriculum.num_issued - self.state.num_consumed - self.batcher.num_without_gradient
+        tickets = self.curriculum.top_up(outstanding, remaining_steps, self._oldest)
         metrics.OUTSTANDING.set(outstanding + len(tickets))
         if tickets:
             self.client.issue(tickets)
@@ -126,33 +119,28 @@ class Room:
     def pump(self) -> None:
         """Wait a moment for one item and route it. Where none comes because too many are held for another to be
         delivered, what is done with is acknowledged at once; raises ErgonError where that is nothing."""
+        self.durability.raise_if_failed()
         if self.inbox.pump() or not self.client.full:
             return
-        if not self.state.unacked:
-            raise ErgonError(
-                f"the learner holds {MAX_IDS} results, as many as it may, and waits for more before it is done with "
-                "any; lower learner.groups_per_step, learner.group_size, learner.max_staleness, eval.tasks or "
-                "learner.warm_start.episodes"
-            )
-        logger.warning("checkpoint before its time step=%d reason=no more results can be held", self.state.step)
-        self.checkpoint_and_ack()
+        if not self.durability.writing:
+            if not self.state.unacked:
+                raise ErgonError(
+                    f"the learner holds {MAX_IDS} results, as many as it may, and waits for more before it is done "
+                    "with any; lower learner.groups_per_step, learner.group_size, learner.max_staleness, eval.tasks or "
+                    "learner.warm_start.episodes"
+                )
+            logger.warning("checkpoint before its time step=%d reason=no more results can be held", self.state.step)
+            self.checkpoint()
+        self.durability.settle()
 
     def train(self, batch: Batch) -> Mapping[str, float] | None:
-        """One optimiser step, or None where the batch has no gradient (or none that is finite); audited either way."""
-        learner = self.settings.learner
-        stats: dict[str, float] | None = None
-        if batch.sequences:
-            rate = warmed_up(learner.learning_rate, self.state.step, learner.learning_rate_warmup_steps)
-            try:
-                stats = {**self.engine.step(batch.sequences, self._loss, rate), "learning_rate": rate}
-                stats["ess"] = effective_sample_size(stats["ratio"], stats["ratio_squared"])
-                self._failed_batches = 0
-            except TrainingError as error:
-                self._failed_batches += 1
-                logger.error("batch refused step=%d error=%s", self.state.step, error)
-                if self._failed_batches >= _MAX_FAILED_BATCHES:
-                    raise
-                batch = _without_gradient(batch)
+        """One optimiser step, or None where the batch has no gradient, or one that must not be taken; booked either
+        way."""
+        self.durability.raise_if_failed()
+        stats = self._step(batch) if batch.sequences else None
+        refused = stats is None and bool(batch.sequences)
+        if refused:
+            batch = _without_gradient(batch)
         if stats is None:
             metrics.SKIPPED.inc()
             self.state.counters["skipped_batches"] += 1
@@ -160,30 +148,49 @@ class Room:
             self.state.step += 1
             metrics.observe_step(stats)
         self._consume(batch, stats)
+        rewards = [item.trajectory.head.reward for item in batch.consumed]
+        edges = self._alarms.refused(refused) if batch.sequences or refused else []
+        if rewards:
+            edges += self._alarms.observe(stats, sum(rewards) / len(rewards))
+        self.report.alarms(edges, self._alarms.raised)
         return stats
+
+    def _step(self, batch: Batch) -> dict[str, float] | None:
+        """One optimiser step; None where it was refused, with the weights untouched and the trajectories kept."""
+        rate = scheduled_rate(self.settings.learner, self.state.step)
+        try:
+            stats = dict(self.engine.step(batch.sequences, self._objective, rate, self._guard))
+        except TrainingError as error:
+            self._failed_batches += 1
+            path = self._quarantine.keep(batch, self.state.step + 1, self.engine.policy_version, str(error))
+            logger.error("batch refused step=%d error=%s trajectories=%s", self.state.step, error, path)
+            self.report.refused(str(error), path)
+            if self._failed_batches >= _MAX_FAILED_BATCHES:
+                raise
+            return None
+        self._failed_batches = 0
+        return {
+            **stats,
+            "learning_rate": rate,
+            "ess": effective_sample_size(stats["ratio"], stats["ratio_squared"]),
+        }
 
     def publish(self) -> None:
         """Make the engine's weights the newest version."""
         self._publisher.publish(self.client.lineage, self.engine)
         metrics.VERSION.set(self.engine.policy_version)
 
-    def checkpoint_and_ack(self) -> None:
-        """Write a checkpoint; once it is complete, acknowledge what it contains."""
-        state = self.state
-        state.next_group = self.curriculum.next_group
-        state.audit_bytes = self._audit_file.num_bytes
-        changed = self.engine.policy_version != self._saved_version
-        self._checkpoint = self._store.save(state.to_json(), self.engine.save if changed else None, self._checkpoint)
-        self._saved_version = self.engine.policy_version
-        self.client.ack(state.unacked, self._unused)
-        state.unacked.clear()
-        self._unused.clear()
-        metrics.UNACKED.set(0)
+    def checkpoint(self, label: str = "") -> None:
+        """Begin a checkpoint of everything; what it contains is acknowledged once it is complete. `label`: the
+        evaluation that will tell how good these weights are."""
+        self.state.curriculum = self.curriculum.to_state()
+        self.state.alarms = self._alarms.to_state()
+        self.durability.checkpoint(label)
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: Phase, label: str = "") -> None:
         """The next phase begins: a restart will begin there."""
         self.state.phase = phase
-        self.checkpoint_and_ack()
+        self.checkpoint(label)
 
     def consume_surplus(self) -> None:
         """Training is over: take what the broker still has of training results, and book it as masked."""
@@ -198,9 +205,11 @@ class Room:
         self.state.unacked.extend(self.inbox.unfinished_ids())
 
     def finish(self) -> None:
-        """Write summary.json."""
+        """Write summary.json, once everything is acknowledged."""
+        self.durability.settle()
         wall_s = time.time() - self.state.started_at
-        summary = summarise(self.state, read_audit(self._audit_path), self.client.status().tickets, wall_s)
+        audit = read_audit(self.durability.audit_path)
+        summary = summarise(self.state, audit, self.client.status().tickets, wall_s)
         path = self._directory / "summary.json"
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps(summary, indent=1))
@@ -208,39 +217,39 @@ class Room:
         self.report.summary(summary)
 
     def stop_safely(self) -> None:
-        """Asked to stop: keep the steps since the last checkpoint, if there are any."""
-        if self.engine.policy_version != self._saved_version and self.state.phase == "train":
-            try:
-                self.checkpoint_and_ack()
-            except ErgonError as error:  # the broker is away: the next learner acknowledges what the checkpoint names
-                logger.warning("stopped without acknowledging error=%s", error)
+        """Asked to stop: wait for the checkpoint on its way, and keep the steps since, if there are any."""
+        try:
+            self.durability.settle()
+            if self.durability.behind and self.state.phase in ("warm_start", "train"):
+                self.checkpoint()
+                self.durability.settle()
+        except ErgonError as error:  # the broker is away: the next learner acknowledges what the checkpoint names
+            logger.warning("stopped without acknowledging error=%s", error)
 
     def raise_if_stopped(self) -> None:
         """Raise StoppedError where the process was asked to stop."""
         if self._stop.is_set():
             raise StoppedError
 
+    @property
+    def _oldest(self) -> PolicyVersion:
+        """The oldest policy that may sample for the next step."""
+        behind = self.engine.policy_version - self.settings.learner.max_staleness
+        return PolicyVersion(self.client.lineage, max(self.state.first_version, behind))
+
     def _consume(self, batch: Batch, stats: Mapping[str, float] | None) -> None:
-        state = self.state
-        state.num_consumed += len(batch.ids)
-        state.unacked.extend(batch.ids)
-        self._unused.update(c.trajectory.ticket.ticket_id for c in batch.consumed if c.reason in _THROWN_AWAY)
-        self._audit_file.append(audit_lines(batch.consumed, state.step), durable=True)
-        counters = state.counters
-        counters["tokens_sampled"] += sum(item.trajectory.num_sampled for item in batch.consumed)
-        if stats is not None:
-            counters["tokens_trained"] += int(stats["num_trained_tokens"])
-            counters["staleness_sum"] += int(batch.staleness_N.sum())
-            counters["staleness_tokens"] += int(batch.staleness_N.size)
-            counters["staleness_max"] = max(counters["staleness_max"], int(batch.staleness_N.max(initial=0)))
-            metrics.observe_staleness(batch.staleness_N)
-        for reason, count in Counter(item.reason for item in batch.consumed).items():
-            metrics.TRAJECTORIES.labels(reason.value).inc(count)
-        metrics.MASKED_TOKENS.inc(batch.num_stale_tokens)
-        metrics.GROUPS.labels("zero").inc(batch.num_zero_variance_groups)
-        metrics.GROUPS.labels("some").inc(batch.num_groups - batch.num_zero_variance_groups)
-        metrics.UNACKED.set(len(state.unacked))
+        self.durability.record(batch, stats)
+        self._recorder.add(batch.consumed, self.state.num_consumed)
+        self.curriculum.learn(batch.consumed)
+        metrics.observe_tasks(self.curriculum.counts())
         metrics.HELD.set(self.batcher.num_held)
+
+    def _evaluated(self, evaluation: Evaluation) -> None:
+        self.report.evaluation(evaluation)
+        self.durability.evaluated(evaluation)
+
+    def _lineage(self) -> int:
+        return self.client.lineage
 
     def _health(self) -> Health:
         detail = {"phase": self.state.phase, "step": self.state.step, "version": self.engine.policy_version}

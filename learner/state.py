@@ -25,19 +25,25 @@ class TrainerState:
     """The trainer's progress.
 
     step: reinforcement-learning steps taken. first_version: policy version when they began (the warm start's steps).
-    next_group: the curriculum's counter. num_consumed: training tickets consumed. unacked: everything consumed since
-    the previous checkpoint, to be acknowledged when this one is complete. audit_bytes: length of trained.jsonl then.
-    evaluations: by phase, complete or not. started_at: Unix time of the run's first start.
+    warm_start_step: supervised steps taken. curriculum: what the curriculum knows. num_consumed: training tickets
+    consumed. unacked: everything consumed since the previous checkpoint, to be acknowledged when this one is complete.
+    audit_bytes: length of trained.jsonl then. evaluations: by phase, complete or not. best: the one of the best
+    checkpoint so far. candidates: those of the checkpoints that wait for their results. alarms: what the alarms
+    remember. started_at: Unix time of the run's first start.
     """
 
     phase: Phase = "before"
     step: int = 0
     first_version: int = 0
-    next_group: int = 0
+    warm_start_step: int = 0
+    curriculum: dict[str, Any] = field(default_factory=dict)
     num_consumed: int = 0
     unacked: list[str] = field(default_factory=list)
     audit_bytes: int = 0
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    best: str = ""
+    candidates: list[str] = field(default_factory=list)
+    alarms: dict[str, Any] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTERS, 0))
     started_at: float = field(default_factory=time.time)
 
@@ -48,11 +54,15 @@ class TrainerState:
             "phase": self.phase,
             "step": self.step,
             "first_version": self.first_version,
-            "next_group": self.next_group,
+            "warm_start_step": self.warm_start_step,
+            "curriculum": self.curriculum,
             "num_consumed": self.num_consumed,
             "unacked": list(self.unacked),
             "audit_bytes": self.audit_bytes,
             "evaluations": {phase: e.to_state() for phase, e in self.evaluations.items() if e.complete},
+            "best": self.best,
+            "candidates": list(self.candidates),
+            "alarms": self.alarms,
             "counters": dict(self.counters),
             "started_at": self.started_at,
         }

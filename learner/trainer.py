@@ -13,14 +13,14 @@ from broker.process.lifecycle import ErgonError, install_stop
 from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion
 from learner.batching import Batch
-from learner.curriculum import eval_tickets, reference_tickets
 from learner.engine import TrainEngine
 from learner.evaluation import STYLES
 from learner.inbox import StoppedError
 from learner.losses.policy import supervised_loss
 from learner.room import Room
 from learner.summary import PHASES
-from learner.warm_start import num_batches, scheduled, supervised_batches, worth_imitating
+from learner.tickets import eval_tickets, reference_tickets
+from learner.warm_start import demonstrations, num_batches, scheduled, supervised_batches
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,12 @@ def run_learner(settings: Settings) -> None:
     from learner.training.deepspeed_engine import DeepSpeedEngine  # imports torch and deepspeed: seconds
 
     stop = install_stop()
-    with Room(settings, DeepSpeedEngine(settings), stop) as room:
+    engine = DeepSpeedEngine(settings)
+    if engine.rank:  # rank 0 alone has sockets and files, and says when to stop
+        engine.follow()
+        engine.close()
+        return
+    with Room(settings, engine, stop) as room:
         try:
             Trainer(room).run()
         except StoppedError:
@@ -62,14 +67,14 @@ class Trainer:
             room.enter("warm_start")
         if state.phase == "warm_start":
             self._warm_start()
-            room.enter("after_warm_start")
+            room.enter("after_warm_start", self._label(PHASES["after_warm_start"]) if self._imitates else "")
         if state.phase == "after_warm_start":
-            if self._settings.learner.warm_start.episodes:
+            if self._imitates:
                 self._evaluate(PHASES["after_warm_start"], with_training=True)
             room.enter("train")
         if state.phase == "train":
             self._train()
-            room.enter("after")
+            room.enter("after", self._label("after"))
         if state.phase == "after":
             room.client.cancel()  # training tickets that nobody needs any more must not stand before the evaluation
             self._evaluate("after")
@@ -90,8 +95,9 @@ class Trainer:
             room.publish()
             published = time.monotonic()
             num_skipped = 0 if stats is not None else num_skipped + 1
-            if stats is None or room.state.step % learner.checkpoint_every == 0:
-                room.checkpoint_and_ack()
+            evaluates = stats is not None and self._is_evaluated(room.state.step)
+            if stats is None or evaluates or room.state.step % learner.checkpoint_every == 0:
+                room.checkpoint(f"step-{room.state.step}" if evaluates else "")
             seconds = {
                 "waiting": waited - started,
                 "training": trained - waited,
@@ -99,7 +105,7 @@ class Trainer:
                 "checkpointing": time.monotonic() - published,
             }
             room.report.step(batch, stats, seconds)
-            if stats is not None:
+            if evaluates:
                 self._evaluate_during()
         if num_skipped:
             logger.warning(
@@ -136,37 +142,47 @@ class Trainer:
 
     def _evaluate_during(self) -> None:
         """Start an evaluation of the current weights without waiting for it."""
-        room, section, step = self._room, self._settings.eval, self._room.state.step
-        if not section.every or step % section.every or step >= self._settings.learner.num_steps:
-            return
-        phase = f"step-{step}"
+        room, section, phase = self._room, self._settings.eval, f"step-{self._room.state.step}"
         room.inbox.evaluation(phase)
         version = PolicyVersion(room.client.lineage, self._engine.policy_version)
         for style in STYLES:
             room.client.issue(eval_tickets(self._settings, phase, style, section.during_tasks, version))
 
+    def _is_evaluated(self, step: int) -> bool:
+        """Whether the weights after this step are evaluated while training goes on."""
+        every = self._settings.eval.every
+        return every > 0 and step % every == 0 and step < self._settings.learner.num_steps
+
+    def _label(self, phase: str) -> str:
+        """Under which a checkpoint waits for this evaluation; empty where there will be none."""
+        return phase if self._settings.eval.tasks else ""
+
+    @property
+    def _imitates(self) -> bool:
+        section = self._settings.learner.warm_start
+        return section.episodes > 0 or bool(section.files)
+
     def _warm_start(self) -> None:
         """Imitate the reference episodes, then forget the optimiser's moments: reinforcement learning starts afresh."""
         room, settings = self._room, self._settings
         section = settings.learner.warm_start
-        if not section.episodes:
+        if not self._imitates:
             return
         room.report.phase("warm start")
         room.client.issue(reference_tickets(settings))  # known already, unless the run was killed before it issued them
         while room.inbox.num_references < section.episodes:
             room.pump()
-        episodes = [trajectory for trajectory in room.inbox.references if worth_imitating(trajectory, section)]
-        if not episodes:
-            raise ErgonError(
-                f"none of the {section.episodes} demonstrations was completed with the reward that "
-                f"learner.warm_start.min_reward = {section.min_reward} asks for, so there is nothing to imitate; "
-                "check the environments' demonstrators, or set learner.warm_start.episodes = 0"
-            )
+        episodes = demonstrations(room.inbox.references, section)
         total = num_batches(len(episodes), section)
         for i, sequences in enumerate(supervised_batches(episodes, section, settings.run.seed)):
+            if i < room.state.warm_start_step:
+                continue  # in the checkpoint that this process began with
             room.raise_if_stopped()
             stats = self._engine.step(sequences, supervised_loss, scheduled(section, i, total))
+            room.state.warm_start_step = i + 1
             room.report.warm_start(i + 1, total, stats)
+            if (i + 1) % section.checkpoint_every == 0 and i + 1 < total:
+                room.checkpoint()
         self._engine.reset_optimizer()
         room.state.first_version = self._engine.policy_version
         room.state.unacked.extend(room.inbox.take_references())

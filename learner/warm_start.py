@@ -1,4 +1,4 @@
-"""The supervised warm start: reference episodes -> batches. Pure; the trainer runs the steps.
+"""The supervised warm start: reference and recorded episodes -> batches. Only reads; the trainer runs the steps.
 
 Few passes on purpose: imitation only teaches the tool format, so that reinforcement learning has something to improve.
 """
@@ -9,11 +9,29 @@ import random
 from collections.abc import Iterator, Sequence
 
 from broker.process.learner_settings import WarmStartSection
+from broker.process.lifecycle import ErgonError
 from broker.protocol.trajectory import Outcome, Trajectory
 from learner.batching import train_sequence
 from learner.engine import TrainSequence
+from learner.recording import find_recordings, read_trajectories
 
 _NEVER_STALE = 2**31 - 1
+
+
+def demonstrations(references: Sequence[Trajectory], settings: WarmStartSection) -> list[Trajectory]:
+    """What is imitated: of the reference episodes and those in `settings.files`, the ones that are worth it.
+
+    Raises ErgonError where none is, or a file cannot be read.
+    """
+    recorded = [trajectory for path in find_recordings(settings.files) for trajectory in read_trajectories(path)]
+    episodes = [trajectory for trajectory in (*references, *recorded) if worth_imitating(trajectory, settings)]
+    if not episodes:
+        raise ErgonError(
+            f"none of the {len(references) + len(recorded)} demonstrations was completed with the reward that "
+            f"learner.warm_start.min_reward = {settings.min_reward} asks for, so there is nothing to imitate; check "
+            "the environments' demonstrators and learner.warm_start.files, or set learner.warm_start.episodes = 0"
+        )
+    return episodes
 
 
 def worth_imitating(trajectory: Trajectory, settings: WarmStartSection) -> bool:
@@ -27,7 +45,9 @@ def supervised_batches(
 ) -> Iterator[list[TrainSequence]]:
     """Batches of all passes: consecutive tasks stay together, so that a batch is as evenly mixed as the environment's
     order is; the order of batches differs from pass to pass and depends on the seed alone."""
-    episodes = sorted(trajectories, key=lambda trajectory: (trajectory.ticket.task.env, trajectory.ticket.task.index))
+    episodes = sorted(
+        trajectories, key=lambda t: (t.ticket.task.env, t.ticket.task.index, t.ticket.ticket_id)
+    )  # ids too: recorded episodes may be of one task
     batches = [episodes[first : first + settings.batch] for first in range(0, len(episodes), settings.batch)]
     rng = random.Random(f"warm start {seed}")
     for _ in range(settings.passes):

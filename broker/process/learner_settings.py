@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from broker.process.loss_settings import LossSection
 from broker.process.section import Section
 
 
@@ -24,23 +26,55 @@ class WarmStartSection(Section):
     """Share of the supervised steps, the last ones, over which the learning rate falls linearly to zero."""
     min_reward: float | None = None
     """Only demonstrations with at least this reward are imitated; all completed ones where it is not set."""
+    files: tuple[Path, ...] = ()
+    """Recorded trajectories to imitate too: files, or directories of them (`*.msgpack`), as `learner.record` writes
+    them."""
+    checkpoint_every: int = Field(default=16, ge=1)
+    """Supervised steps between checkpoints."""
 
 
-class LossSection(Section):
-    clip_low: float = Field(default=0.2, ge=0, lt=1)
-    """The ratio's lower clip, 1 - clip_low."""
-    clip_high: float = Field(default=0.28, ge=0)
-    """The ratio's upper clip, 1 + clip_high (clip-higher)."""
-    importance_cap: float = Field(default=2.0, gt=0)
-    """Cap of the token-level truncated importance weight."""
-    token_window: tuple[float, float] = (0.5, 5.0)
-    """Tokens whose ratio lies outside are masked."""
-    sequence_guard: tuple[float, float] = (0.5, 2.0)
-    """Sequences whose geometric-mean ratio lies outside are masked."""
-    drift_penalty: float = Field(default=1e-3, ge=0)
-    """Weight of the squared log-ratio."""
-    baseline: Literal["mean", "leave_one_out"] = "mean"
-    """The group's baseline."""
+class LoraSection(Section):
+    rank: int = Field(default=0, ge=0)
+    """Rank of low-rank adapters, which are trained instead of the weights (LoRA); 0 to train all weights. What is
+    published are the merged weights, so actors need nothing."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapters' product is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of the linear layers that get adapters (`q_proj`, `down_proj`, ...); `all-linear` for all but the head."""
+
+
+class AlarmsSection(Section):
+    effective_sample_size: float = Field(default=0.3, ge=0, le=1)
+    """Alarm `effective_sample_size` where a step's effective sample size, as a share of its tokens, is below this."""
+    grad_norm_factor: float = Field(default=5.0, gt=1)
+    """Alarm `grad_norm` where the gradient's norm is this many times the median of the last 32 steps, from 8 on."""
+    mismatch_kl: float = Field(default=0.1, gt=0)
+    """Alarm `mismatch_kl` where the KL of the behaviour to the target policy, nats per token, is above this."""
+    entropy_share: float = Field(default=0.1, ge=0, lt=1)
+    """Alarm `entropy` where the mean entropy has fallen to this share of the median of the first 8 steps."""
+    reward_share: float = Field(default=0.5, ge=0, lt=1)
+    """Alarm `reward` where the running mean reward has fallen to this share of its highest value."""
+    steps: int = Field(default=2, ge=1)
+    """Steps in a row beyond its threshold that raise an alarm, and as many well within it that end it."""
+    margin: float = Field(default=0.2, ge=0, lt=1)
+    """How far within the threshold, as a share of it, a value must be to count towards the alarm's end."""
+    collapse_sample_size: float = Field(default=0.01, ge=0, lt=1)
+    """A batch whose effective sample size, as a share of its tokens, is below this is refused: no step is taken, and
+    its trajectories go to the run's `quarantine`, as those of a batch whose loss is not finite do."""
+    collapse_masked: float = Field(default=0.99, gt=0, le=1)
+    """So is a batch of which the loss masks at least this share of the tokens."""
+
+
+class CurriculumSection(Section):
+    band: tuple[float, float] | None = None
+    """Solve rates, 0 to 1, of tasks that are given again, the one that waited longest first; where it is not set, every
+    task comes in order, once (or again from the first, where its environment's `num_tasks` says how many there are)."""
+    explore: float = Field(default=0.25, ge=0, le=1)
+    """Share of the groups that go on in order although there are tasks in the band."""
+    smoothing: float = Field(default=0.5, gt=0, le=1)
+    """Weight of a task's newest group in its running solve rate; 1 forgets all earlier ones."""
+    memory: int = Field(default=4096, ge=1)
+    """Tasks of each environment whose solve rates are remembered."""
 
 
 class LearnerSection(Section):
@@ -60,6 +94,10 @@ class LearnerSection(Section):
     """Learning rate of reinforcement learning."""
     learning_rate_warmup_steps: int = Field(default=2, ge=0)
     """First steps of reinforcement learning over which the learning rate rises linearly."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after the warm-up, towards the last of num_steps."""
+    learning_rate_final: float = Field(default=0.0, ge=0, le=1)
+    """Share of learning_rate that `linear` and `cosine` end at."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -70,18 +108,48 @@ class LearnerSection(Section):
     """Threads of the trainer on a CPU."""
     micro_batch_tokens: int = Field(default=2048, ge=64)
     """Tokens packed into one micro-batch."""
+    minibatches: int = Field(default=1, ge=1)
+    """Optimiser steps that a batch is divided into, each a policy version, which max_staleness counts; what is
+    published is the last one."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of the trained model's weights and activations; the master copy is float32 always."""
-    zero_stage: Literal[0, 1, 2] = 1
-    """DeepSpeed's ZeRO stage."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed's ZeRO stage: what the ranks share out among them, 1 the optimiser's state, 2 the gradients too, 3 the
+    weights too."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where ZeRO keeps the optimiser's state instead of on the GPU."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where ZeRO-3 keeps the weights that no layer needs just now, instead of on the GPU."""
+    offload_path: str = "/tmp"
+    """Directory of a fast local disk, for what is kept on `nvme`."""
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs during the forward pass and compute the rest again: less memory, more time."""
+    deepspeed_config: str = ""
+    """A DeepSpeed JSON file whose further keys are passed on; what contradicts these settings is refused."""
+    ranks: int = Field(default=1, ge=1)
+    """Processes that train together, which `python -m learner` starts on this machine; under a launcher (torchrun,
+    Kubernetes) the launcher's number counts instead."""
+    rank_timeout_s: float = Field(default=1800.0, gt=0)
+    """Seconds that a rank waits for the others before it gives up; longer than the slowest micro-batch and
+    checkpoint."""
     master_port: int = Field(default=7720, ge=1, le=65535)
     """Port of torch.distributed's rendezvous."""
     checkpoint_every: int = Field(default=4, ge=1)
     """Steps between checkpoints; trajectories are acknowledged with the checkpoint that contains their step."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest complete checkpoints kept."""
+    keep_best: bool = True
+    """Keep the checkpoint of the best held-out evaluation too, and those whose evaluation is under way, 4 at most."""
+    checkpoint_in_background: bool = True
+    """Copy weights and optimiser state to host memory (14 bytes for each weight of a bfloat16 model, kept from one
+    checkpoint to the next) and write them while training goes on; or else write first and go on then."""
+    record: Literal["none", "passed", "all"] = "none"
+    """Training episodes that are also written to `recorded` in the run's folder, for later warm starts: those with at
+    least `eval.pass_reward`, or all that count."""
+    lora: LoraSection = LoraSection()
     loss: LossSection = LossSection()
     warm_start: WarmStartSection = WarmStartSection()
+    alarms: AlarmsSection = AlarmsSection()
 
 
 class EvalSection(Section):
@@ -91,3 +159,5 @@ class EvalSection(Section):
     """Steps between evaluations during training, which do not stop it; 0 for none."""
     during_tasks: int = Field(default=32, ge=1)
     """Held-out tasks of each evaluation during training."""
+    pass_reward: float = 1.0
+    """Reward from which an episode counts as passed, in the pass rates; training does not use it."""

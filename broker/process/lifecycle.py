@@ -40,10 +40,10 @@ def install_stop() -> threading.Event:
     return stop
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent dies, so that a killed supervisor leaves no orphans (Linux only)."""
+def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Ask the kernel for a signal when the parent dies, so that a killed supervisor leaves no orphans (Linux only)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def raise_file_limit() -> None:
@@ -55,8 +55,9 @@ def raise_file_limit() -> None:
 def run_main(process: str, main: Callable[[], None]) -> NoReturn:
     """Run a process's main function with logging configured, and exit with the code that fits how it ended."""
     configure_logging(process)
-    if os.environ.get("ERGON_DIE_WITH_PARENT") == "1":
-        die_with_parent()
+    dies = os.environ.get("ERGON_DIE_WITH_PARENT")
+    if dies:
+        die_with_parent(signal.SIGKILL if dies == "killed" else signal.SIGTERM)
     try:
         main()
     except ErgonError as error:
@@ -64,6 +65,8 @@ def run_main(process: str, main: Callable[[], None]) -> NoReturn:
         _exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         _exit(0)
+    except SystemExit as error:  # argparse has said why; a launcher passes on the code of what it launched
+        _exit(error.code if isinstance(error.code, int) else EXIT_USER_ERROR)
     except BaseException:
         logger.exception("process died")
         _exit(1)

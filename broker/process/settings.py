@@ -7,12 +7,29 @@ refused with the nearest known one. Every process of a run reads the same resolv
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from broker.process.learner_settings import EvalSection, LearnerSection
+from broker.process.learner_settings import CurriculumSection, EvalSection, LearnerSection
 from broker.process.section import Section
+
+_Share: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight: TypeAlias = _Share | tuple[tuple[Annotated[int, Field(ge=0)], _Share], ...]
+"""A number, or (step, number) points of a function that is linear between them and constant beyond them."""
+
+
+def weight_at(weight: Weight, step: int) -> float:
+    """A weight at a step."""
+    if not isinstance(weight, tuple):
+        return float(weight)
+    before = weight[0]
+    for point in weight:
+        if step < point[0]:
+            span = point[0] - before[0]
+            return before[1] if not span else before[1] + (point[1] - before[1]) * (step - before[0]) / span
+        before = point
+    return before[1]
 
 
 class RunSection(Section):
@@ -36,10 +53,22 @@ class ModelSection(Section):
 class EnvironmentSection(Section):
     name: str = Field(min_length=1)
     """A built-in environment, an installed entry point, or `module:Class`."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of the training tickets, relative to the other environments."""
+    weight: Weight = 1.0
+    """Share of the training tickets, relative to the other environments: a number, or a schedule over the steps, linear
+    between its points, as [[0, 1.0], [100, 0.2]]. Evaluations and the warm start go by the largest weight."""
+    num_tasks: int | None = Field(default=None, ge=1)
+    """How many different training tasks it has, which are then given again from the first; not set: no end of them."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the environment's constructor."""
+
+    @field_validator("weight")
+    @classmethod
+    def _check_schedule(cls, weight: Weight) -> Weight:
+        if isinstance(weight, tuple):
+            steps = [step for step, _ in weight]
+            if not steps or steps != sorted(set(steps)):
+                raise ValueError(f"the steps of a weight's schedule must rise and there must be one, not {steps}")
+        return weight
 
 
 class SamplingSection(Section):
@@ -72,8 +101,14 @@ class ActorSection(Section):
     """Longest episode the engine takes, prompt included, in tokens."""
     block_size: int = Field(default=32, ge=1)
     """Tokens in one KV-cache block."""
-    adopt_mode: Literal["recompute", "keep"] = "recompute"
-    """At a weight update, `recompute` the KV cache of requests in flight, or `keep` the stale one."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Workers that share one engine's weights and KV cache: GPUs, or processes on a CPU, each with `threads`."""
+    adopt_mode: Literal["recompute", "keep", "drain"] = "recompute"
+    """At a weight update, `recompute` the KV cache of requests in flight, `keep` the stale one, or `drain`: no turn
+    starts until those in flight have ended, so that none has tokens of two versions."""
+    adopt_drain_s: float = Field(default=30.0, gt=0)
+    """Seconds that `drain` waits for turns in flight; where they take longer, turns start again under the old version
+    and the update is tried again later."""
     staging: Path = Path("/dev/shm")
     """Where the actor keeps one copy of the weights, which deltas are applied to and the engine adopts from;
     memory-backed is fastest."""
@@ -126,6 +161,9 @@ class WeightsSection(Section):
     """Bytes in one chunk."""
     credit: int = Field(default=8, ge=1, le=256)
     """Chunks a receiver may have requested and not yet received."""
+    push_mb: int = Field(default=16, ge=0, le=64)
+    """Largest delta that a relay or an actor takes with its announcement, unasked, MiB, which saves two round trips; it
+    holds one such at a time. 0: each is asked for."""
     max_mb: int = Field(default=8192, ge=1)
     """Memory for snapshots in the learner's publisher and in each relay, MiB; two must fit, three are comfortable."""
     delta_mb: int = Field(default=1024, ge=0)
@@ -183,11 +221,22 @@ class Settings(Section):
     actor: ActorSection = ActorSection()
     learner: LearnerSection = LearnerSection()
     eval: EvalSection = EvalSection()
+    curriculum: CurriculumSection = CurriculumSection()
     broker: BrokerSection = BrokerSection()
     weights: WeightsSection = WeightsSection()
     security: SecuritySection = SecuritySection()
     metrics: MetricsSection = MetricsSection()
     supervisor: SupervisorSection = SupervisorSection()
+
+    @field_validator("environments")
+    @classmethod
+    def _check_weights(cls, environments: tuple[EnvironmentSection, ...]) -> tuple[EnvironmentSection, ...]:
+        # Between two points weights are linear, so a step at which all are 0 shows at a point, too.
+        steps = {0} | {step for e in environments if isinstance(e.weight, tuple) for step, _ in e.weight}
+        for step in sorted(steps):
+            if not any(weight_at(environment.weight, step) > 0 for environment in environments):
+                raise ValueError(f"at step {step} no environment has a weight above 0, so nothing could be issued")
+        return environments
 
     @property
     def run_dir(self) -> Path:

@@ -1,82 +1,185 @@
-"""The losses: pure functions of a TokenBatch. They sum over tokens; the engine divides by the global token count.
-
-Notation for a token: d = log pi - log mu, the log-ratio of the target policy (being trained) to the behaviour policy
-(the engine's own log-prob at sampling time), r = exp(d), A its advantage, sg = stop-gradient.
+"""Objectives: what the engine is asked to minimise. Owns how surrogate, masks and penalties become one loss and its
+statistics; the formulas are in `surrogates`, `importance` and `penalties`, what tokens weigh in `aggregation`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
 import torch
 
-from broker.process.learner_settings import LossSection
-from learner.engine import LossFn, TokenBatch
+from broker.process.loss_settings import LossSection
+from learner.engine import Aggregation, TokenBatch
+from learner.losses import penalties, surrogates
+from learner.losses.importance import log_ratios, outside_guard, outside_window
+from learner.losses.surrogates import Surrogate
 
-_MAX_LOG_RATIO = 20.0  # exp stays finite in float32; such tokens are far outside every window
+
+def policy_loss(settings: LossSection) -> PolicyObjective:
+    """The objective that the settings ask for."""
+    return PolicyObjective(settings)
 
 
-def policy_loss(settings: LossSection) -> LossFn:
-    """The default recipe's loss. Per token, with C = importance_cap and the clip range [1 - clip_low, 1 + clip_high]:
+class _Masks(NamedTuple):
+    """Why a token is left out, bool of N each; a token may be in several."""
 
-        w    = sg(min(r, C)) * exp(d - sg(d))            value min(r, C), gradient min(r, C) * grad log pi
-        s    = min(w * A, clip(r, 1 - clip_low, 1 + clip_high) * A)
-        loss = keep * (-s + drift_penalty * d^2)
+    not_finite_N: torch.Tensor
+    window_N: torch.Tensor
+    guard_N: torch.Tensor
 
-    `min` of the two surrogates is PPO's clip (arXiv 1707.06347) with the asymmetric range of DAPO (arXiv 2503.14476).
-    The truncated weight (IMPALA, arXiv 1802.01561) matters where A < 0 and r > C, which PPO leaves unbounded: the token
-    is still pushed down, with weight C. `keep` is 0 or 1: the token's r lies in `token_window` (IcePop's mask, arXiv
-    2510.18855), and the geometric mean of r over the sequence's trained tokens in `sequence_guard` (the sequence mask
-    of arXiv 2507.18071's ratio). The ratio is against mu directly: there is no third, decoupled policy. Masked tokens
-    stay in the denominator, so masking never inflates the others.
+    def together(self) -> torch.Tensor:
+        return self.not_finite_N | self.window_N | self.guard_N
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyObjective:
+    """A policy-gradient objective. Per token, with the kind's surrogate s and the log-ratio d = log pi - log mu:
+
+        keep * (-s + drift_penalty * d^2 + reference_kl * w * k(pi, reference) - entropy_bonus * H)
+
+    w is the importance weight. `keep` is 0 where a mask is on: the importance weight outside `token_window`, its
+    geometric mean over the sequence outside `sequence_guard`, or a behaviour log-prob that is no finite number. The
+    weight is pi / mu, for `decoupled` rho / mu. Masked tokens stay in the denominator, so masking never inflates the
+    others. A target policy that is not a number is not masked: it makes the loss not a number, which the engine
+    refuses.
     """
-    token_low, token_high = settings.token_window
-    guard_low, guard_high = settings.sequence_guard
 
-    def loss(batch: TokenBatch) -> tuple[torch.Tensor, dict[str, float]]:
-        log_ratio_N = (batch.logprobs_N - batch.behaviour_logprobs_N).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-        detached_N = log_ratio_N.detach()
-        ratio_N = detached_N.exp()
-        geometric_S = sequence_means(detached_N, batch.sequence_ids_N).exp()
-        guarded_S = (geometric_S >= guard_low) & (geometric_S <= guard_high)
-        keep_N = (ratio_N >= token_low) & (ratio_N <= token_high) & guarded_S[batch.sequence_ids_N]
+    settings: LossSection
 
-        weight_N = ratio_N.clamp(max=settings.importance_cap) * torch.exp(log_ratio_N - detached_N)
-        clipped_N = ratio_N.clamp(1 - settings.clip_low, 1 + settings.clip_high) * batch.advantages_N
-        weighted_N = weight_N * batch.advantages_N
-        # where, not minimum: inside the clip range both are equal, and minimum would halve the gradient there.
-        clips_N = clipped_N < weighted_N.detach()
-        per_token_N = -torch.where(clips_N, clipped_N, weighted_N) + settings.drift_penalty * log_ratio_N.square()
+    @property
+    def aggregation(self) -> Aggregation:
+        """Which weights the tokens shall come with."""
+        return self.settings.aggregated_by
+
+    @property
+    def needs_proximal(self) -> bool:
+        """Whether the policy at the beginning of the batch's first step is used."""
+        return self.settings.kind == "decoupled"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference policy is used."""
+        return self.settings.reference_kl > 0
+
+    def __call__(self, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss, and sums over tokens of its statistics."""
+        settings = self.settings
+        not_finite_N = ~torch.isfinite(batch.behaviour_logprobs_N)
+        known_N = torch.where(not_finite_N, batch.logprobs_N.detach(), batch.behaviour_logprobs_N)
+        batch = replace(batch, behaviour_logprobs_N=known_N)
+        log_ratio_N = log_ratios(batch.logprobs_N, batch.behaviour_logprobs_N)
+        corrected_N = log_ratio_N.detach()  # what the corrections look at
+        if self.needs_proximal:
+            corrected_N = log_ratios(_given(batch.proximal_logprobs_N, "proximal"), batch.behaviour_logprobs_N)
+        masks = self._masks(corrected_N, batch.sequence_ids_N, not_finite_N)
+        keep_N = ~masks.together()
+        surrogate = self._surrogate(batch, log_ratio_N, corrected_N)
+        weight_N = self._weight(log_ratio_N.detach())
+        per_token_N = -surrogate.value_N
+        if settings.drift_penalty:
+            per_token_N = per_token_N + settings.drift_penalty * penalties.drift(log_ratio_N)
+        if self.needs_reference:
+            reference_N = _given(batch.reference_logprobs_N, "reference")
+            estimate_N = penalties.reference_kl(batch.logprobs_N, reference_N, settings.reference_estimator)
+            per_token_N = per_token_N + settings.reference_kl * weight_N * estimate_N
+        if settings.entropy_bonus:
+            per_token_N = per_token_N + settings.entropy_bonus * penalties.negative_entropy(
+                batch.logprobs_N, batch.entropy_N, weight_N
+            )
         # where, not multiply: a masked token's infinity must not become NaN.
-        total = torch.where(keep_N, per_token_N, torch.zeros_like(per_token_N)).sum()
-        stats = {
-            "ratio": float(ratio_N.sum()),
-            "ratio_squared": float(ratio_N.square().sum()),
-            "mismatch_kl": float((ratio_N - 1 - detached_N).sum()),  # k3: unbiased for KL(mu || pi), never negative
-            "logprob_gap": float(detached_N.abs().sum()),
-            "clip_fraction": float((keep_N & clips_N).sum()),
-            "loss_masked_fraction": float((~keep_N).sum()),
-            "entropy": float(batch.entropy_N.sum()),
+        total = torch.where(keep_N, per_token_N * batch.weights_N, torch.zeros_like(per_token_N)).sum()
+        if self.aggregation == "constant":
+            total = total / settings.constant_tokens
+        return total, self._statistics(batch, log_ratio_N.detach(), masks, keep_N & surrogate.clipped_N)
+
+    @property
+    def _cap(self) -> float:
+        return self.settings.importance_cap if "truncated" in self.settings.corrections else float("inf")
+
+    def _masks(self, log_ratio_N: torch.Tensor, sequence_ids_N: torch.Tensor, not_finite_N: torch.Tensor) -> _Masks:
+        settings, none_N = self.settings, torch.zeros_like(not_finite_N)
+        in_use = settings.corrections
+        return _Masks(
+            not_finite_N,
+            outside_window(log_ratio_N.exp(), settings.token_window) if "window" in in_use else none_N,
+            outside_guard(log_ratio_N, sequence_ids_N, settings.sequence_guard) if "guard" in in_use else none_N,
+        )
+
+    def _surrogate(self, batch: TokenBatch, log_ratio_N: torch.Tensor, corrected_N: torch.Tensor) -> Surrogate:
+        settings, advantages_N = self.settings, batch.advantages_N
+        clip = settings.clip_low, settings.clip_high
+        match settings.kind:
+            case "grpo":
+                return surrogates.clipped(log_ratio_N, advantages_N, clip, self._cap)
+            case "cispo":
+                return surrogates.cispo(batch.logprobs_N, log_ratio_N, advantages_N, self._cap)
+            case "gspo":
+                return surrogates.gspo(log_ratio_N, batch.sequence_ids_N, advantages_N, settings.sequence_clip)
+            case "dppo_tv":
+                behaviour_N = batch.behaviour_logprobs_N
+                bound = settings.divergence_bound
+                return surrogates.dppo_tv(batch.logprobs_N, behaviour_N, log_ratio_N, advantages_N, bound, self._cap)
+            case "decoupled":
+                proximal_N = _given(batch.proximal_logprobs_N, "proximal")
+                proximal_log_ratio_N = log_ratios(batch.logprobs_N, proximal_N)
+                return surrogates.decoupled(proximal_log_ratio_N, corrected_N, advantages_N, clip, self._cap)
+            case "reinforce":
+                return surrogates.reinforce(batch.logprobs_N, advantages_N)
+
+    def _weight(self, log_ratio_N: torch.Tensor) -> torch.Tensor:
+        """The importance weight of the penalties, whose tokens mu sampled too."""
+        if self.settings.kind == "reinforce":
+            return torch.ones_like(log_ratio_N)
+        return log_ratio_N.exp().clamp(max=self._cap)
+
+    def _statistics(
+        self, batch: TokenBatch, log_ratio_N: torch.Tensor, masks: _Masks, clipped_N: torch.Tensor
+    ) -> dict[str, float]:
+        ratio_N = log_ratio_N.exp()
+        tensors = {
+            "ratio": ratio_N,
+            "ratio_squared": ratio_N.square(),
+            "mismatch_kl": ratio_N - 1 - log_ratio_N,  # k3 the other way: unbiased for KL(mu || pi), never negative
+            "logprob_gap": log_ratio_N.abs(),
+            "clip_fraction": clipped_N,
+            "loss_masked_fraction": masks.together(),
+            "masked_window_fraction": masks.window_N,
+            "masked_guard_fraction": masks.guard_N,
+            "masked_not_finite_fraction": masks.not_finite_N,
+            "entropy": batch.entropy_N,
         }
-        return total, stats
+        if batch.reference_logprobs_N is not None:
+            tensors["reference_kl"] = penalties.reference_kl(
+                batch.logprobs_N.detach(), batch.reference_logprobs_N, "k3"
+            )
+        return _sums(tensors)
 
-    return loss
 
-
-def supervised_loss(batch: TokenBatch) -> tuple[torch.Tensor, dict[str, float]]:
+@dataclass(frozen=True, slots=True)
+class SupervisedObjective:
     """Negative log-likelihood of the trained tokens: imitation, for the warm start. Uses nothing of the behaviour."""
-    total = -batch.logprobs_N.sum()
-    return total, {"nll": float(total.detach()), "entropy": float(batch.entropy_N.sum())}
+
+    aggregation: Aggregation = "token"
+    needs_proximal: bool = False
+    needs_reference: bool = False
+
+    def __call__(self, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss, and sums over tokens of its statistics."""
+        total = -(batch.weights_N * batch.logprobs_N).sum()
+        return total, _sums({"nll": -batch.logprobs_N.detach(), "entropy": batch.entropy_N})
 
 
-def sequence_means(values_N: torch.Tensor, sequence_ids_N: torch.Tensor) -> torch.Tensor:
-    """Mean of the values of each sequence, indexed by sequence id (0 for an id without a token)."""
-    num_sequences = int(sequence_ids_N.max()) + 1 if sequence_ids_N.numel() else 0
-    sums_S = torch.zeros(num_sequences, dtype=values_N.dtype, device=values_N.device)
-    counts_S = torch.zeros_like(sums_S)
-    sums_S.index_add_(0, sequence_ids_N, values_N)
-    counts_S.index_add_(0, sequence_ids_N, torch.ones_like(values_N))
-    return sums_S / counts_S.clamp(min=1)
+supervised_loss = SupervisedObjective()
 
 
-def effective_sample_size(mean_ratio: float, mean_squared_ratio: float) -> float:
-    """Kish's effective sample size as a share of the tokens, (sum r)^2 / (n * sum r^2): 1 on-policy, 0 if undefined."""
-    return mean_ratio * mean_ratio / mean_squared_ratio if mean_squared_ratio > 0 else 0.0
+def _sums(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Sums of tensors, brought to the host at once."""
+    sums = torch.stack([tensor.sum(dtype=torch.float64) for tensor in tensors.values()]).tolist()
+    return dict(zip(tensors, sums, strict=True))
+
+
+def _given(logprobs_N: torch.Tensor | None, name: str) -> torch.Tensor:
+    if logprobs_N is None:
+        raise ValueError(f"the {name} policy's log-probs are missing; the engine must provide what an objective needs")
+    return logprobs_N

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +35,9 @@ class MicroBatch:
     """P packed tokens, U distinct trained tokens, N trained tokens of all sequences.
 
     token_ids_P, position_ids_P: the model's input. rows_U: packed position whose hidden state predicts the token;
-    targets_U: the token. index_N: which of the U a trained token is (siblings share). The other arrays are per trained
-    token, in the order of the sequences.
+    targets_U: the token. index_N: which of the U a trained token is (siblings share). members: which of the sequences
+    that were packed are here, in the order of their tokens; sequence_ids_N counts in it. The other arrays are per
+    trained token; those of a policy are there where every sequence brings its log-probs along.
     """
 
     token_ids_P: npt.NDArray[np.int64]
@@ -46,7 +48,18 @@ class MicroBatch:
     index_N: npt.NDArray[np.int64]
     behaviour_logprobs_N: npt.NDArray[np.float32]
     advantages_N: npt.NDArray[np.float32]
+    weights_N: npt.NDArray[np.float32]
     sequence_ids_N: npt.NDArray[np.int64]
+    members: tuple[int, ...]
+    proximal_logprobs_N: npt.NDArray[np.float32] | None = None
+    reference_logprobs_N: npt.NDArray[np.float32] | None = None
+
+
+class _Member(NamedTuple):
+    """A sequence in a tree: its number among those packed, and the node of each token up to the last trained one."""
+
+    number: int
+    path: list[int]
 
 
 class _PrefixTree:
@@ -56,7 +69,7 @@ class _PrefixTree:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.depths: list[int] = []
-        self.members: list[tuple[TrainSequence, list[int]]] = []
+        self.members: list[_Member] = []
         self.num_unshared = 0
         self._children: dict[tuple[int, int], int] = {}
 
@@ -70,7 +83,7 @@ class _PrefixTree:
             parent = child
         return 0
 
-    def add(self, sequence: TrainSequence, token_ids: Sequence[int]) -> None:
+    def add(self, number: int, token_ids: Sequence[int]) -> None:
         """Insert a sequence, reusing the prefix that is already there."""
         path: list[int] = []
         parent = -1
@@ -84,7 +97,7 @@ class _PrefixTree:
                 self.depths.append(depth)
             path.append(child)
             parent = child
-        self.members.append((sequence, path))
+        self.members.append(_Member(number, path))
         self.num_unshared += len(token_ids)
 
     def mask(self) -> npt.NDArray[np.bool_] | None:
@@ -101,11 +114,15 @@ class _PrefixTree:
 
 
 def pack(
-    sequences: Sequence[TrainSequence], max_tokens: int, max_tree_tokens: int = MAX_SHARED_TREE_TOKENS
+    sequences: Sequence[TrainSequence],
+    max_tokens: int,
+    weights: Sequence[npt.NDArray[np.float32]],
+    max_tree_tokens: int = MAX_SHARED_TREE_TOKENS,
 ) -> list[MicroBatch]:
     """Micro-batches of at most `max_tokens` packed tokens (a longer single sequence has one of its own).
 
-    Sequences without a trained token are left out. First-fit decreasing, so micro-batches are few and full.
+    weights: T of each sequence, of its tokens in the loss of the whole step. Sequences without a trained token are left
+    out. First-fit decreasing, so micro-batches are few and full.
     """
     trees = _grow(sequences, min(max_tokens, max_tree_tokens))
     trees.sort(key=lambda tree: -len(tree.tokens))
@@ -120,7 +137,18 @@ def pack(
         else:
             bins[slot].append(tree)
             room[slot] -= size
-    return [_lay_out(members) for members in bins]
+    return [_lay_out(members, sequences, weights) for members in bins]
+
+
+def sharing_units(
+    sequences: Sequence[TrainSequence], max_tokens: int, max_tree_tokens: int = MAX_SHARED_TREE_TOKENS
+) -> list[tuple[tuple[int, ...], int]]:
+    """What `pack` computes together: for each tree the sequences in it, by number, and its packed tokens.
+
+    Whoever divides sequences among ranks keeps these together, or common prefixes are computed on each.
+    """
+    trees = _grow(sequences, min(max_tokens, max_tree_tokens))
+    return [(tuple(member.number for member in tree.members), len(tree.tokens)) for tree in trees]
 
 
 def num_trained_tokens(sequences: Sequence[TrainSequence]) -> int:
@@ -129,24 +157,24 @@ def num_trained_tokens(sequences: Sequence[TrainSequence]) -> int:
 
 
 def _grow(sequences: Sequence[TrainSequence], max_tree_tokens: int) -> list[_PrefixTree]:
-    by_prompt: dict[bytes, list[tuple[TrainSequence, list[int]]]] = {}
-    for sequence in sequences:
+    by_prompt: dict[bytes, list[tuple[int, list[int]]]] = {}
+    for number, sequence in enumerate(sequences):
         mask_T = sequence.loss_mask_T
         if not mask_T[1:].any():
             continue
         last = int(np.flatnonzero(mask_T)[-1])  # tokens after the last trained one influence nothing
         prompt = sequence.token_ids_T[: int(np.argmax(mask_T))].tobytes()
-        by_prompt.setdefault(prompt, []).append((sequence, sequence.token_ids_T[: last + 1].tolist()))
+        by_prompt.setdefault(prompt, []).append((number, sequence.token_ids_T[: last + 1].tolist()))
     trees: list[_PrefixTree] = []
     for prompt, members in by_prompt.items():
         members.sort(key=lambda member: member[1])  # neighbours share most
         shared = [_PrefixTree()]
-        for sequence, tokens in members:
+        for number, tokens in members:
             tree = shared[-1]
             if tree.members and (not prompt or len(tree.tokens) + tree.growth(tokens) > max_tree_tokens):
                 tree = _PrefixTree()
                 shared.append(tree)
-            tree.add(sequence, tokens)
+            tree.add(number, tokens)
         for tree in shared:
             trees.extend([tree] if len(tree.tokens) <= (1 - _MIN_SAVING) * tree.num_unshared else _chains(tree))
     return trees
@@ -155,42 +183,59 @@ def _grow(sequences: Sequence[TrainSequence], max_tree_tokens: int) -> list[_Pre
 def _chains(tree: _PrefixTree) -> list[_PrefixTree]:
     """One tree for each member."""
     chains = []
-    for sequence, path in tree.members:
+    for number, path in tree.members:
         chain = _PrefixTree()
-        chain.add(sequence, [tree.tokens[i] for i in path])
+        chain.add(number, [tree.tokens[i] for i in path])
         chains.append(chain)
     return chains
 
 
-def _lay_out(members: Sequence[_PrefixTree]) -> MicroBatch:
+def _lay_out(
+    grown: Sequence[_PrefixTree], sequences: Sequence[TrainSequence], weights: Sequence[npt.NDArray[np.float32]]
+) -> MicroBatch:
     trees: list[Tree] = []
     nodes: list[npt.NDArray[np.int64]] = []  # packed position of every trained token
-    behaviour: list[npt.NDArray[np.float32]] = []
-    advantages: list[npt.NDArray[np.float32]] = []
-    sequence_ids: list[npt.NDArray[np.int64]] = []
+    trained: list[npt.NDArray[np.int64]] = []  # where each member's trained tokens are in its sequence
     parents: list[npt.NDArray[np.int64]] = []
-    start = num_sequences = 0
-    for tree in members:
+    start = 0
+    for tree in grown:
         trees.append(Tree(start, len(tree.tokens), tree.mask()))
         parents.append(np.asarray(tree.parents, dtype=np.int64) + start)  # a root's parent is never asked for
-        for sequence, path in tree.members:
-            trained = np.flatnonzero(sequence.loss_mask_T[1 : len(path)]) + 1
-            nodes.append(np.asarray(path, dtype=np.int64)[trained] + start)
-            behaviour.append(sequence.logprobs_T[trained].astype(np.float32))
-            advantages.append(np.full(len(trained), sequence.advantage, dtype=np.float32))
-            sequence_ids.append(np.full(len(trained), num_sequences, dtype=np.int64))
-            num_sequences += 1
+        for number, path in tree.members:
+            at = np.flatnonzero(sequences[number].loss_mask_T[1 : len(path)]) + 1
+            trained.append(at)
+            nodes.append(np.asarray(path, dtype=np.int64)[at] + start)
         start += len(tree.tokens)
-    token_ids_P = np.asarray([token for tree in members for token in tree.tokens], dtype=np.int64)
+    numbers = [member.number for tree in grown for member in tree.members]
+    here = [sequences[number] for number in numbers]
+    token_ids_P = np.asarray([token for tree in grown for token in tree.tokens], dtype=np.int64)
     unique_U, index_N = np.unique(np.concatenate(nodes), return_inverse=True)
+    counts = [len(at) for at in trained]
     return MicroBatch(
         token_ids_P=token_ids_P,
-        position_ids_P=np.asarray([depth for tree in members for depth in tree.depths], dtype=np.int64),
+        position_ids_P=np.asarray([depth for tree in grown for depth in tree.depths], dtype=np.int64),
         trees=tuple(trees),
         rows_U=np.concatenate(parents)[unique_U],
         targets_U=token_ids_P[unique_U],
         index_N=index_N.astype(np.int64),
-        behaviour_logprobs_N=np.concatenate(behaviour),
-        advantages_N=np.concatenate(advantages),
-        sequence_ids_N=np.concatenate(sequence_ids),
+        behaviour_logprobs_N=_picked([sequence.logprobs_T for sequence in here], trained),
+        advantages_N=np.repeat(np.asarray([sequence.advantage for sequence in here], dtype=np.float32), counts),
+        weights_N=_picked([weights[number] for number in numbers], trained),
+        sequence_ids_N=np.repeat(np.arange(len(here), dtype=np.int64), counts),
+        members=tuple(numbers),
+        proximal_logprobs_N=_where_all([sequence.proximal_logprobs_T for sequence in here], trained),
+        reference_logprobs_N=_where_all([sequence.reference_logprobs_T for sequence in here], trained),
     )
+
+
+def _picked(
+    arrays: Sequence[npt.NDArray[np.float32]], places: Sequence[npt.NDArray[np.int64]]
+) -> npt.NDArray[np.float32]:
+    return np.concatenate([array_T[at] for array_T, at in zip(arrays, places, strict=True)]).astype(np.float32)
+
+
+def _where_all(
+    arrays: Sequence[npt.NDArray[np.float32] | None], places: Sequence[npt.NDArray[np.int64]]
+) -> npt.NDArray[np.float32] | None:
+    known = [array_T for array_T in arrays if array_T is not None]
+    return _picked(known, places) if len(known) == len(arrays) else None

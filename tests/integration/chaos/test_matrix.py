@@ -6,16 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.chaos.schedule import UPDATE_PHASES
 
 ROOT = Path(__file__).parents[3]
 NUM_FAULTS = 12
 
 
-@pytest.mark.parametrize("options", [[], ["--curve"]], ids=["plain", "curve"])
-def test_a_dozen_faults_lose_and_double_nothing(tmp_path: Path, options: list[str]) -> None:
-    command = [sys.executable, "-m", "tests.chaos.matrix", "--faults", str(NUM_FAULTS), "--seed", "11"]
+def play(tmp_path: Path, num_faults: int, options: list[str]) -> dict[str, Any]:
+    """Run the matrix in small; its verdict, which must be a good one."""
+    command = [sys.executable, "-m", "tests.chaos.matrix", "--faults", str(num_faults), "--seed", "11"]
     command += [
         "--tickets",
         "288",
@@ -29,12 +32,24 @@ def test_a_dozen_faults_lose_and_double_nothing(tmp_path: Path, options: list[st
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.stdout, done.stderr
-    verdict = json.loads(done.stdout.splitlines()[-1])
+    verdict: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 0, (verdict["problems"], done.stderr[-4000:])
-    assert verdict["faults"] == NUM_FAULTS
+    assert verdict["faults"] == num_faults
     assert verdict["issued"] == verdict["trained"] == 288
     assert verdict["lost"] == verdict["duplicated"] == 0
+    assert not any(tmp_path.iterdir()), "a run that went well leaves nothing"
+    return verdict
+
+
+@pytest.mark.parametrize("options", [[], ["--curve"]], ids=["plain", "curve"])
+def test_a_dozen_faults_lose_and_double_nothing(tmp_path: Path, options: list[str]) -> None:
+    verdict = play(tmp_path, NUM_FAULTS, options)
     assert verdict["shared"] > 0, "no message carried several trajectories"
     assert verdict["curve"] == bool(options)
     assert sum(verdict["restarts"].values()) >= verdict["by_kind"]["kill"]
-    assert not any(tmp_path.iterdir()), "a run that went well leaves nothing"
+
+
+def test_a_kill_in_each_phase_of_an_update_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    verdict = play(tmp_path, len(UPDATE_PHASES), ["--kinds", "kill_update"])
+    assert verdict["by_phase"] == {f"{target} {phase}": 1 for target, phase in UPDATE_PHASES}
+    assert sum(verdict["restarts"].values()) == len(UPDATE_PHASES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,22 @@ from transformers import AutoModelForCausalLM
 
 from broker.process.lifecycle import ErgonError
 from broker.process.settings import Settings
-from learner.engine import TokenBatch, TrainingError, TrainSequence
+from learner.engine import Aggregation, TokenBatch, TrainingError, TrainSequence
+from learner.losses.aggregation import token_weights
 from learner.losses.policy import policy_loss, supervised_loss
-from learner.publisher import wire_bytes, wire_dtype
+from learner.publisher import wire_bytes
 from learner.training.deepspeed_engine import DeepSpeedEngine
 from learner.training.packing import pack
+from tests.integration.learner.samples import (
+    PROMPT,
+    engine_settings,
+    make_sequence,
+    mixed_sequences,
+    random_sequences,
+)
 from tests.tiny_model import make_tiny_model
 
-PROMPT = list(range(20, 32))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-MASTER_PORT = free_port()  # one process group for all tests of this process
+STAGES = [0, 1, 2, 3]
 
 
 @pytest.fixture(scope="module")
@@ -47,29 +45,7 @@ def threads() -> Iterator[None]:
 
 
 def make_engine(model_path: Path, **learner: Any) -> DeepSpeedEngine:
-    values = {"micro_batch_tokens": 64, "master_port": MASTER_PORT, **learner}
-    return DeepSpeedEngine(Settings.model_validate({"model": {"path": str(model_path)}, "learner": values}))
-
-
-def make_sequence(
-    tokens: list[int], num_prompt: int, advantage: float = 1.0, logprobs: list[float] | None = None
-) -> TrainSequence:
-    mask = np.asarray([t >= num_prompt for t in range(len(tokens))])
-    behaviour = np.zeros(len(tokens), dtype=np.float32)
-    if logprobs is not None:
-        behaviour[num_prompt:] = logprobs
-    ids = np.asarray(tokens, dtype=np.int32)
-    return TrainSequence(ids, mask, behaviour, advantage, np.zeros(len(tokens), dtype=np.int32))
-
-
-def random_sequences(count: int, seed: int = 0, *, siblings: bool = True) -> list[TrainSequence]:
-    rng = np.random.default_rng(seed)
-    sequences = []
-    for _ in range(count):
-        prompt = PROMPT if siblings else rng.integers(3, 400, rng.integers(3, 20)).tolist()
-        answer = [41, 42, 43, *rng.integers(3, 400, rng.integers(1, 15)).tolist()]
-        sequences.append(make_sequence(prompt + answer, len(prompt), float(rng.normal())))
-    return sequences
+    return DeepSpeedEngine(engine_settings(model_path, **learner))
 
 
 def plain_logprobs(model: Any, sequence: TrainSequence) -> np.ndarray[Any, Any]:
@@ -85,17 +61,17 @@ def test_packed_logprobs_equal_hugging_face(model_path: Path, siblings: bool) ->
     engine = make_engine(model_path, dtype="float32", micro_batch_tokens=256)
     reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
     sequences = random_sequences(10, siblings=siblings)
-    packed = np.sort(np.concatenate(engine.logprobs(sequences)))
-    plain = np.sort(np.concatenate([plain_logprobs(reference, s) for s in sequences]))
-    shared = any(tree.mask_NN is not None for micro in pack(sequences, 256) for tree in micro.trees)
+    micros = pack(sequences, 256, token_weights(sequences, "token"))
+    shared = any(tree.mask_NN is not None for micro in micros for tree in micro.trees)
     assert shared is siblings
-    assert np.abs(packed - plain).max() < 1e-5
+    for packed, sequence in zip(engine.logprobs(sequences), sequences, strict=True):
+        assert np.abs(packed - plain_logprobs(reference, sequence)).max() < 1e-5
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_micro_batches_give_the_gradient_of_the_whole(model_path: Path, stage: int) -> None:
     """The gradient norm equals plain PyTorch's on the unpacked batch, however many micro-batches there are."""
-    sequences = random_sequences(8, seed=3, siblings=False) + random_sequences(6, seed=4)
+    sequences = mixed_sequences()
     reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa")
     total, num_tokens = torch.zeros(()), 0
     for sequence in sequences:
@@ -110,12 +86,12 @@ def test_micro_batches_give_the_gradient_of_the_whole(model_path: Path, stage: i
     for budget in (64, 4096):
         engine = make_engine(model_path, dtype="float32", zero_stage=stage, micro_batch_tokens=budget)
         stats = engine.step(sequences, supervised_loss, 0.0)
-        assert stats["num_micro_batches"] == len(pack(sequences, budget))
+        assert stats["num_micro_batches"] == len(pack(sequences, budget, token_weights(sequences, "token")))
         assert stats["loss"] == pytest.approx(float(total.detach()) / num_tokens, rel=1e-5)
         assert stats["grad_norm"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_supervised_steps_learn_and_weights_move(model_path: Path, stage: int) -> None:
     engine = make_engine(model_path, zero_stage=stage)
     before = {name: tensor.clone() for name, tensor in engine.weights()}
@@ -127,19 +103,20 @@ def test_supervised_steps_learn_and_weights_move(model_path: Path, stage: int) -
     assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("proj.weight"))
 
 
-def test_weights_are_named_as_hugging_face_names_them_tied_ones_once(model_path: Path) -> None:
-    engine = make_engine(model_path)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_weights_are_named_as_hugging_face_names_them_tied_ones_once(model_path: Path, stage: int) -> None:
+    engine = make_engine(model_path, zero_stage=stage)
     reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
     expected = dict(reference.state_dict())
-    weights = dict(engine.weights())
-    assert set(weights) == set(expected) - {"lm_head.weight"}
-    for name, tensor in weights.items():
-        assert wire_dtype(tensor) == "bfloat16"
-        assert tensor.shape == expected[name].shape
+    layout = engine.weight_layout()
+    assert {spec.name for spec in layout} == set(expected) - {"lm_head.weight"}
+    for spec, (name, tensor) in zip(layout, engine.weights(), strict=True):
+        assert (spec.name, spec.dtype, spec.shape) == (name, "bfloat16", tuple(expected[name].shape))
         assert wire_bytes(tensor).tobytes() == expected[name].view(torch.uint8).numpy().tobytes()
+        assert torch.equal(engine.read_weight(name), tensor)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_save_load_continue_is_bit_identical(model_path: Path, tmp_path: Path, stage: int) -> None:
     engine = make_engine(model_path, zero_stage=stage)
     loss = policy_loss(Settings().learner.loss)
@@ -163,25 +140,35 @@ def test_save_load_continue_is_bit_identical(model_path: Path, tmp_path: Path, s
         assert torch.equal(tensor, final[name]), name
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+class Broken:
+    """The supervised objective, with a fault in the second of several micro-batches."""
+
+    aggregation: Aggregation = "token"
+    needs_proximal = False
+    needs_reference = False
+
+    def __init__(self, fault: str) -> None:
+        self.num_calls = 0
+        self._fault = fault
+
+    def __call__(self, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        self.num_calls += 1
+        total, stats = supervised_loss(batch)
+        if self.num_calls == 2:
+            return (total * math.inf, stats) if self._fault == "loss" else (total + (total * 0).sqrt(), stats)
+        return total, stats
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_what_is_not_finite_never_reaches_the_weights(model_path: Path, stage: int, fault: str) -> None:
     engine, twin = (make_engine(model_path, zero_stage=stage) for _ in range(2))
     sequences = random_sequences(12, siblings=False)
     before = {name: tensor.clone() for name, tensor in engine.weights()}
-    calls = 0
-
-    def broken(batch: TokenBatch) -> tuple[torch.Tensor, dict[str, float]]:
-        nonlocal calls
-        calls += 1
-        total, stats = supervised_loss(batch)
-        if calls == 2:  # in the second of several micro-batches
-            return (total * math.inf, stats) if fault == "loss" else (total + (total * 0).sqrt(), stats)
-        return total, stats
-
+    broken = Broken(fault)
     with pytest.raises(TrainingError, match="loss is" if fault == "loss" else "gradient norm"):
         engine.step(sequences, broken, 1e-3)
-    assert calls >= 2
+    assert broken.num_calls >= 2
     assert engine.policy_version == 0
     for name, tensor in engine.weights():
         assert torch.equal(tensor, before[name]), name
@@ -204,6 +191,45 @@ def test_reset_optimizer_is_a_fresh_optimizer(model_path: Path, tmp_path: Path) 
     fresh.step(random_sequences(6, 1), supervised_loss, 1e-3)
     for (name, tensor), (_, expected) in zip(engine.weights(), fresh.weights(), strict=True):
         assert torch.equal(tensor, expected), name
+
+
+class Recording:
+    """The supervised objective, with the log-probs that it is shown."""
+
+    aggregation: Aggregation = "token"
+    needs_proximal = True
+    needs_reference = True
+
+    def __init__(self) -> None:
+        self.shown: list[TokenBatch] = []
+
+    def __call__(self, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        self.shown.append(batch)
+        return supervised_loss(batch)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_other_policies_are_those_they_claim_to_be(model_path: Path, stage: int) -> None:
+    engine = make_engine(model_path, zero_stage=stage, micro_batch_tokens=4096, minibatches=2, dtype="float32")
+    engine.step(random_sequences(6, 1), supervised_loss, 1e-3)  # a warm start: the reference is what comes after it
+    sequences = random_sequences(8, 2, siblings=False)
+
+    def sorted_logprobs(given: list[TrainSequence]) -> np.ndarray[Any, Any]:
+        return np.sort(np.concatenate(engine.logprobs(given)))
+
+    reference = sorted_logprobs(sequences)
+    for number in range(2):
+        before = sorted_logprobs(sequences)
+        recording = Recording()
+        engine.step(sequences, recording, 1e-3)
+        assert len(recording.shown) == 2
+        for name, expected in (("proximal_logprobs_N", before), ("reference_logprobs_N", reference)):
+            found = torch.cat([getattr(batch, name) for batch in recording.shown]).numpy()
+            assert np.abs(np.sort(found) - expected).max() < 1e-5, name
+        moved = recording.shown[1].logprobs_N.detach() - recording.shown[1].proximal_logprobs_N
+        assert float(moved.abs().max()) > 1e-3  # the second minibatch sees a policy that the first one changed
+        assert bool(np.array_equal(before, reference)) is (number == 0)
+    assert engine.policy_version == 5
 
 
 def test_rewarded_tokens_become_likelier(model_path: Path) -> None:
@@ -234,3 +260,13 @@ def test_rewarded_tokens_become_likelier(model_path: Path) -> None:
 def test_a_missing_model_is_one_sentence() -> None:
     with pytest.raises(ErgonError, match=r"model\.path is '/no/such/model'"):
         make_engine(Path("/no/such/model"))
+
+
+def test_a_deepspeed_json_reaches_deepspeed_and_its_mistakes_are_one_sentence(model_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "deepspeed.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 7}}')
+    engine = make_engine(model_path, zero_stage=3, deepspeed_config=str(path))
+    assert engine._worker._engine.zero_param_persistence_threshold() == 7
+    path.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": "many"}}')
+    with pytest.raises(ErgonError, match=r"learner\.deepspeed_config .*stage3_param_persistence_threshold: "):
+        make_engine(model_path, zero_stage=3, deepspeed_config=str(path))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from broker.client import ActorClient
 from broker.protocol.trajectory import Mode, Outcome, Segment, Ticket, Trajectory, TrajectoryHead, VersionRun
+from tests.integration.learner.samples import environment
 from tests.ports import free_ports
 from tests.tiny_model import make_tiny_model
 
@@ -87,10 +87,7 @@ class Processes:
     def __init__(self, config: Path) -> None:
         self._config = config
         self._children: list[subprocess.Popen[bytes]] = []
-        # An engine made in this very process leaves the variables by which ranks find each other.
-        launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-        inherited = {name: value for name, value in os.environ.items() if name not in launcher}
-        self._environment = {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._environment = environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
         child = subprocess.Popen([sys.executable, "-m", *command, "--config", str(self._config)], env=self._environment)
@@ -225,6 +222,35 @@ async def test_killed_and_stopped_the_run_ends_with_every_trajectory_once(
     assert {"after-warm-start", "after"} <= set(evaluations)
 
 
+async def test_two_ranks_killed_together_end_with_every_trajectory_once(
+    values: dict[str, Any], processes: Processes, model_path: Path, tmp_path: Path
+) -> None:
+    """ZeRO-3 and several optimiser steps a batch; what is killed is the launcher, and its ranks die with it."""
+    several = {"ranks": 2, "zero_stage": 3, "minibatches": 2, "max_staleness": 3, "num_steps": 4}
+    values["learner"] |= several
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
+    run_dir = Path(values["run"]["directory"]) / "learning"
+    metrics = run_dir / "metrics.jsonl"
+    processes.start("broker", "serve")
+    async with actor(values, model_path):
+        learner = processes.start("learner")
+        await until(lambda: any(line["event"] == "step" for line in lines(metrics)), learner)
+        learner.send_signal(signal.SIGKILL)
+        assert await exit_code(learner) == -signal.SIGKILL
+        assert await exit_code(processes.start("learner")) == 0
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    audit = lines(run_dir / "trained.jsonl")
+    trajectories = summary["trajectories"]
+    assert summary["steps"] == several["num_steps"]
+    assert (trajectories["lost"], trajectories["duplicated"]) == (0, 0)
+    assert trajectories["delivered"] == trajectories["trained"] + trajectories["masked"] == len(audit)
+    surviving = [line["step"] for line in audit if line["reason"] == "trained"]
+    assert sorted(set(surviving)) == list(range(1, several["num_steps"] + 1))
+    assert {line["lineage"] for line in lines(metrics)} == {1, 2}
+    assert all(line["num_refused_minibatches"] == 0 for line in lines(metrics) if line["event"] == "step")
+
+
 async def test_training_without_any_variance_ends_early_and_says_so(
     values: dict[str, Any], processes: Processes, model_path: Path, tmp_path: Path
 ) -> None:
@@ -246,7 +272,9 @@ async def test_a_missing_model_ends_with_one_sentence(values: dict[str, Any], tm
     config = tmp_path / "bad.toml"
     config.write_text(tomli_w.dumps(values | {"model": {"path": "/no/such/model"}}))
     command = [sys.executable, "-m", "learner", "--config", str(config)]
-    result = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=90, check=False)
+    result = await asyncio.to_thread(
+        subprocess.run, command, capture_output=True, timeout=90, check=False, env=environment()
+    )
     assert result.returncode == 2
     last = result.stderr.decode().strip().splitlines()[-1]
     assert last.startswith("ergon learner: error: model.path is '/no/such/model'")

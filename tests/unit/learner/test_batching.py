@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from broker.process.loss_settings import LossSection
 from broker.protocol.trajectory import Outcome, Verdict
 from learner.batching import Batch, Batcher, Reason, judge, train_sequence
 from tests.unit.learner.make import make_segment, make_ticket, make_trajectory
@@ -25,7 +27,7 @@ def make_batcher(**changes: object) -> Batcher:
         "max_groups_per_step": 4,
         "group_size": 2,
         "max_staleness": 2,
-        "baseline": "mean",
+        "loss": LossSection(),
     }
     return Batcher(**(values | changes))  # type: ignore[arg-type]
 
@@ -110,7 +112,7 @@ def test_timeouts_and_truncations_count_with_their_grade() -> None:
         make_trajectory(make_ticket(0, i, 3), 0.5, outcome=outcome)
         for i, outcome in enumerate((Outcome.TIMEOUT, Outcome.TRUNCATED_TOKENS, Outcome.TRUNCATED_TURNS))
     ]
-    assert judge(episodes)[1].all()
+    assert judge(episodes, LossSection())[1].all()
 
 
 def test_tokens_beyond_the_bound_are_masked_and_counted() -> None:
@@ -169,3 +171,58 @@ def test_everything_that_goes_in_comes_out_once(
     assert sorted(out) == sorted(f"run/train/{g}/{m}" for g, m, _ in arrivals)
     assert batcher.num_held == 0
     assert np.asarray(batcher.num_ready_groups) == 0
+
+
+def test_overlong_episodes_are_kept_masked_or_punished() -> None:
+    def batch_of(**loss: object) -> Batch:
+        batcher = make_batcher(groups_per_step=1, group_size=4, loss=LossSection.model_validate(loss))
+        lengths = (2, 4, 6, 6)
+        outcomes = (Outcome.COMPLETED, Outcome.TIMEOUT, Outcome.COMPLETED, Outcome.TRUNCATED_TOKENS)
+        for member, (length, outcome) in enumerate(zip(lengths, outcomes, strict=True)):
+            segment = make_segment(sampled=range(3, 3 + length))
+            reward = 1.0 if member < 2 else 0.0
+            batcher.add(make_trajectory(make_ticket(0, member, 4), reward, outcome=outcome, segment=segment))
+        batch = batcher.next(0)
+        assert batch is not None
+        return batch
+
+    kept = batch_of(overlong="keep")
+    assert [s.advantage for s in kept.sequences] == [0.5, 0.5, -0.5, -0.5]
+
+    masked = batch_of(overlong="mask")
+    assert list(reasons(masked).values()) == ["trained", "trained", "trained", "overlong"]
+    assert [s.advantage for s in masked.sequences] == pytest.approx([1 / 3, 1 / 3, -2 / 3])  # of three, not of four
+
+    soft = batch_of(overlong="soft", overlong_tokens=6, overlong_buffer=4)
+    punished = np.asarray([1.0, 1.0 - 0.5, 0.0 - 1.0, 0.0 - 1.0])
+    assert [s.advantage for s in soft.sequences] == pytest.approx(list(punished - punished.mean()))
+    assert [item.trajectory.head.reward for item in soft.consumed] == [1.0, 1.0, 0.0, 0.0]  # what is reported stays
+
+
+def test_soft_punishment_can_make_a_gradient_of_a_group_without_one() -> None:
+    batcher = make_batcher(groups_per_step=1, loss=LossSection(overlong="soft", overlong_tokens=4, overlong_buffer=2))
+    for member, length in enumerate((2, 4)):
+        batcher.add(make_trajectory(make_ticket(0, member), 0.0, segment=make_segment(sampled=range(3, 3 + length))))
+    batch = batcher.next(0)
+    assert batch is not None
+    assert [s.advantage for s in batch.sequences] == [0.5, -0.5]
+
+
+def test_traces_of_an_episode_share_its_weight() -> None:
+    batcher = make_batcher(groups_per_step=1)
+    stale = make_segment(versions=(0, 0, 0))
+    fresh = [make_segment(versions=(7, 7, 7)), make_segment(sampled=(5, 6), versions=(7, 7))]
+    several = replace(make_trajectory(make_ticket(0, 0), 1.0), segments=(*fresh, stale))
+    batcher.add(several)
+    batcher.add(make_trajectory(make_ticket(0, 1), 0.0, segment=fresh[0]))
+    batch = batcher.next(8)
+    assert batch is not None
+    assert [s.weight for s in batch.sequences] == [0.5, 0.5, 1.0]
+
+
+def test_the_baseline_and_its_scale_are_chosen_in_the_settings() -> None:
+    batcher = make_batcher(groups_per_step=1, loss=LossSection(baseline="leave_one_out", divide_by_std=True))
+    add_group(batcher, 0, (1.0, 0.0))
+    batch = batcher.next(0)
+    assert batch is not None
+    assert [s.advantage for s in batch.sequences] == pytest.approx([2**0.5, -(2**0.5)], rel=1e-5)

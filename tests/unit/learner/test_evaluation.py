@@ -179,7 +179,7 @@ def test_the_audit_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_state_survives_json_and_forgets_incomplete_evaluations() -> None:
-    state = TrainerState(phase="train", step=3, next_group=9, unacked=["x"], audit_bytes=17)
+    state = TrainerState(phase="train", step=3, curriculum={"next_group": 9}, unacked=["x"], audit_bytes=17)
     state.evaluations = {"before": make_evaluation("before", [1.0]), "step-2": Evaluation("step-2", 4)}
     again = TrainerState.from_json(json.loads(json.dumps(state.to_json())))
     assert set(again.evaluations) == {"before"}

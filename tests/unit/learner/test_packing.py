@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.engine import TrainSequence
+from learner.losses.aggregation import token_weights
 from learner.training.packing import MicroBatch, num_trained_tokens, pack
 
 
@@ -51,7 +52,7 @@ SEQUENCE = st.builds(
 def test_every_token_is_predicted_from_its_own_context(
     sequences: list[TrainSequence], max_tokens: int, max_tree_tokens: int
 ) -> None:
-    micros = pack(sequences, max_tokens, max_tree_tokens)
+    micros = pack(sequences, max_tokens, token_weights(sequences, "token"), max_tree_tokens)
     actual = sorted(c for micro in micros for c in contexts(micro))
     expected = sorted(
         (tuple(s.token_ids_T[:t].tolist()), int(s.token_ids_T[t]), float(s.logprobs_T[t]), float(s.advantage))
@@ -71,16 +72,18 @@ def test_every_token_is_predicted_from_its_own_context(
 def test_siblings_share_their_prefix() -> None:
     prompt = list(range(10, 30))
     siblings = [make_sequence(prompt, [1, 2, 3, i]) for i in range(8)]
-    (micro,) = pack(siblings, 2048)
+    (micro,) = pack(siblings, 2048, token_weights(siblings, "token"))
     assert len(micro.token_ids_P) == 20 + 3 + 8
     assert len(micro.index_N) == 32
     assert len(micro.rows_U) == 3 + 8
 
 
 def test_strangers_are_plain_causal_chains() -> None:
-    micros = pack([make_sequence([1], [2, 3]), make_sequence([4], [5])], 2048)
+    strangers = [make_sequence([1], [2, 3]), make_sequence([4], [5])]
+    micros = pack(strangers, 2048, token_weights(strangers, "token"))
     assert [tree.mask_NN for micro in micros for tree in micro.trees] == [None, None]
 
 
 def test_sequences_without_a_trained_token_are_left_out() -> None:
-    assert pack([make_sequence([1, 2], [])], 64) == []
+    without = [make_sequence([1, 2], [])]
+    assert pack(without, 64, token_weights(without, "token")) == []

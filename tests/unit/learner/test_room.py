@@ -12,6 +12,7 @@ import pytest
 from broker.client import LearnerClient
 from broker.process.lifecycle import ErgonError
 from broker.process.settings import RunSection, Settings
+from learner.checkpoint import checkpoint_directories, read_checkpoint
 from learner.engine import TrainEngine
 from learner.room import Room
 
@@ -53,14 +54,12 @@ def test_what_is_done_with_is_acknowledged_before_its_time(room: Room, client: F
     room.state.unacked += ["a1", "a2"]
     room.pump()
     assert client.acked == ["a1", "a2"]
-    checkpoint = room._store.newest()
-    assert checkpoint is not None
-    assert checkpoint.state["unacked"] == ["a1", "a2"]  # complete before the ack, so it names what it contains
+    folder = room.settings.run_dir / "checkpoints"
+    (directory,) = checkpoint_directories(folder)
+    assert read_checkpoint(directory).state["unacked"] == ["a1", "a2"]  # complete before the ack, and names its content
     assert room.state.unacked == []
     room.pump()  # there is room: it only waits
-    newest = room._store.newest()
-    assert newest is not None
-    assert newest.number == checkpoint.number
+    assert checkpoint_directories(folder) == [directory]
 
 
 def test_where_nothing_is_done_with_it_says_so(room: Room, client: FullClient) -> None:
