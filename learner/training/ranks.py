@@ -44,12 +44,14 @@ class Ranks:
         self._line: Any = None
         self._lock = threading.RLock()
         self._closed = threading.Event()
+        self._beats: threading.Thread | None = None
         if self.world_size == 1:
             return
         self._line = dist.new_group(backend="gloo", timeout=self._timeout)
         if self.rank == 0:
             interval_s = min(_MAX_BEAT_S, timeout_s / _BEATS_PER_TIMEOUT)
-            threading.Thread(target=self._beat, args=(interval_s,), name="rank-beat", daemon=True).start()
+            self._beats = threading.Thread(target=self._beat, args=(interval_s,), name="rank-beat", daemon=True)
+            self._beats.start()
 
     # --- rank 0
 
@@ -101,6 +103,9 @@ class Ranks:
     def close(self, destroy: Callable[[], None] = dist.destroy_process_group) -> None:
         """Leave the process group by `destroy`, and take the variables back that were made for it. Idempotent."""
         self._closed.set()
+        if self._beats is not None:  # one that is still in a call when the interpreter ends would abort the process
+            self._beats.join()
+            self._beats = None
         with self._lock:
             if dist.is_initialized():
                 destroy()

@@ -21,6 +21,7 @@ from learner.engine import Aggregation, TokenBatch, TrainingError
 from learner.losses.policy import policy_loss, supervised_loss
 from learner.training.deepspeed_engine import DeepSpeedEngine
 from learner.training.ranks import Ranks
+from learner.training.worker import leave_group
 from tests.integration.learner.samples import engine_settings, mixed_sequences, random_sequences
 
 STAGES = (0, 1, 2, 3)
@@ -148,7 +149,7 @@ def main() -> None:
             results[3]["by_parts"] = published_by_parts(made)
     if ranks.rank == 0:
         torch.save(results, directory / "results.pt")
-    ranks.close()
+    ranks.close(leave_group)
 
 
 if __name__ == "__main__":

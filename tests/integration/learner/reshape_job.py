@@ -14,6 +14,7 @@ import torch
 from learner.losses.policy import supervised_loss
 from learner.training.deepspeed_engine import DeepSpeedEngine
 from learner.training.ranks import Ranks
+from learner.training.worker import leave_group
 from tests.integration.learner.ranks_job import engine, weights_of
 from tests.integration.learner.samples import mixed_sequences, random_sequences
 
@@ -59,7 +60,7 @@ def main() -> None:
                 results[stage] = gone_on(made)
     if ranks.rank == 0:
         torch.save(results, directory / "results.pt")
-    ranks.close()
+    ranks.close(leave_group)
 
 
 if __name__ == "__main__":
