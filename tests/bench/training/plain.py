@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,7 +77,7 @@ class Master:
         return {name: first_gradient(moments[name]) for name in names}
 
 
-class _Plain:
+class _Plain(ABC):
     """A model, its master copy, and micro-batches whose losses are summed up."""
 
     def __init__(self, setup: Setup, attention_name: str) -> None:
@@ -107,9 +108,9 @@ class _Plain:
         """From the optimiser."""
         return self._master.gradient(watched(self._model.config.num_hidden_layers))
 
+    @abstractmethod
     def _losses(self, samples: list[Sample]) -> Iterator[tuple[torch.Tensor, int]]:
         """Each micro-batch's loss and how many token positions it computes."""
-        raise NotImplementedError
 
 
 class PlainPacked(_Plain):

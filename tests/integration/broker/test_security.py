@@ -9,7 +9,6 @@ import select
 import socket
 import subprocess
 import sys
-import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +54,7 @@ from broker.weights.basefile import BaseFile
 from broker.weights.publisher import WeightPublisher
 from broker.weights.subscriber import WeightSubscriber
 from tests.integration.broker.conftest import HEARTBEAT_S, LIVENESS, RUN_ID
+from tests.integration.proxy import Proxy
 from tests.integration.weights.ends import until
 from tests.ports import free_ports
 from tests.unit.broker.samples import make_ticket, make_trajectory
@@ -134,38 +134,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     running.end()
 
 
-class Tap(threading.Thread):
-    """A TCP proxy that keeps every byte it passes on."""
+class Tap(Proxy):
+    """Keeps every byte it passes on."""
 
     def __init__(self, port: int) -> None:
-        super().__init__(daemon=True)
-        self._target, self.seen = port, bytearray()
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
+        super().__init__(port)
+        self.seen = bytearray()
         self.start()
 
-    def run(self) -> None:
-        while True:
-            try:
-                inside, _ = self._server.accept()
-            except OSError:
-                return
-            with contextlib.suppress(OSError):
-                outside = socket.create_connection(("127.0.0.1", self._target))
-                threading.Thread(target=self._pass, args=(inside, outside), daemon=True).start()
-
-    def _pass(self, one: socket.socket, other: socket.socket) -> None:
-        with one, other, contextlib.suppress(OSError):
+    def _pass(self, inside: socket.socket, outside: socket.socket) -> None:
+        with inside, outside, contextlib.suppress(OSError):
             while True:
-                for source in select.select([one, other], [], [])[0]:
+                for source in select.select([inside, outside], [], [])[0]:
                     data = source.recv(1 << 16)
                     if not data:
                         return
                     self.seen += data
-                    (other if source is one else one).sendall(data)
-
-    def close(self) -> None:
-        self._server.close()
+                    (outside if source is inside else inside).sendall(data)
 
 
 async def answer_one(actor: ActorClient) -> str:

@@ -13,6 +13,7 @@ import zmq
 
 from broker.protocol import frames
 from broker.protocol.frames import Message
+from tests.integration.proxy import Proxy
 
 
 @dataclass
@@ -25,14 +26,11 @@ class Cut:
     after: int = 0
 
 
-class Cutter(threading.Thread):
-    """A TCP proxy before a server's port. `arm` says where it stops passing bytes on and calls `kill`."""
+class Cutter(Proxy):
+    """Before a server's port. `arm` says where it stops passing bytes on and calls `kill`."""
 
     def __init__(self, port: int) -> None:
-        super().__init__(daemon=True)
-        self._port = port
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
+        super().__init__(port)
         self._lock = threading.Lock()
         self._cut: Cut | None = None
         self._kill: Callable[[], None] = lambda: None
@@ -45,24 +43,6 @@ class Cutter(threading.Thread):
         with self._lock:
             self._cut, self._kill, self._num_seen = cut, kill, 0
             self.fired.clear()
-
-    def run(self) -> None:
-        while True:
-            try:
-                inside, _ = self._server.accept()
-            except OSError:
-                return
-            try:
-                outside = socket.create_connection(("127.0.0.1", self._port))
-            except OSError:
-                inside.close()
-                continue
-            threading.Thread(target=self._pass, args=(inside, outside), daemon=True).start()
-
-    def close(self) -> None:
-        """Take no further connection."""
-        self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
 
     def _pass(self, inside: socket.socket, outside: socket.socket) -> None:
         tails = {inside: b"", outside: b""}

@@ -303,13 +303,19 @@ def test_what_is_kept_back_is_asked_for_or_said_again(
     assert actor.follow(learner) == old
 
 
-def test_a_push_that_is_kept_back_is_asked_for(
-    learner: Learner, meddler: Meddler, impatient: Callable[[int], Actor]
-) -> None:
+def taking_pushes(learner: Learner, impatient: Callable[[int], Actor]) -> tuple[Actor, PolicyVersion]:
+    """An actor to which the next small delta is pushed, and the version that it holds."""
     actor = impatient(1 << 20)
     old = learner.publish()
     actor.follow(learner)
     threading.Event().wait(2 * HEARTBEAT_S)  # until its WATCH has arrived
+    return actor, old
+
+
+def test_a_push_that_is_kept_back_is_asked_for(
+    learner: Learner, meddler: Meddler, impatient: Callable[[int], Actor]
+) -> None:
+    actor, old = taking_pushes(learner, impatient)
     sent = total("ergon_weights_pushes_sent_total")
     meddler.rule = times(1, "PUSH", keep_back)
     learner.publish(NUM_CHANGES)
@@ -320,10 +326,7 @@ def test_a_push_that_is_kept_back_is_asked_for(
 def test_a_wrong_chunk_of_a_push_is_asked_for(
     learner: Learner, meddler: Meddler, impatient: Callable[[int], Actor]
 ) -> None:
-    actor = impatient(1 << 20)
-    old = learner.publish()
-    actor.follow(learner)
-    threading.Event().wait(2 * HEARTBEAT_S)  # until its WATCH has arrived
+    actor, old = taking_pushes(learner, impatient)
     served = total("ergon_weights_served_chunks_total")
     meddler.rule = times(1, "PUSH", flip)
     learner.publish(NUM_CHANGES)
@@ -335,10 +338,7 @@ def test_a_push_that_is_cut_short_breaks_the_protocol_and_leaves_the_old_version
     learner: Learner, meddler: Meddler, impatient: Callable[[int], Actor]
 ) -> None:
     """TCP and ZeroMQ deliver no such message: whoever sends it is another program."""
-    actor = impatient(1 << 20)
-    old = learner.publish()
-    actor.follow(learner)
-    threading.Event().wait(2 * HEARTBEAT_S)  # until its WATCH has arrived
+    actor, old = taking_pushes(learner, impatient)
     meddler.rule = times(1, "PUSH", cut_short)
     learner.publish(NUM_CHANGES)
     with pytest.raises(ProtocolError, match=r"PUSH: a payload of \d+ bytes; allowed"):

@@ -1,38 +1,24 @@
-"""Deltas: bit-identical whatever the bits and the threads, folded without loss; damage is refused."""
+"""Deltas: bit-identical whatever the bits and the threads, folded without loss."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
 import pytest
-import zstandard
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.protocol import delta_records, deltas
-from broker.protocol.delta_records import BLOCK_BYTES, ELEMENT, HEADER, PASS, Blocks, pack
+from broker.protocol.delta_records import BLOCK_BYTES, ELEMENT, PASS, Blocks, pack
 from broker.protocol.deltas import DeltaEncoder, apply_delta, fold
-from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.hashes import Run
-from broker.protocol.weights import DTYPES, Bytes, TensorSpec, digest, lay_out
+from broker.protocol.weights import DTYPES, Bytes, digest, lay_out
+from tests.unit.weights.delta_samples import NUM_BYTES, SPECS, applied, encode, itemsize_of, read_records
 
-# One tensor for each size of an element, an empty one, and one after which nothing is aligned to a word any more.
-SPECS = lay_out(
-    [
-        ("a", "float64", (9,)),
-        ("b", "float32", (3, 5)),
-        ("c", "bfloat16", (101,)),
-        ("d", "float16", (40, 4)),
-        ("empty", "bfloat16", (0, 7)),
-        ("e", "uint8", (67,)),
-        ("f", "bool", (5,)),
-    ]
-)
-NUM_BYTES = SPECS[-1].offset + SPECS[-1].num_bytes
 # Quiet and signalling NaNs with payloads, infinities, both zeros, the smallest and largest numbers.
 BITS = {
     1: (0x00, 0x01, 0x7F, 0x80, 0xFF),
@@ -40,14 +26,6 @@ BITS = {
     4: (0x00000000, 0x80000000, 0x7FC12345, 0xFF800001, 0x7F800000, 0x00000001, 0xFFFFFFFF),
     8: (0, 1 << 63, 0x7FF8000000001234, 0xFFF0000000000001, 0x7FF0000000000000, 1, (1 << 64) - 1),
 }
-
-
-def read_records(payload: bytes | Bytes, specs: Sequence[TensorSpec]) -> list[delta_records.Record]:
-    return delta_records.read_records(payload, Blocks(specs))
-
-
-def itemsize_of(spec: TensorSpec) -> int:
-    return DTYPES[spec.dtype][1]
 
 
 @st.composite
@@ -67,28 +45,6 @@ def snapshots(draw: st.DrawFn, num: int) -> list[Bytes]:
                 elements[chosen] = rng.integers(0, 256, chosen.size * elements.itemsize, np.uint8).view(elements.dtype)
         versions.append(new)
     return versions
-
-
-def encode(old: Bytes, new: Bytes, specs: Sequence[TensorSpec] = SPECS, run: Run = map) -> Bytes:
-    base, encoder, num_changed = old.copy(), DeltaEncoder(specs, run), 0
-    for spec in specs:
-        part = slice(spec.offset, spec.offset + spec.num_bytes)
-        bits = ELEMENT[itemsize_of(spec)]
-        encoder.add(base[part], new[part])
-        num_changed += int(np.count_nonzero(old[part].view(bits) != new[part].view(bits)))
-    payload = encoder.finish()
-    assert np.array_equal(base, new)
-    assert payload.size == encoder.num_bytes
-    assert encoder.num_changed == num_changed
-    assert (payload.size == 0) == (num_changed == 0)
-    assert not payload.flags.writeable
-    return payload
-
-
-def applied(payload: bytes | Bytes, old: Bytes, specs: Sequence[TensorSpec] = SPECS) -> Bytes:
-    target = old.copy()
-    apply_delta(payload, specs, target)
-    return target
 
 
 @given(snapshots(2))
@@ -304,126 +260,6 @@ def test_a_target_that_is_no_such_snapshot_is_refused() -> None:
     whole.flags.writeable = False
     with pytest.raises(ValueError, match="target"):
         apply_delta(b"", SPECS, whole)
-
-
-OLD = np.random.default_rng(1).integers(0, 256, NUM_BYTES, np.uint8)
-
-
-def _next(fraction: float) -> Bytes:
-    new = OLD.copy()
-    chosen = np.flatnonzero(np.random.default_rng(2).random(NUM_BYTES) < fraction)
-    new[chosen] += 1
-    return new
-
-
-PAYLOADS = [encode(OLD, _next(fraction)).tobytes() for fraction in (0.02, 0.3, 1.0)]
-
-
-def refused_or_valid(damaged: bytes) -> None:
-    """Damage raises ProtocolError and leaves the target, or it is a delta: then it is a harmless one, and folds."""
-    target = OLD.copy()
-    try:
-        num_written = apply_delta(damaged, SPECS, target)
-    except ProtocolError:
-        assert np.array_equal(target, OLD)
-        with pytest.raises(ProtocolError) as raised:
-            fold([PAYLOADS[0], damaged, PAYLOADS[2]], SPECS)
-        assert raised.value.code is ErrorCode.BAD_MESSAGE
-        return
-    assert 0 <= num_written <= NUM_BYTES
-    both = applied(PAYLOADS[0], target)
-    assert np.array_equal(applied(fold([damaged, PAYLOADS[0]], SPECS), OLD), both)
-
-
-@given(st.sampled_from(PAYLOADS), st.data())
-@settings(deadline=None, max_examples=300)
-def test_a_flipped_bit_is_refused_or_is_another_delta(payload: bytes, data: st.DataObject) -> None:
-    damaged = bytearray(payload)
-    for bit in data.draw(st.lists(st.integers(0, 8 * len(payload) - 1), min_size=1, max_size=3)):
-        damaged[bit // 8] ^= 1 << bit % 8
-    refused_or_valid(bytes(damaged))
-
-
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_every_truncation_within_a_record_is_refused(payload: bytes) -> None:
-    ends, end = {0}, 0
-    for record in read_records(payload, SPECS):
-        end += HEADER.size + record.packed.nbytes
-        ends.add(end)
-    for size in range(len(payload)):
-        refused_or_valid(payload[:size])
-        if size not in ends:
-            with pytest.raises(ProtocolError):
-                apply_delta(payload[:size], SPECS, OLD.copy())
-
-
-@given(st.binary(max_size=200))
-@example(HEADER.pack(0, 1, 1, 0))
-@example(bytes(HEADER.size))
-@settings(deadline=None)
-def test_random_bytes_are_refused_or_valid(noise: bytes) -> None:
-    refused_or_valid(noise)
-
-
-def frame(content: bytes) -> bytes:
-    packed: bytes = zstandard.ZstdCompressor().compress(content)
-    return packed
-
-
-def record(block: int, num_values: int, num_gaps: int, packed: bytes) -> bytes:
-    return HEADER.pack(block, num_values, num_gaps, len(packed)) + packed
-
-
-BYTES = 3  # the block of the elements of one byte: 67 and 5 of them
-ONE = record(BYTES, 1, 1, frame(b"\0\0\1"))
-
-
-@pytest.mark.parametrize(
-    ("payload", "words"),
-    [
-        (ONE[:-1], "packed bytes"),
-        (ONE + b"\0", "allowed: 16 and its frame"),
-        (ONE + ONE, "of block 3; allowed: 4 to 3"),
-        (ONE + record(1, 1, 1, frame(bytes(6))), "of block 1; allowed: 4 to 3"),
-        (record(4, 1, 1, frame(b"\0\0\1")), "of block 4; allowed: 1 to 3"),
-        (record(2**32 - 1, 1, 1, frame(b"\0\0\1")), "of block 4294967295"),
-        (record(BYTES, 0, 0, frame(b"")), "0 changed elements; allowed: 1 to 72"),
-        (record(BYTES, 73, 73, frame(bytes(219))), "73 changed elements"),
-        (record(BYTES, 1, 2, frame(bytes(5))), "2 gaps"),
-        (record(BYTES, 2, 1, frame(bytes(4))), "1 gaps"),
-        (record(BYTES, 1, 1, frame(b"\x48\0\1")), "changes element 72; allowed: below 72"),
-        (record(BYTES, 2, 2, frame(b"\x24\x23\0\0\1\1")), "changes element 72"),
-        (record(BYTES, 1, 1, frame(b"\xff\xff\1")), "names no element"),
-        (record(BYTES, 2, 2, frame(b"\xff\0\xff\0\1\1")), "gaps for 1 elements; allowed: 2"),
-        (record(BYTES, 1, 1, b"no frame at all"), "no zstd frame"),
-        (record(BYTES, 1, 1, b""), "no zstd frame"),
-        (record(BYTES, 1, 1, frame(b"\0\0\1") + b"more"), "does not decompress"),
-        (record(BYTES, 1, 1, frame(b"\0\0\1")[:-1]), "does not decompress"),
-        (record(BYTES, 1, 1, frame(bytes(1 << 24))), "a frame of 16777216 bytes; allowed: 3"),
-        (record(BYTES, 1, 1, zstandard.ZstdCompressor(write_content_size=False).compress(b"\0\0\1")), "frame"),
-    ],
-)
-def test_what_is_wrong_is_said_before_anything_is_written(payload: bytes, words: str) -> None:
-    target = OLD.copy()
-    # A good record first: it must not be written either.
-    good = record(0, 1, 1, frame(b"\0\0\2" + bytes(7)))
-    with pytest.raises(ProtocolError, match=words):
-        apply_delta(good + payload, SPECS, target)
-    assert np.array_equal(target, OLD)
-    with pytest.raises(ProtocolError, match=words):
-        fold([good + payload], SPECS)
-
-
-def test_what_a_frame_claims_is_believed_only_up_to_its_tensor() -> None:
-    """A frame that claims 2^40 bytes is refused by its header alone, and one that holds more than it claims by zstd."""
-    huge = b"\x28\xb5\x2f\xfd\xc0\x50" + (1 << 40).to_bytes(8, "little") + b"\x03\0\0"
-    with pytest.raises(ProtocolError, match="a frame of 1099511627776 bytes"):
-        apply_delta(record(BYTES, 1, 1, huge), SPECS, OLD.copy())
-    liar = bytearray(frame(bytes(200)))
-    assert liar[4] == 0x20  # one segment, one byte of size, no checksum
-    liar[5] = 3
-    with pytest.raises(ProtocolError, match="does not decompress"):
-        apply_delta(record(BYTES, 1, 1, bytes(liar)), SPECS, OLD.copy())
 
 
 def test_a_difference_of_nothing_is_harmless_and_folds_away() -> None:
