@@ -25,7 +25,9 @@ UPDATE_PHASES = (
     ("actor", "switched"),
 )
 MAX_DELAY_S = 1.5
-UPDATES_LEFT = 6  # batches before the end at which the last update to kill in begins, at the latest
+# Batches before the end at which the last order to kill in an update is given, at the latest. Up to four, twice as large
+# as the smallest, may be in flight already, and can be trained on before any actor sees another version.
+UPDATES_LEFT = 12
 TICKETS_PER_BATCH = 16
 PAIR_GAP_S = 0.3
 PAIR_SHARE = 0.5
