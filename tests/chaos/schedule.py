@@ -25,8 +25,8 @@ UPDATE_PHASES = (
     ("actor", "switched"),
 )
 MAX_DELAY_S = 1.5
-# Batches before the end at which the last order to kill in an update is given, at the latest. Up to four, twice as large
-# as the smallest, may be in flight already, and can be trained on before any actor sees another version.
+# How many batches are left, at least, when the last order to kill in an update is given. Four of twice the size may be
+# in flight already, and be trained on before any actor sees another version.
 UPDATES_LEFT = 12
 TICKETS_PER_BATCH = 16
 PAIR_GAP_S = 0.3
