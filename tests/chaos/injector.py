@@ -20,7 +20,7 @@ from pathlib import Path
 
 from deploy.local import Child
 from tests.chaos.machine import Clocks, Disk
-from tests.chaos.orders import ITSELF, Order
+from tests.chaos.orders import HOLD, ITSELF, Order
 from tests.chaos.proxy import Link
 from tests.chaos.schedule import Fault
 
@@ -52,6 +52,11 @@ class Injector(threading.Thread):
         self._children, self._links, self._disk, self._clocks, self._log = children, links, disk, clocks, log
         self._run_dir = log.parent
         self._orders: dict[int, Order] = {}  # by the identity of the fault
+        # The work does not end before these are done; a kill in an update needs one that is yet to come.
+        self._num_held = sum(fault.kind != "kill_update" for fault in schedule)
+        self._hold = self._run_dir / HOLD
+        if self._num_held:
+            self._hold.touch()
         self._due: list[tuple[float, int, Callable[[], bool]]] = []
         self._numbers = itertools.count()
         self._ended = threading.Event()
@@ -62,6 +67,7 @@ class Injector(threading.Thread):
         self._ended.set()
         if self.ident is not None:
             self.join()
+        self._hold.unlink(missing_ok=True)
         for child in self._children.values():
             _signal(child, signal.SIGCONT)
         for link in self._links.values():
@@ -109,6 +115,9 @@ class Injector(threading.Thread):
         if not getattr(self, f"_do_{fault.kind}")(fault):
             return False
         self.done.append(fault)
+        self._num_held -= fault.kind != "kill_update"
+        if not self._num_held:
+            self._hold.unlink(missing_ok=True)
         with self._log.open("a") as file:
             at_s = round(time.monotonic() - self._started_at, 2)
             names = ("kind", "place", "seconds", "variant", "pair")

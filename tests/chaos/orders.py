@@ -1,4 +1,5 @@
 """Orders to kill a process in a phase of an update: placed by the injector, carried out by whoever reaches the phase.
+And the order to the learner to wait with its last batch, while `HOLD` is in the run's folder.
 
 One file for each process that can reach a phase. It is gone once it was carried out. A process that is ordered to kill
 itself dies by SIGKILL, at exactly that line of its work. Knows no fault and no schedule.
@@ -12,6 +13,7 @@ import signal
 from pathlib import Path
 
 DIRECTORY = "orders"
+HOLD = "hold"
 ITSELF = 0  # as a pid
 
 

@@ -32,7 +32,7 @@ from learner.checkpoint import CheckpointStore
 from learner.curriculum import Curriculum, IssueLog
 from learner.state import TrainerState
 from tests.chaos import script
-from tests.chaos.orders import reach
+from tests.chaos.orders import HOLD, reach
 from tests.chaos.scripted_actor import report_violation
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,8 @@ class ScriptedLearner:
             if batch is None:
                 self._receive()
                 continue
+            if not self._may_train(batch):
+                break
             self._train(batch)
             if state.step % self._settings.learner.checkpoint_every == 0:
                 self._checkpoint_and_ack()
@@ -156,6 +158,15 @@ class ScriptedLearner:
             report_violation(self._settings.run_dir, f"the tokens of {item.ticket.ticket_id} are not the episode's")
         elif not self._batcher.add(item):
             report_violation(self._settings.run_dir, f"{item.ticket.ticket_id} was delivered twice to one learner")
+
+    def _may_train(self, batch: Batch) -> bool:
+        """Wait with the last batch until the injector has had its faults; whether to go on."""
+        if self._state.num_consumed + len(batch.ids) < self._num_tickets:
+            return True
+        hold = self._settings.run_dir / HOLD
+        while hold.exists() and not self._stop.wait(STEP_S):
+            pass
+        return not self._stop.is_set()
 
     def _train(self, batch: Batch) -> None:
         state = self._state
