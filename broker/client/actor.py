@@ -314,6 +314,8 @@ class ActorClient:
             results = parse_body(message, Durable).results
             with self._connection.lock:
                 self._parcels.answered(ticket_id for ticket_id, _ in results)
+                for message in self._parcels.take():  # what had no room before
+                    self._send(message)
             self._post(self._settle_all, results)
         elif message.command == Released.COMMAND:
             released = parse_body(message, Released)

@@ -1,19 +1,22 @@
 """The results that an actor has finished and the broker has not yet answered, and the messages that carry them.
 
 Small results that are handed in together travel together; a large one is offered first and travels alone. Owns which
-results wait for an answer; never sends, never waits, never looks at a ticket's state. Not thread-safe: whoever owns it
-guards it.
+results wait for an answer, and how many bytes of them may be on their way; never sends, never waits, never looks at a
+ticket's state. Not thread-safe: whoever owns it guards it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from broker.protocol.codec import pack_trajectories
 from broker.protocol.commands import MAX_ITEMS, OFFER_BYTES, PARCEL_BYTES, Offer
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import Trajectory
+
+# What a broker has not answered it may have to hold. Beyond this, results wait here and travel in fuller parcels.
+WINDOW_BYTES: Final = 2 * PARCEL_BYTES
 
 
 class _Result(NamedTuple):
@@ -22,6 +25,11 @@ class _Result(NamedTuple):
     trajectory: Trajectory
     array_bytes: int
     body_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Heads count like arrays, so that a parcel keeps the bound of an envelope too."""
+        return self.array_bytes + self.body_bytes
 
     @property
     def large(self) -> bool:
@@ -35,6 +43,8 @@ class Parcels:
     def __init__(self) -> None:
         self._results: dict[str, _Result] = {}
         self._fresh: dict[str, None] = {}  # ids that are in no message yet, in order
+        self._on_the_way: dict[str, int] = {}  # bytes of those that were sent without being asked for
+        self._num_bytes = 0  # of them all
         # Ids of the parcels of several that are on their way, by the first one, which an ERROR names.
         self._sent: dict[str, tuple[str, ...]] = {}
 
@@ -51,17 +61,41 @@ class Parcels:
     def discard(self, ticket_id: str) -> None:
         """Nobody waits for the answer any more, or it has come."""
         self._results.pop(ticket_id, None)
+        self._num_bytes -= self._on_the_way.pop(ticket_id, 0)
 
     def take(self) -> list[Message]:
-        """The messages that carry what was added since."""
-        fresh, self._fresh = self._fresh, {}
-        return self._pack(ticket_id for ticket_id in fresh if ticket_id in self._results)
+        """The messages that carry what was added since and what had no room; what has none now waits for the next
+        call, which is due after `answered`."""
+        messages: list[Message] = []
+        parcel: list[str] = []
+        room = PARCEL_BYTES
+        for ticket_id in list(self._fresh):
+            result = self._results.get(ticket_id)
+            if result is None:
+                del self._fresh[ticket_id]
+            elif result.large:
+                del self._fresh[ticket_id]
+                messages.append(Offer(ticket_id=ticket_id, num_bytes=result.array_bytes).pack())
+            elif self._num_bytes < WINDOW_BYTES:
+                del self._fresh[ticket_id]
+                if parcel and (len(parcel) == MAX_ITEMS or result.num_bytes > room):
+                    messages.append(self._parcel(parcel))
+                    parcel, room = [], PARCEL_BYTES
+                parcel.append(ticket_id)
+                room -= result.num_bytes
+                self._on_the_way[ticket_id] = result.num_bytes
+                self._num_bytes += result.num_bytes
+        if parcel:
+            messages.append(self._parcel(parcel))
+        return messages
 
     def again(self) -> list[Message]:
-        """The messages of a new connection: all that is unanswered."""
-        self._fresh.clear()
+        """The messages of a new connection: what is unanswered, as far as there is room."""
+        self._fresh = dict.fromkeys(self._results)
         self._sent.clear()
-        return self._pack(self._results)
+        self._on_the_way.clear()
+        self._num_bytes = 0
+        return self.take()
 
     def cleared(self, ticket_id: str) -> Message:
         """The answer to a CLEAR: the large result, or the OFFER of nothing where it is not to be sent any more."""
@@ -83,26 +117,6 @@ class Parcels:
         if ids is None:
             return None
         return [self._parcel((ticket_id,)) for ticket_id in dict.fromkeys(ids) if ticket_id in self._results]
-
-    def _pack(self, ticket_ids: Iterable[str]) -> list[Message]:
-        """In their order. Heads count like arrays, so that a parcel keeps the bound of an envelope too."""
-        messages: list[Message] = []
-        parcel: list[str] = []
-        room = PARCEL_BYTES
-        for ticket_id in ticket_ids:
-            result = self._results[ticket_id]
-            if result.large:
-                messages.append(Offer(ticket_id=ticket_id, num_bytes=result.array_bytes).pack())
-                continue
-            num_bytes = result.array_bytes + result.body_bytes
-            if parcel and (len(parcel) == MAX_ITEMS or num_bytes > room):
-                messages.append(self._parcel(parcel))
-                parcel, room = [], PARCEL_BYTES
-            parcel.append(ticket_id)
-            room -= num_bytes
-        if parcel:
-            messages.append(self._parcel(parcel))
-        return messages
 
     def _parcel(self, ticket_ids: Iterable[str]) -> Message:
         ids = tuple(ticket_ids)

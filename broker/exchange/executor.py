@@ -47,6 +47,7 @@ from broker.store.journal import Journal, StoreFullError
 log = logging.getLogger(__name__)
 
 ROUND_BYTES = 64 << 20  # gathered at most while another round is written
+FRESH_SHARE = 2  # of what may be on its way to the learner: as much may wait for it in memory
 GRACE_HEARTBEATS = 2  # after a restart, for actors to name the leases they still hold
 
 
@@ -60,7 +61,7 @@ class Executor:
         self._written: Round | None = None  # being made durable
         self._durable: list[Round] = []  # to be told
         self._started_at = 0.0
-        self.fresh = FreshParcels()
+        self.fresh = FreshParcels((settings.max_inflight_mb << 20) // FRESH_SHARE)
         self.drift = DriftMonitor()
         self.totals: Counter[str] = Counter()
         self.ledger = self._restore()

@@ -7,11 +7,9 @@ and whatever is not here is read from the store.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from broker.protocol.frames import Message
-
-MAX_BYTES: Final = 64 << 20
 
 
 class Fresh(NamedTuple):
@@ -27,7 +25,7 @@ class FreshParcels:
     """TRAJECTORY messages by their number in the store. Results go out in the order of their arrival, so the oldest are
     kept."""
 
-    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, max_bytes: int) -> None:
         self._max_bytes, self._num_bytes = max_bytes, 0
         self._parcels: dict[int, Fresh] = {}
 

@@ -28,7 +28,7 @@ from broker.protocol.frames import DEFAULT_LIMITS, Message, encode
 log = logging.getLogger(__name__)
 
 SEND_HWM = 8192  # messages queued for one peer; twice the largest credit window
-RECEIVE_HWM = 16  # messages read ahead from one peer, of 1 MiB each: back-pressure reaches its socket soon
+RECEIVE_HWM = 2  # messages read ahead from one peer, of 1 MiB each: back-pressure reaches its socket soon
 BEAT_SHARE = 0.1  # of a heartbeat, between looks at all peers: thousands of them are not looked at in every round
 ADMITTED = frozenset({Identity.ACTOR, Identity.LEARNER, Identity.OPERATOR})
 _LAST, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -102,6 +102,11 @@ class Peers:
     def learner(self) -> Peer | None:
         """The connected learner."""
         return self._learner
+
+    def leads(self, routing: bytes) -> bool:
+        """Whether what this peer says goes before what actors say."""
+        peer = self._by_routing.get(routing)
+        return peer is not None and peer.role is not Role.ACTOR
 
     def count_by_role(self) -> Counter[Role]:
         """Connected peers by role."""

@@ -27,12 +27,14 @@ from broker.exchange.delivery import Delivery
 from broker.exchange.dispatch import Request
 from broker.exchange.executor import Executor
 from broker.exchange.inspection import inspect, stored_bytes
+from broker.exchange.intake import Intake
 from broker.exchange.peers import Peers
 from broker.exchange.reception import Reception
 from broker.exchange.storewatch import StoreWatch
 from broker.ledger.events import Tick
 from broker.process.keys import Identity
 from broker.process.lifecycle import install_stop, raise_file_limit
+from broker.process.memory import keep_freed_memory
 from broker.process.metrics import Health, start_metrics
 from broker.process.security import load_security
 from broker.process.settings import Settings
@@ -42,9 +44,10 @@ from broker.store.journal import SYNC_INTERVAL_S, Journal, StoreFullError
 
 log = logging.getLogger(__name__)
 
-ROUND_MESSAGES = 4  # few: a commit begins soon after a pause, and what comes meanwhile is gathered for the next one
+ROUND_MESSAGES = 8  # few: a commit begins soon after a pause, and what comes meanwhile is gathered for the next one
 ROUND_BYTES = 1 << 20
 VIEWED_BYTES = 16_384  # frames of this size are not copied on their way in
+INTAKE_SHARE = 2  # of `max_inflight_mb`: as much may have arrived and wait to be looked at
 POLL_MAX_S = 0.25
 SIZE_S = 10.0  # between looks at all files of the store
 SWITCH_S = 0.0002  # until the thread of the commits gets its turn to say that one has ended
@@ -79,6 +82,7 @@ class Server:
         self._reception = Reception(
             settings, limits, self._journal, self._peers, self._executor, self._watch, self._report
         )
+        self._intake = Intake(self._peers.receive, self._peers.leads, (broker.max_inflight_mb << 20) // INTAKE_SHARE)
         self._delivery = Delivery(self._journal, self._peers, self._executor, broker.max_inflight_mb << 20)
         self._synced_at = self._sized_at = float("-inf")
         self._stored_bytes = 0
@@ -96,7 +100,8 @@ class Server:
         poller.register(self._executor.committer.descriptor, zmq.POLLIN)
         pause_s = min(POLL_MAX_S, self._broker.heartbeat_s / 2, self._broker.lease_s / 2)
         while not stop.is_set():
-            poller.poll(int((BLOCKED_PAUSE_S if self._delivery.blocked() else pause_s) * 1000) + 1)
+            wait_s = BLOCKED_PAUSE_S if self._delivery.blocked() else pause_s
+            poller.poll(0 if self._intake else int(wait_s * 1000) + 1)
             self.round()
 
     def round(self) -> None:
@@ -124,16 +129,13 @@ class Server:
 
     def _receive(self) -> None:
         num_bytes = 0
-        for _ in range(ROUND_MESSAGES):
-            if not (parts := self._peers.receive()):
-                break
+        self._intake.fill()
+        for parts in self._intake.take(ROUND_MESSAGES, ROUND_BYTES):
             # A copy of a small frame costs less than a view of it.
             raw = [part.bytes if len(part) < VIEWED_BYTES else part for part in parts[1:]]
             frames = [part if isinstance(part, bytes) else part.buffer for part in raw]
             self._reception.take(parts[0].bytes, frames, parts[0], tuple(raw[2:]))
             num_bytes += sum(map(len, frames))
-            if num_bytes >= ROUND_BYTES:
-                break
         metrics.tally.add(metrics.received_bytes, num_bytes)
 
     def _send(self, routing: bytes, message: Message) -> bool:
@@ -213,6 +215,7 @@ def serve(settings: Settings) -> None:
     """Run the experience broker until SIGTERM. Raises ErgonError where a port or the store is taken."""
     stop = install_stop()
     raise_file_limit()
+    keep_freed_memory()
     sys.setswitchinterval(SWITCH_S)
     gc.set_threshold(GC_ALLOCATIONS, 10, 10)
     server = Server(settings)

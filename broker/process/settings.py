@@ -138,8 +138,8 @@ class BrokerSection(Section):
     drift_alarm: float = Field(default=0.2, gt=0, le=1)
     """Kolmogorov-Smirnov distance (0 to 1) of the durations or difficulties of what was trained on from those of what
     was run, in any environment, from which `ergon_broker_drift_alarm` is 1."""
-    blob_bytes: int = Field(default=1_048_576, ge=0)
-    """A message of trajectories whose arrays are larger has them in a file beside the broker's data file, not in it."""
+    blob_bytes: int = Field(default=65_536, ge=0)
+    """A message of trajectories whose arrays are larger has them beside the broker's data file, not in it."""
     keep_ended: int = Field(default=1_000_000, ge=0)
     """Ended tickets remembered, the newest ones, at about 150 bytes each; an id that is older may be issued anew."""
     max_inflight_mb: int = Field(default=512, ge=1)

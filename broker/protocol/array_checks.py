@@ -20,6 +20,7 @@ ARRAY_NAMES: Final = ("token_ids", "loss_mask", "logprobs")
 ARRAY_DTYPES: Final = (np.dtype("<i4"), np.dtype("|b1"), np.dtype("<f4"))
 MAX_LOGPROB: Final = 1e-3  # rounding may lift a certain token's log-prob a little above 0
 LOWEST_LOGPROB: Final = float(np.finfo(np.float32).min)
+SHORT_TOKENS: Final = 4096  # segments shorter than this on average are counted together
 BLOCK_TOKENS: Final = 1 << 18  # checked at once, so that a large trajectory is not copied in the checking
 
 # The methods of an array that do the same take as long again to get there.
@@ -58,7 +59,7 @@ def check_arrays(
 
 def _count_sampled(mask_bytes_N: npt.NDArray[np.uint8], starts: list[int]) -> list[int]:
     """Sampled tokens by segment."""
-    if mask_bytes_N.size <= BLOCK_TOKENS:  # many short segments at once; but it makes a copy of eight times the mask
+    if mask_bytes_N.size < SHORT_TOKENS * len(starts):  # but it makes a copy of eight times the mask
         counts: list[int] = np.add.reduceat(mask_bytes_N, starts, dtype=np.int64).tolist()
         return counts
     return [int(np.count_nonzero(part)) for part in np.split(mask_bytes_N, starts[1:])]

@@ -23,7 +23,7 @@ from broker.store.datafile import DAMAGE, FILE_NAME, LIB_VERSION, check, make, r
 
 log = logging.getLogger(__name__)
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 LOCK_NAME: Final = "lock"
 MAP_BYTES: Final = 256 << 30  # of addresses: neither memory nor disk is reserved
 COMPACT_BYTES: Final = 64 << 20  # a smaller file is not worth rewriting at the start

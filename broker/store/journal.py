@@ -68,7 +68,7 @@ class Journal:
         run_id: str,
         fsync: Literal["always", "interval"] = "always",
         max_bytes: int | None = None,
-        blob_bytes: int = 1 << 20,
+        blob_bytes: int = 64 << 10,
         keep_ended: int = 1_000_000,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ class Journal:
         try:
             self._parcels = Parcels(self._db, directory / "blobs", self._always, blob_bytes)
             self._reload()
-            self._parcels.collect_orphans()
+            self._parcels.open_blobs()
             self._room = Room(directory, self._db)
         except BaseException:
             self._db.close()
@@ -99,8 +99,8 @@ class Journal:
 
     @property
     def free_bytes(self) -> int:
-        """Room that is left, on the disk and within the data file."""
-        return self._room.free_bytes
+        """Room that is left: on the disk, and within the files of the store."""
+        return self._room.free_bytes + self._parcels.free_blob_bytes
 
     def _reload(self) -> None:
         """Take over what is committed."""

@@ -8,7 +8,6 @@ journal does, and says here what became of it.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import xxhash
 from broker.ledger.events import JournalResults, TakenRow
 from broker.process.lifecycle import ErgonError
 from broker.protocol.frames import PREAMBLE, Frame, Message, decode
-from broker.store.blobs import BlobStore, DamagedError
+from broker.store.blobs import Blob, BlobStore, DamagedError
 from broker.store.database import Database
 from broker.store.rows import ParcelHead, decode_head, encode, number, pack_key
 
@@ -43,7 +42,7 @@ class Place(msgspec.Struct, frozen=True, gc=False):
 @dataclass(slots=True)
 class _Parcel:
     source: str
-    blob: str | None
+    blob: Blob | None
     num_live: int
 
 
@@ -58,8 +57,7 @@ class Parcels:
         self._blobs = BlobStore(directory, durable)
         self._parcels: dict[int, _Parcel] = {}
         self._places: dict[str, Place] = {}
-        self._names: Counter[str] = Counter()  # how many parcels name a blob
-        self._garbage: set[str] = set()  # blobs whose last row was deleted
+        self._garbage: set[Blob] = set()  # blobs whose rows were deleted
         self._orphans: list[int] = []  # rows found of which no result is wanted
         self.last = 0
         """The number of the newest parcel."""
@@ -75,7 +73,6 @@ class Parcels:
         result of a live ticket."""
         self._parcels.clear()
         self._places.clear()
-        self._names.clear()
         self._orphans.clear()
         self.last = last
         for parcel, head, rows in self._scan(counts):
@@ -83,15 +80,13 @@ class Parcels:
                 self._orphans.append(parcel)
                 continue
             self._parcels[parcel] = _Parcel(head.source, head.blob, len(rows))
-            if head.blob is not None:
-                self._names[head.blob] += 1
             for row in rows:
                 self._places[row.ticket_id] = Place(parcel, row.index)
 
-    def collect_orphans(self) -> None:
-        """At the start: delete the files that crashes have left."""
-        if num := self._blobs.collect(self._named):
-            log.info("Files of no result deleted. num=%d directory=%s", num, self._directory)
+    def open_blobs(self) -> None:
+        """At the start: what no row names is room for others, whatever a crash has left there."""
+        if num := self._blobs.restore(self._wanted()):
+            log.info("Files of no result found. num=%d directory=%s", num, self._directory)
 
     def taken(self, counts: Counts) -> dict[int, tuple[int, str]]:
         """The results: result_seq and source by the seq of the ticket."""
@@ -140,8 +135,6 @@ class Parcels:
         value = b"".join((digest.digest(), *parts))
         self._db.write.put(pack_key(parcel), value, append=True, db=self._db.tables.parcels)
         self._parcels[parcel] = _Parcel(action.source, blob, len(action.rows))
-        if blob is not None:
-            self._names[blob] += 1
         for index, _, _, ticket_id in action.rows:
             self._places[ticket_id] = Place(parcel, index)
 
@@ -156,7 +149,6 @@ class Parcels:
             del self._parcels[place.parcel]
             self._db.write.delete(pack_key(place.parcel), db=self._db.tables.parcels)
             if parcel.blob is not None:
-                self._names[parcel.blob] -= 1
                 self._garbage.add(parcel.blob)
         return parcel.source
 
@@ -200,33 +192,37 @@ class Parcels:
         self._orphans.clear()
 
     def settle(self) -> None:
-        """Before the commit: the blobs under their names, durable if the store is; from any thread. Raises OSError."""
+        """Before the commit: the blobs are written, durable if the store is; from any thread. Raises OSError."""
         self._blobs.settle()
 
     def committed(self) -> None:
-        """The rows are there; the blobs that they name stay."""
-        self._blobs.keep()
+        """The rows are there."""
         self.tried_bytes = self.tried_row_bytes = self.tried_blob_bytes = 0
 
     def rolled_back(self) -> None:
-        """After `reload`: the rows are as they were at the last commit; so are the blobs."""
-        self._blobs.discard(lambda name: name in self._garbage or self._named(name))
-        self._garbage = {name for name in self._garbage if not self._named(name)}
-        self.tried_bytes = self.tried_row_bytes = self.tried_blob_bytes = 0
+        """After `reload`: the rows are as they were at the last commit; so are the blobs. The disk, which is full, gets
+        back what is empty."""
+        self._garbage -= set(self._wanted())
+        self._blobs.restore([*self._wanted(), *self._garbage])
+        self._blobs.give_back()
+        self.committed()
 
     def collect(self) -> None:
-        """Delete the blobs whose rows are gone, once that is durable."""
-        if self._garbage:
-            self._blobs.remove([name for name in self._garbage if not self._named(name)])
-            self._garbage.clear()
+        """The places of blobs whose rows are gone, once that is durable, are free."""
+        self._blobs.remove(self._garbage)
+        self._garbage.clear()
 
     def sync(self) -> None:
         """Make durable the blobs that were settled without being so."""
         self._blobs.sync()
 
-    def _named(self, blob: str) -> bool:
-        """Whether a parcel names this blob."""
-        return self._names[blob] > 0
+    @property
+    def free_blob_bytes(self) -> int:
+        """Room for blobs that is taken from the disk already."""
+        return self._blobs.free_bytes
+
+    def _wanted(self) -> list[Blob]:
+        return [parcel.blob for parcel in self._parcels.values() if parcel.blob is not None]
 
 
 def _head(row: memoryview) -> ParcelHead:

@@ -24,6 +24,7 @@ import msgspec
 from broker.ledger.events import TakenRow
 from broker.protocol.commands import TicketState
 from broker.protocol.trajectory import Ticket
+from broker.store.blobs import Blob
 
 COUNTERS_KEY: Final = b"counters"
 # By their number in a row; a new one goes to the end.
@@ -75,7 +76,7 @@ class ParcelHead(msgspec.Struct, frozen=True, array_like=True):
     source: str
     rows: tuple[TakenRow, ...]
     sizes: tuple[int, ...]
-    blob: str | None
+    blob: Blob | None
 
 
 decode_ticket: Final = msgspec.msgpack.Decoder(Ticket).decode

@@ -19,6 +19,7 @@ from broker.client import ActorClient, LearnerClient
 from broker.protocol.commands import TicketState
 from broker.protocol.frames import Message, encode
 from broker.protocol.trajectory import Segment, Ticket, Trajectory, VersionRun
+from broker.store.segments import ALIGNMENT
 from tests.integration.broker.conftest import RUN_ID, BrokerProcess
 from tests.integration.broker.test_broker_process import Actors, ask_raw, receive
 from tests.unit.broker.samples import make_ticket, make_trajectory
@@ -96,7 +97,6 @@ async def test_a_trajectory_of_157_mb_is_never_held_twice(tmp_path: Path) -> Non
         growth_mb = memory_mb(broker.process.pid, "VmHWM") - before_mb
         print(f"peak memory of the broker grew by {growth_mb:.0f} MiB for a trajectory of {num_bytes >> 20} MiB")
         assert growth_mb < 1.3 * num_bytes / 2**20
-        assert list((tmp_path / RUN_ID / "broker" / "blobs").glob("?/*")) == []
         await actor.close()
         learner.close()
 
@@ -154,11 +154,8 @@ def test_a_damaged_result_is_sampled_again_and_never_delivered(tmp_path: Path) -
         wait_for(lambda: actors.statuses["accepted"] == len(ids), "six results")
         actors.finish()
         broker.kill()
-        blobs = sorted((tmp_path / RUN_ID / "broker" / "blobs").glob("?/*"))
-        assert len(blobs) == 1  # all six have the same arrays
-        data = bytearray(blobs[0].read_bytes())
-        data[len(data) // 2] ^= 1
-        blobs[0].write_bytes(data)
+        (segment,) = (tmp_path / RUN_ID / "broker" / "blobs").iterdir()
+        segment.write_bytes(bytes(byte ^ 1 for byte in segment.read_bytes()[: 6 * ALIGNMENT]))
         broker.start()
         learner = broker.learner(window=4)
         learner.resume([])

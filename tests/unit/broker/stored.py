@@ -12,7 +12,9 @@ from broker.protocol.codec import pack_trajectories
 from broker.protocol.commands import TicketState
 from broker.protocol.frames import Message, encode
 from broker.protocol.trajectory import Mode, Segment, Trajectory, VersionRun
+from broker.store.blobs import Blob
 from broker.store.journal import Journal
+from broker.store.parcels import _head
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
 
@@ -80,9 +82,15 @@ def same(loaded: Message | None, stored: Message) -> bool:
     )
 
 
-def blobs(directory: Path) -> list[Path]:
-    """The files beside the data file."""
-    return sorted(path for path in (directory / "blobs").glob("*/*") if path.is_file())
+def stored_blobs(journal: Journal) -> list[Blob]:
+    """Those that rows of the store name, by parcel."""
+    heads = [_head(memoryview(row)) for _, row in dict(rows(journal))["parcels"]]
+    return [head.blob for head in heads if head.blob is not None]
+
+
+def segment(directory: Path, blob: Blob) -> Path:
+    """The file that a blob lies in."""
+    return directory / "blobs" / f"{blob.extent.segment:08d}.segment"
 
 
 def rows(journal: Journal) -> Iterator[tuple[str, list[tuple[bytes, bytes]]]]:

@@ -17,7 +17,7 @@ def size(message: Message) -> int:
 
 
 def test_a_parcel_is_there_until_it_is_discarded() -> None:
-    fresh = FreshParcels()
+    fresh = FreshParcels(1 << 20)
     fresh.add(7, parcel("a", "b"), 2, ("a", "b"))
     found = fresh.get(7)
     assert found is not None

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from broker.client.parcels import Parcels
+from broker.client.parcels import WINDOW_BYTES, Parcels
 from broker.protocol.codec import array_bytes, unpack_trajectories
 from broker.protocol.commands import MAX_ITEMS, OFFER_BYTES, PARCEL_BYTES, Offer, parse_body
 from broker.protocol.errors import ProtocolError
@@ -81,6 +81,36 @@ def test_heads_count_so_that_no_envelope_grows_too_large() -> None:
         head = msgspec.structs.replace(trajectory.head, integrity=findings)
         parcels.add(dataclasses.replace(trajectory, head=head))
     assert ids(parcels.take()) == [["a1"], ["a2"], ["a3"]]
+
+
+def test_what_is_unanswered_is_bounded_in_bytes_and_the_rest_travels_fuller() -> None:
+    size = PARCEL_BYTES // 4 // TOKEN_BYTES
+    names = [f"t{number}" for number in range(20)]
+    parcels, sent = filled(*(make(name, size) for name in names)), list[str]()
+    waiting: list[str] = []
+    while messages := ids(parcels.take()):
+        for tickets in messages:
+            sent += tickets
+            waiting += tickets
+        assert array_bytes(make("t", size)) * len(waiting) <= WINDOW_BYTES + PARCEL_BYTES
+        parcels.add(make(f"late{len(sent)}", 4)) if len(sent) < 20 else None
+        parcels.answered(waiting[:3])
+        del waiting[:3]
+    assert [name for name in sent if name.startswith("t")] == names
+    assert len(sent) == len(set(sent)) == 20 + sum(name.startswith("late") for name in sent)
+    for name in waiting:
+        parcels.discard(name)  # given up is not on its way either
+    parcels.add(make("last", size))
+    assert ids(parcels.take()) == [["last"]]
+
+
+def test_a_new_connection_begins_with_the_whole_window() -> None:
+    size = PARCEL_BYTES // 2 // TOKEN_BYTES
+    parcels = filled(*(make(f"t{number}", size) for number in range(9)))
+    first = ids(parcels.take())
+    assert ids(parcels.again()) == first
+    assert 0 < sum(map(len, first)) < 9
+    assert parcels.take() == []
 
 
 def test_a_clearance_for_what_is_not_wanted_any_more_is_handed_back() -> None:
