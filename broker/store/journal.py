@@ -250,6 +250,7 @@ class Journal:
 
     def probe(self) -> None:
         """Raise StoreFullError unless the store takes writes again, as large ones as those that it refused last."""
+        self._parcels.give_back()
         try:
             self._room.regain(self._refused)
         except OSError as error:  # whatever is left of the reserve stays with the acks

@@ -200,12 +200,14 @@ class Parcels:
         self.tried_bytes = self.tried_row_bytes = self.tried_blob_bytes = 0
 
     def rolled_back(self) -> None:
-        """After `reload`: the rows are as they were at the last commit; so are the blobs. The disk, which is full, gets
-        back what is empty."""
+        """After `reload`: the rows are as they were at the last commit; so are the blobs."""
         self._garbage -= set(self._wanted())
         self._blobs.restore([*self._wanted(), *self._garbage])
-        self._blobs.give_back()
         self.committed()
+
+    def give_back(self) -> None:
+        """The disk is full: return what is empty."""
+        self._blobs.give_back()
 
     def collect(self) -> None:
         """The places of blobs whose rows are gone, once that is durable, are free."""

@@ -180,6 +180,7 @@ class Segments:
 
     def give_back(self) -> None:
         """Delete what is empty: the disk is full."""
+        self._leave_current()
         free, self._free = self._free, []
         for segment in free:
             self._delete(segment)
