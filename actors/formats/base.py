@@ -97,15 +97,14 @@ class Format(ABC):
 def split_thinking(text: str) -> tuple[str | None, str]:
     """The thinking that a turn begins with, without its tags, and the rest; (None, thinking) where it has no end.
 
-    Line ends at the borders of both belong to neither. The opening tag may be missing: the prompt may have brought it.
+    Line ends at the borders of both belong to neither. Where the prompt opened the thinking, hand its tag in with the
+    text: a closing tag alone may as well be part of an answer.
     """
+    if not text.lstrip().startswith(THINK):
+        return "", text
     head, end, tail = text.partition(END_THINK)
-    before, begin, thinking = head.partition(THINK)
-    if end and not begin:
-        return head.strip("\n"), tail.lstrip("\n")
-    if begin and not before.strip():
-        return (thinking.strip("\n"), tail.lstrip("\n")) if end else (None, thinking.strip("\n"))
-    return "", text
+    thinking = head.partition(THINK)[2].strip("\n")
+    return (thinking, tail.lstrip("\n")) if end else (None, thinking)
 
 
 def _same(read: Action, action: Action) -> bool:
