@@ -68,24 +68,23 @@ CORPUS = [
 def tokenizer_json(name: str) -> str:
     """A small byte-level BPE that cuts text as the format's models do and has their tokens."""
     bpe = Tokenizer(models.BPE(ignore_merges=name == "llama3"))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    adapt(bpe, name)
+    return str(bpe.to_str())
+
+
+def adapt(bpe: Tokenizer, name: str) -> None:
+    """Have a tokenizer cut text as the format's models do, and give it their tokens."""
     if name in SPLITS:
         split = pre_tokenizers.Split(Regex(SPLITS[name]), "isolated")
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bpe.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    else:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     if name == "qwen3":
         bpe.normalizer = normalizers.NFC()
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
-    add_tokens(bpe, name)
-    return str(bpe.to_str())
-
-
-def add_tokens(bpe: Tokenizer, name: str) -> None:
-    """Give a tokenizer the tokens of a format."""
     for token, special in TOKENS[name].items():
         bpe.add_tokens([AddedToken(token, special=special, normalized=False)])
         if special:
