@@ -29,16 +29,12 @@ class Record:
     runs: list[VersionRun] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     ended: list[Segment] = field(default_factory=list)
+    num_sampled: int = 0
     num_turns: int = 0
     num_tool_calls: int = 0
     num_malformed: int = 0
     model_s: float = 0.0
     tool_s: float = 0.0
-
-    @property
-    def num_sampled(self) -> int:
-        """Tokens that the policy sampled, over all segments."""
-        return sum(segment.num_sampled for segment in self.ended) + sum(run.num_tokens for run in self.runs)
 
     def begin(self, ids: Sequence[int], messages: Sequence[Message]) -> None:
         """Begin a segment: a conversation of its own. One in which nothing was sampled yet is not kept."""
@@ -60,6 +56,7 @@ class Record:
         self.ids += ids
         self.mask += [True] * len(ids)
         self.logprobs += sample.logprobs_N.tolist()
+        self.num_sampled += len(ids)
         for run in sample.version_runs:
             if self.runs and self.runs[-1][:2] == run[:2]:
                 run = run._replace(num_tokens=run.num_tokens + self.runs.pop().num_tokens)

@@ -19,7 +19,7 @@ import numpy as np
 from actors.engine import Engine, EngineDeadError, Sample
 from actors.record import Record
 from actors.renderer import REFERENCE_VERSION, Renderer
-from broker.protocol.trajectory import Mode, Outcome, Ticket, Trajectory, TrajectoryHead, VersionRun
+from broker.protocol.trajectory import MAX_SEGMENTS, Mode, Outcome, Ticket, Trajectory, TrajectoryHead, VersionRun
 from envs.interface import (
     Action,
     Environment,
@@ -154,7 +154,8 @@ class _Rollout:
     def _take(self, observation: Observation) -> bool:
         """Append what answers a turn, or begin the segment that follows an edit of the history.
 
-        False where no turn would fit after it: then nothing is taken, and the tokens so far stand as they are.
+        False where no turn would fit after it, or there are as many segments as a trajectory may have: then nothing is
+        taken, and the tokens so far stand as they are.
         """
         record, messages = self.record, observation.messages
         if record.num_sampled >= self._ticket.sampling.max_episode_tokens:
@@ -167,7 +168,7 @@ class _Rollout:
             return True
         messages = (*observation.history, *messages)
         opening = self._renderer.open(messages, self._environment.tools)
-        if len(opening) >= self._max_model_len:
+        if len(opening) >= self._max_model_len or len(record.ended) + 1 >= MAX_SEGMENTS:
             return False
         record.begin(opening, messages)
         return True

@@ -11,7 +11,7 @@ from actors.engine import Sample
 from actors.record import Record
 from actors.rollout import run_episode
 from broker.protocol.codec import pack_trajectories
-from broker.protocol.trajectory import Mode, Outcome, Ticket, Trajectory, VersionRun
+from broker.protocol.trajectory import MAX_SEGMENTS, Mode, Outcome, Ticket, Trajectory, VersionRun
 from envs.interface import Action, Message, Observation, ReferencePolicy, Task, ToolCall
 from envs.play import play
 from tests.unit.actors.conversations import NAMES, make_renderer
@@ -130,6 +130,14 @@ async def test_an_edited_history_that_does_not_fit_leaves_the_segments_so_far() 
     trajectory = await Edited([look(), look()], {1: Observation(history=SUMMARY), 2: too_long})()
     assert (trajectory.head.outcome, trajectory.head.reward) == (Outcome.TRUNCATED_TOKENS, 0.0)
     assert [s.num_sampled for s in trajectory.segments] == [len(make_renderer("tagged").turn(look()))] * 2
+
+
+async def test_an_episode_has_no_more_segments_than_the_wire_carries() -> None:
+    edits = {number: Observation(history=(TOLD,)) for number in range(1, MAX_SEGMENTS + 10)}
+    sampling = {"max_turns": MAX_SEGMENTS + 10, "max_episode_tokens": 1_000_000}
+    trajectory = await Edited([look()] * MAX_SEGMENTS, edits, make_ticket(sampling=sampling))()
+    assert trajectory.head.outcome is Outcome.TRUNCATED_TOKENS
+    assert len(trajectory.segments) == trajectory.head.num_turns == MAX_SEGMENTS
 
 
 @pytest.mark.parametrize("name", NAMES)
