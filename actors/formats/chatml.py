@@ -1,4 +1,7 @@
-r"""The layout that many formats share: `<|im_start|>ROLE\nCONTENT<|im_end|>\n` for every message.
+"""The layout that many formats share.
+
+    <|im_start|>ROLE                for every message
+    CONTENT<|im_end|>
 
 Owns the layout alone; what the policy is told of tools and how calls are written, its subclasses say. No system prompt
 is added where the task brings none, but for the tools.

@@ -1,6 +1,7 @@
-r"""`plain`: text with the roles as headings, for a base model without chat tokens. Calls are JSON in `<tool_call>`.
+"""`plain`: text with the roles as headings, for a base model without chat tokens. Calls are JSON in `<tool_call>`.
 
-    User:\nCONTENT\n\n   for every message; a turn ends with the model's end-of-text token
+    User:             for every message, and an empty line after it; a turn ends with the model's end-of-text token
+    CONTENT
 
 Such a model must be shown the form by a warm start; one that does not write its end-of-text token goes on until its
 turn has no more tokens. Roles are text here, so what a message says can look like another message.

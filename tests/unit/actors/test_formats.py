@@ -127,7 +127,11 @@ def test_no_text_in_a_message_becomes_a_token_of_another_meaning(name: str, data
     def control(ids: list[int]) -> list[int]:
         return [token_id for token_id in ids if token_id in added]
 
-    assert control(renderer.open(said, TOOLS)) == control(renderer.open(quiet, TOOLS))
+    told, quietly = (
+        [Tool("note", text, {"type": "object", "properties": {"a": {"type": "string", "description": text}}})]
+        for text in (data.draw(hostile), "x")
+    )
+    assert control(renderer.open(said, told)) == control(renderer.open(quiet, quietly))
     assert control(renderer.observe(said)) == control(renderer.observe(quiet))
     # A turn's own text may hold what a policy writes within a turn, and nothing that ends it or speaks for others.
     turn = control(renderer.turn(data.draw(hostile)))
