@@ -22,6 +22,7 @@ tool_seconds = Histogram(
     "ergon_actor_tool_seconds", "Environment (tools, grading) in one episode", ["env", "mode"], buckets=SECONDS
 )
 running_episodes = Gauge("ergon_actor_running_episodes", "Episodes being run")
+admitted_episodes = Gauge("ergon_actor_admitted_episodes", "Episodes that may run at once, by the load of the engine")
 waiting_for_version = Gauge("ergon_actor_waiting_for_version", "Leased tickets that wait for a newer policy version")
 policy_lineage = Gauge("ergon_actor_policy_lineage", "Lineage of the policy version being served")
 policy_version = Gauge("ergon_actor_policy_version", "Policy version being served")
