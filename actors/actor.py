@@ -30,6 +30,8 @@ from broker.process.settings import ActorSection
 from broker.protocol.errors import ProtocolError
 from broker.protocol.trajectory import Mode, Ticket, Trajectory
 from envs.interface import Environment
+from envs.timeouts import num_abandoned
+from envs.tools import ToolRunner
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +189,7 @@ class Actor:
                 self._renderer,
                 actor_id=self._actor_id,
                 max_model_len=self._settings.max_model_len,
+                turn_timeout_s=self._settings.turn_timeout_s,
             )
         metrics.observe_episode(trajectory)
         return trajectory
@@ -222,8 +225,12 @@ class Actor:
         """Let the window follow the engine."""
         while True:
             metrics.admitted_episodes.set(self._window.size)
+            due = time.monotonic() + LOOK_S
             await asyncio.sleep(LOOK_S)
-            self._window.observe(self._engine.load(), self._num_sampling, time.monotonic())
+            now = time.monotonic()
+            metrics.loop_lag_seconds.set(now - due)
+            metrics.abandoned_tools.set(num_abandoned() + ToolRunner.current().num_late_threads)
+            self._window.observe(self._engine.load(), self._num_sampling, now)
             self._fill()
 
     async def _watch_engine(self) -> None:

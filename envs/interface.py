@@ -72,10 +72,11 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What answers a turn. `done` ends the episode."""
+    """What answers a turn. `done` ends the episode. `num_timeouts`: of its calls, those that ran out of time."""
 
     messages: tuple[Message, ...] = ()
     done: bool = False
+    num_timeouts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

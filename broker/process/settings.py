@@ -121,6 +121,15 @@ class ActorSection(Section):
     staging: Path = Path("/dev/shm")
     """Where the actor keeps one copy of the weights, which deltas are applied to and the engine adopts from;
     memory-backed is fastest."""
+    tool_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds one tool call may take, where its environment does not say otherwise of the tool. Then the policy is
+    answered with an error, and the episode goes on."""
+    turn_timeout_s: float | None = Field(default=None, gt=0)
+    """Seconds one turn may take, its sampling and its tools together; a longer one ends the episode, which is graded as
+    it stands (outcome `timeout`). Not set: as long as the episode may, which is the ticket's `deadline_s`."""
+    tool_processes: int = Field(default=2, ge=1)
+    """Processes for tools that their environments declare as heavy; a call that runs out of time is killed with its
+    process."""
     drain_s: float = Field(default=20.0, ge=0)
     """After SIGTERM, seconds to finish episodes before their leases are given back."""
 
