@@ -1,7 +1,7 @@
 """A few worker processes for tools that are heavy, or may hang: whichever runs past its time is killed and replaced.
 
-A call's time begins when a worker takes it, so that neither waiting for a worker nor the start of one counts, and ends
-with the worker's life. (`concurrent.futures` cannot kill the one worker that hangs; `anyio.to_process` can, and counts
+A call's time begins when a worker takes it, so that neither waiting for a worker nor the start of one counts (which is
+when it imports the tool's module), and ends with the worker's life. (`concurrent.futures` cannot kill the one worker that hangs; `anyio.to_process` can, and counts
 its start.) Owns the processes; never decides how long a tool may take.
 """
 
@@ -40,7 +40,7 @@ class ToolProcesses:
         """
         call = pickle.dumps((function, first, dict(arguments)))
         async with self._slots:
-            worker = self._idle.pop() if self._idle else await _Worker.start()
+            worker = self._idle.pop() if self._idle else await _Worker.start(function.__module__)
             self._busy.add(worker)
             try:
                 ok, outcome = await worker.call(call, limit_s)
@@ -67,10 +67,10 @@ class _Worker:
         self._process = process
 
     @classmethod
-    async def start(cls) -> _Worker:
-        """A worker that is ready."""
+    async def start(cls, module: str) -> _Worker:
+        """A worker that is ready and has imported this module."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", "from envs.tools.worker import main; main()"),
+            *(sys.executable, "-c", "from envs.tools.worker import main; main()", module),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
@@ -83,8 +83,10 @@ class _Worker:
                 await worker._answer()
         except BaseException as error:
             await asyncio.shield(worker.end())
-            if isinstance(error, TimeoutError | EnvironmentFailureError):
-                raise SandboxError(f"a tool process did not start within {START_LIMIT_S:g} s: {error}") from error
+            if isinstance(error, TimeoutError):
+                raise SandboxError(f"a tool process did not start within {START_LIMIT_S:g} s") from error
+            if isinstance(error, EnvironmentFailureError):
+                raise EnvironmentFailureError(f"a tool process could not import {module}: {error}") from error
             raise
         return worker
 

@@ -9,6 +9,7 @@ Trusted code on both ends: what a policy writes reaches it as checked arguments 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import pickle
 import signal
@@ -21,13 +22,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Serve calls."""
+    """Import the module that the command line names, then serve calls."""
     if sys.platform == "linux":  # a tool that hangs must not outlive a killed actor
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)  # what a tool prints goes where the log goes, not between the answers
+    importlib.import_module(sys.argv[1])
     _write(answers, (True, "ready"))
     while (call := _read(calls)) is not None:
         _write(answers, _answer(call))
