@@ -1,8 +1,8 @@
 """A few worker processes for tools that are heavy, or may hang: whichever runs past its time is killed and replaced.
 
-A call's time begins when a worker takes it, so that neither waiting for a worker nor the start of one counts (which is
-when it imports the tool's module), and ends with the worker's life. (`concurrent.futures` cannot kill the one worker that hangs; `anyio.to_process` can, and counts
-its start.) Owns the processes; never decides how long a tool may take.
+A call's time begins when a worker takes it, so that neither waiting for a worker nor the start of one counts, which is
+when it imports the tool's module. It ends with the worker's life. (`concurrent.futures` cannot kill the one worker that
+hangs; `anyio.to_process` can, and counts its start.) Owns the processes; never decides how long a tool may take.
 """
 
 from __future__ import annotations
