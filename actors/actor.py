@@ -1,9 +1,11 @@
-"""run_actor(): THE loop. Tickets in, trajectories out, as many episodes at once as `actor.concurrency` says.
+"""run_actor(): THE loop. Tickets in, trajectories out, as many episodes at once as keep the engine's batch full.
 
     lease -> wait for the ticket's policy version -> run the episode -> send; again
 
-An actor holds nothing that anyone would miss: what it cannot finish it gives back. Owns the order of start, drain and
-end; never decides what an episode's outcome is (rollout.py) nor when weights change (weights.py).
+Each episode is a task, which asks for its ticket when there is room for it, so the credit that the broker sees follows
+the window (window.py). An actor holds nothing that anyone would miss: what it cannot finish it gives back. Owns the
+order of start, drain and end; never decides what an episode's outcome is (rollout.py) nor when weights change
+(weights.py).
 """
 
 from __future__ import annotations
@@ -12,19 +14,24 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Coroutine, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 from actors import metrics
 from actors.engine import Engine, EngineDeadError
+from actors.precedence import Precedence
 from actors.renderer import Renderer
 from actors.rollout import InfraFailureError, run_episode
 from actors.weights import WeightAdopter
+from actors.window import Window
 from broker.client import ReleaseReason
 from broker.process.settings import ActorSection
 from broker.protocol.errors import ProtocolError
 from broker.protocol.trajectory import Mode, Ticket, Trajectory
 from envs.interface import Environment
+from envs.timeouts import num_abandoned
+from envs.tools import ToolRunner
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +39,8 @@ T = TypeVar("T")
 
 POLL_S = 0.2
 HEALTH_POLL_S = 1.0
+LOOK_S = 0.5  # between two looks at the engine's load
+INCREASE = 0.125  # of the engine's batch, in episodes, from one look to the next
 
 
 class Tickets(Protocol):
@@ -80,48 +89,74 @@ class Actor:
         self._renderer = renderer
         self._environments = environments
         self._settings = settings
-        self._draining = False
-        self._waiting: set[asyncio.Task[Any] | None] = set()  # workers that a drain may interrupt without losing work
+        first, step = settings.max_num_seqs, max(1, round(settings.max_num_seqs * INCREASE))
+        self._window = Window(settings.min_episodes, settings.max_episodes, first, step, settings.max_queue_s)
+        self._precedence = Precedence()
+        self._num_sampling = 0  # running episodes that the policy samples
+        self._draining = self._ended = False
+        self._slots: set[asyncio.Task[None]] = set()  # one for each ticket that is held or asked for
+        self._waiting: set[asyncio.Task[Any] | None] = set()  # slots that a drain may interrupt without losing work
 
     async def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set, then drain. Raises what else ended it: EngineDeadError, ProtocolError."""
-        services = [self._spawn(self._weights.run()), self._spawn(self._watch_engine())]
-        workers = [self._spawn(self._work()) for _ in range(self._settings.concurrency)]
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        services = [self._spawn(each) for each in (self._weights.run(), self._watch_engine(), self._follow_load())]
         stopping = self._spawn(_wait(stop))
+        self._fill()
         try:
-            done, _ = await asyncio.wait({stopping, *services, *workers}, return_when=asyncio.FIRST_COMPLETED)
+            ended: set[asyncio.Future[None]] = {stopping, self._failed, *services}
+            done, _ = await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
             if stopping in done:
-                await self._drain(workers)
+                await self._drain()
         finally:
-            tasks = [stopping, *workers, *services]
+            self._ended = True
+            tasks = [stopping, *self._slots, *services]
             for task in tasks:
                 task.cancel()
-            results = await asyncio.gather(*tasks, return_exceptions=True)
+            self._failed.cancel()
+            results = await asyncio.gather(*tasks, self._failed, return_exceptions=True)
         for result in results:
             if isinstance(result, Exception):
                 raise result
 
+    def _fill(self) -> None:
+        """As many slots as the window allows. One that is beyond it is not interrupted: it is not replaced."""
+        while not self._draining and not self._ended and len(self._slots) < self._window.size:
+            slot = self._spawn(self._work())
+            self._slots.add(slot)
+            slot.add_done_callback(self._emptied)
+
+    def _emptied(self, slot: asyncio.Task[None]) -> None:
+        self._slots.discard(slot)
+        if slot.cancelled():
+            return
+        error = slot.exception()
+        if error is None:
+            self._fill()
+        elif not self._failed.done():
+            self._failed.set_exception(error)
+
     async def _work(self) -> None:
-        """THE loop."""
-        while not self._draining:
-            with self._interruptible():
-                ticket = await self._tickets.lease()
-            try:
-                if ticket.mode is not Mode.REFERENCE:
-                    with self._interruptible():
-                        await self._weights.at_least(ticket.min_version)
+        """THE loop's body: one ticket, from its lease to its end."""
+        with self._interruptible():
+            ticket = await self._tickets.lease()
+        try:
+            if ticket.mode is not Mode.REFERENCE:
+                with self._interruptible():
+                    await self._weights.at_least(ticket.min_version)
+            with self._counted(ticket):
                 trajectory = await self._while_wanted(ticket)
-            except InfraFailureError as error:
-                await self._give_back(ticket, "infra_failure", str(error))
-            except EngineDeadError as error:
-                await self._give_back(ticket, "infra_failure", f"engine: {error}")
-                raise
-            except asyncio.CancelledError:
-                await self._give_back(ticket, "drain" if self._draining else "infra_failure", "the actor stopped")
-                raise
-            else:
-                if trajectory is not None:
-                    await self._send(trajectory)
+        except InfraFailureError as error:
+            await self._give_back(ticket, "infra_failure", str(error))
+        except EngineDeadError as error:
+            await self._give_back(ticket, "infra_failure", f"engine: {error}")
+            raise
+        except asyncio.CancelledError:
+            await self._give_back(ticket, "drain" if self._draining else "infra_failure", "the actor stopped")
+            raise
+        else:
+            if trajectory is not None:
+                await self._send(trajectory)
 
     async def _while_wanted(self, ticket: Ticket) -> Trajectory | None:
         """The ticket's episode; None where the broker withdrew the ticket, which stops the episode."""
@@ -146,14 +181,15 @@ class Actor:
             raise InfraFailureError(
                 f"environment {ticket.task.env!r} is not in this actor's settings, which have {known}"
             )
-        with metrics.running_episodes.track_inprogress():
+        with metrics.running_episodes.track_inprogress(), self._precedence.of(ticket, self._engine) as engine:
             trajectory = await run_episode(
                 ticket,
                 environment,
-                self._engine,
+                engine,
                 self._renderer,
                 actor_id=self._actor_id,
                 max_model_len=self._settings.max_model_len,
+                turn_timeout_s=self._settings.turn_timeout_s,
             )
         metrics.observe_episode(trajectory)
         return trajectory
@@ -174,14 +210,28 @@ class Actor:
         logger.warning("ticket given back ticket=%s reason=%s error=%s", ticket.ticket_id, reason, error)
         await self._tickets.release(ticket.ticket_id, reason, error)
 
-    async def _drain(self, workers: list[asyncio.Task[None]]) -> None:
+    async def _drain(self) -> None:
         """Lease no more; give back what has not begun; finish what has, for at most `drain_s`."""
         self._draining = True
-        for worker in self._waiting & set(workers):
-            assert worker is not None
-            worker.cancel()
-        _, unfinished = await asyncio.wait(workers, timeout=self._settings.drain_s)
+        for slot in self._waiting & self._slots:
+            assert slot is not None
+            slot.cancel()
+        unfinished = set(self._slots)
+        if unfinished:
+            _, unfinished = await asyncio.wait(unfinished, timeout=self._settings.drain_s)
         logger.info("drained unfinished=%d", len(unfinished))
+
+    async def _follow_load(self) -> None:
+        """Let the window follow the engine."""
+        while True:
+            metrics.admitted_episodes.set(self._window.size)
+            due = time.monotonic() + LOOK_S
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            metrics.loop_lag_seconds.set(now - due)
+            metrics.abandoned_tools.set(num_abandoned() + ToolRunner.current().num_late_threads)
+            self._window.observe(self._engine.load(), self._num_sampling, now)
+            self._fill()
 
     async def _watch_engine(self) -> None:
         """An engine may die while no request is in flight."""
@@ -197,6 +247,15 @@ class Actor:
             yield
         finally:
             self._waiting.discard(task)
+
+    @contextlib.contextmanager
+    def _counted(self, ticket: Ticket) -> Iterator[None]:
+        sampled = ticket.mode is not Mode.REFERENCE
+        self._num_sampling += sampled
+        try:
+            yield
+        finally:
+            self._num_sampling -= sampled
 
     @staticmethod
     def _spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

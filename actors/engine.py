@@ -51,6 +51,31 @@ class Sample:
     finish: FinishReason
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy an engine has been. All but `num_unfinished` are totals since it started: what happened between two
+    looks is their difference. What runs is a batch; what waits for a place in it, or for memory, is the queue."""
+
+    num_unfinished: int = 0
+    """Requests in the batch and in the queue."""
+    num_steps: int = 0
+    num_full_steps: int = 0
+    """Steps with a full batch, or with requests in the queue."""
+    cache_use_steps: float = 0.0
+    """Share of the KV cache in use, 0 to 1, summed over the steps."""
+    num_preemptions: int = 0
+    num_turns: int = 0
+    """Requests that have ended."""
+    queue_s: float = 0.0
+    """Seconds that those spent in the queue before their first step."""
+    num_sampled: int = 0
+    """Tokens."""
+    num_prefix_tokens: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    num_prefix_hits: int = 0
+    """Of those, tokens that were there."""
+
+
 class Engine(Protocol):
     """An inference engine that can change its weights while requests are in flight."""
 
@@ -66,8 +91,11 @@ class Engine(Protocol):
         max_tokens: int,
         stop_token_ids: Sequence[int],
         request_id: str,
+        priority: int = 0,
     ) -> Sample:
         """Sample up to `max_tokens` tokens. Cancelling the awaiting task aborts the request in the engine.
+
+        priority: orders the engine's queue, lowest first; where memory runs out, the highest is preempted.
 
         Raises EngineDeadError, and anything else where this request failed and others can still be served.
         """
@@ -79,6 +107,10 @@ class Engine(Protocol):
 
     def check(self) -> None:
         """Raise EngineDeadError if the engine can serve no more requests; cheap, for periodic use."""
+        ...
+
+    def load(self) -> EngineLoad:
+        """How busy it has been; cheap, for periodic use."""
         ...
 
     async def adopt(self, version: PolicyVersion, weights: Path, digest: str) -> float:

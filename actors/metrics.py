@@ -15,6 +15,17 @@ withdrawn_episodes = Counter("ergon_actor_withdrawn_episodes", "Episodes stopped
 tokens_sampled = Counter("ergon_actor_tokens_sampled", "Tokens sampled by the policy", ["mode"])
 turns = Counter("ergon_actor_turns", "Turns completed", ["env", "mode"])
 tool_calls = Counter("ergon_actor_tool_calls", "Tool calls made", ["env", "mode"])
+timeouts = Counter(
+    "ergon_actor_timeouts",
+    "Tool calls answered with a time-out, and episodes ended by a turn's limit or by their deadline",
+    ["env", "mode", "what"],
+)
+abandoned_tools = Gauge(
+    "ergon_actor_abandoned_tools", "Tools whose time is up and that cannot be ended: threads, and what ignores its end"
+)
+loop_lag_seconds = Gauge(
+    "ergon_actor_loop_lag_seconds", "By how much the event loop was late when it was last looked at"
+)
 malformed_turns = Counter("ergon_actor_malformed_turns", "Turns whose tool calls could not be parsed", ["env", "mode"])
 episode_seconds = Histogram("ergon_actor_episode_seconds", "Length of an episode", ["env", "mode"], buckets=SECONDS)
 model_seconds = Histogram("ergon_actor_model_seconds", "Sampling in one episode", ["env", "mode"], buckets=SECONDS)
@@ -22,6 +33,7 @@ tool_seconds = Histogram(
     "ergon_actor_tool_seconds", "Environment (tools, grading) in one episode", ["env", "mode"], buckets=SECONDS
 )
 running_episodes = Gauge("ergon_actor_running_episodes", "Episodes being run")
+admitted_episodes = Gauge("ergon_actor_admitted_episodes", "Episodes that may run at once, by the load of the engine")
 waiting_for_version = Gauge("ergon_actor_waiting_for_version", "Leased tickets that wait for a newer policy version")
 policy_lineage = Gauge("ergon_actor_policy_lineage", "Lineage of the policy version being served")
 policy_version = Gauge("ergon_actor_policy_version", "Policy version being served")

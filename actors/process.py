@@ -28,6 +28,7 @@ from broker.protocol.errors import ProtocolError
 from broker.weights.subscriber import WeightSubscriber
 from envs.interface import Environment, ErgonEnvError
 from envs.registry import create_environment
+from envs.tools import ToolRunner
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,10 @@ async def _serve(
         security=security,
     )
     async with contextlib.AsyncExitStack() as stack:
+        limits = settings.actor
+        await stack.enter_async_context(
+            ToolRunner(limits.tool_timeout_s, limits.tool_processes, num_threads=limits.max_episodes)
+        )
         for environment in environments.values():
             stack.push_async_callback(environment.close)
         stack.push_async_callback(engine.close)

@@ -3,6 +3,9 @@
 Outcomes: an episode that ends by itself is `completed`; out of time, tokens or turns it is `timeout`,
 `truncated_tokens` or `truncated_turns` and graded as it stands; an environment that breaks is `env_failure`. What is
 the infrastructure's fault (sandbox, engine) raises instead, so that the ticket is retried: it never becomes a reward.
+
+Out of time is the episode at its ticket's deadline, or with a turn that takes longer than a turn may, sampling and
+tools together. A tool call that does is no end: its environment answers it with an error, and the episode goes on.
 Never leases, sends or adopts.
 """
 
@@ -11,11 +14,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import TypeVar
 
 import numpy as np
 
+from actors import metrics
 from actors.engine import Engine, EngineDeadError, Sample
 from actors.record import Record
 from actors.renderer import REFERENCE_VERSION, Renderer
@@ -31,6 +35,7 @@ from envs.interface import (
     SandboxError,
     Task,
 )
+from envs.timeouts import OutOfTimeError, within
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +51,26 @@ class InfraFailureError(Exception):
 
 
 async def run_episode(
-    ticket: Ticket, environment: Environment, engine: Engine, renderer: Renderer, *, actor_id: str, max_model_len: int
+    ticket: Ticket,
+    environment: Environment,
+    engine: Engine,
+    renderer: Renderer,
+    *,
+    actor_id: str,
+    max_model_len: int,
+    turn_timeout_s: float | None = None,
 ) -> Trajectory:
     """Run the ticket's episode to its end, within `ticket.deadline_s` seconds plus the time that grading takes.
 
-    max_model_len: tokens the engine takes at most, prompt and answer together. Raises InfraFailureError, and
-    EngineDeadError where no further episode can run either; cancelling it ends the request and closes the sandbox.
+    max_model_len: tokens the engine takes at most, prompt and answer together. turn_timeout_s: seconds one turn may
+    take, None for as long as the episode. Raises InfraFailureError, and EngineDeadError where no further episode can
+    run either; cancelling it ends the request and closes the sandbox.
     """
     if ticket.thinking_budget is not None:
         raise InfraFailureError(f"ticket {ticket.ticket_id} has a thinking budget, which this actor cannot enforce")
     started = time.monotonic()
-    rollout = _Rollout(ticket, environment, engine, renderer, max_model_len, started + ticket.deadline_s)
+    deadline = started + ticket.deadline_s
+    rollout = _Rollout(ticket, environment, engine, renderer, max_model_len, deadline, turn_timeout_s)
     outcome, reward = await rollout.run()
     record = rollout.record
     total_s = time.monotonic() - started
@@ -88,6 +102,7 @@ class _Rollout:
         renderer: Renderer,
         max_model_len: int,
         deadline: float,
+        turn_timeout_s: float | None,
     ) -> None:
         self.record = Record()
         self.kind = ""
@@ -96,7 +111,8 @@ class _Rollout:
         self._engine = engine
         self._renderer = renderer
         self._max_model_len = max_model_len
-        self._deadline = deadline
+        self._deadline = self._episode_deadline = deadline  # of what is being done; of the episode
+        self._turn_timeout_s = turn_timeout_s
         self._reference: ReferencePolicy | None = None
 
     async def run(self) -> tuple[Outcome, Reward]:
@@ -144,12 +160,19 @@ class _Rollout:
                     return Outcome.TRUNCATED_TURNS
                 if not self._take(observation):
                     return Outcome.TRUNCATED_TOKENS
-        except TimeoutError:
+        except OutOfTimeError:
             if time.monotonic() < self._deadline:
                 raise  # the environment's own
             if not self.record.ids:
                 self.record.add_context(self._renderer.open(()), ())
-            return Outcome.TIMEOUT
+            return self._out_of_time()
+
+    def _out_of_time(self) -> Outcome:
+        self._count_timeouts("episode" if time.monotonic() >= self._episode_deadline else "turn")
+        return Outcome.TIMEOUT
+
+    def _count_timeouts(self, what: str, num: int = 1) -> None:
+        metrics.timeouts.labels(self._ticket.task.env, self._ticket.mode.value, what).inc(num)
 
     def _take(self, observation: Observation) -> bool:
         """Append what answers a turn, or begin the segment that follows an edit of the history.
@@ -183,12 +206,14 @@ class _Rollout:
         )
         if room <= 0:
             return Outcome.TRUNCATED_TOKENS, Observation()
+        if self._turn_timeout_s is not None:
+            self._deadline = min(self._episode_deadline, time.monotonic() + self._turn_timeout_s)
         sample = await self._sample(room)
         record.add_sample(sample)
         if sample.finish == "length":
             return Outcome.TRUNCATED_TOKENS, Observation()
         if sample.finish == "abort":
-            return Outcome.TIMEOUT, Observation()
+            return self._out_of_time(), Observation()
         text = self._renderer.text(sample.token_ids_N.tolist())
         record.messages.append(Message("assistant", text))
         record.num_turns += 1
@@ -198,6 +223,7 @@ class _Rollout:
             return None, Observation((Message("tool", f"error: {action.malformed}"),))
         record.num_tool_calls += len(action.tool_calls)
         observation = await self._timed(episode.step(action))
+        self._count_timeouts("tool", observation.num_timeouts)
         return (Outcome.COMPLETED if observation.done else None), observation
 
     async def _sample(self, max_tokens: int) -> Sample:
@@ -249,7 +275,7 @@ class _Rollout:
         started = time.monotonic()
         left_s = max(0.0, self._deadline - started) if limit_s is None else limit_s
         try:
-            return await asyncio.wait_for(act, left_s)
+            return await within(act, left_s)
         finally:
             self.record.tool_s += time.monotonic() - started
 
@@ -261,8 +287,7 @@ def _check_reward(reward: Reward) -> None:
 
 async def _close(episode: Episode, ticket: Ticket) -> None:
     """Close the episode, also while this task is being cancelled; a failure to close does not change its result."""
-    close: Callable[[], Awaitable[None]] = episode.close
     try:
-        await asyncio.shield(asyncio.wait_for(close(), CLOSE_LIMIT_S))
+        await asyncio.shield(within(episode.close(), CLOSE_LIMIT_S))
     except Exception:
         logger.exception("episode could not be closed ticket=%s", ticket.ticket_id)

@@ -2,13 +2,14 @@
 
 With `vllm_adoption.py`, and the files that vLLM imports in its workers (`vllm_weights.py`, `vllm_prepack.py`,
 `vllm_shadow.py`), the only file that imports vllm, and only when an engine is started, because vLLM reads its
-environment at import. Knows nothing of text, tickets or the weight channel. CPU and GPU share this code; options that
-only make sense on a CPU are set only there.
+environment at import. What vLLM reports of each step is counted by `vllm_load.py`. Knows nothing of text, tickets or
+the weight channel. CPU and GPU share this code; options that only make sense on a CPU are set only there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -18,10 +19,11 @@ from typing import Any, cast
 import numpy as np
 
 from actors.checkpoint import Shapes, checkpoint_shapes
-from actors.engine import EngineDeadError, FinishReason, Sample
+from actors.engine import EngineDeadError, EngineLoad, FinishReason, Sample
 from actors.turns import Turns
 from actors.vllm_adoption import VllmAdoption, label, version_of
 from actors.vllm_environment import environment, is_cpu_build, preloaded
+from actors.vllm_load import LoadMeter
 from broker.process.lifecycle import ErgonError
 from broker.process.settings import ActorSection
 from broker.protocol.trajectory import PolicyVersion, Sampling, VersionRun
@@ -34,8 +36,9 @@ WORKER_EXTENSION = "actors.vllm_weights.WorkerExtension"
 class VllmEngine:
     """Implements actors.engine.Engine. Start it from the main thread, outside of the event loop, with `start`."""
 
-    def __init__(self, llm: Any, shapes: Shapes, settings: ActorSection) -> None:
+    def __init__(self, llm: Any, meter: LoadMeter, shapes: Shapes, settings: ActorSection) -> None:
         self._llm = llm
+        self._meter = meter
         self._turns = Turns()
         self._adoption = VllmAdoption(llm, shapes, settings, self._turns, self._die)
         self._dead: str | None = None
@@ -62,7 +65,8 @@ class VllmEngine:
             dtype=settings.dtype,
             seed=seed,
             max_model_len=settings.max_model_len,
-            max_num_seqs=settings.concurrency,
+            max_num_seqs=settings.max_num_seqs,
+            scheduling_policy="priority",
             block_size=settings.block_size,
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
@@ -71,12 +75,13 @@ class VllmEngine:
             worker_extension_cls=WORKER_EXTENSION,
             **options,
         )
+        meter = LoadMeter(settings.max_num_seqs)
         try:
             with preloaded(cpu):
-                llm = AsyncLLM.from_engine_args(args)
+                llm = AsyncLLM.from_engine_args(args, stat_loggers=[meter])
         except ValueError as error:  # pydantic's ValidationError included: what vLLM says of unfit settings
             raise ErgonError(f"vLLM refused model.path = {model} with the settings of [actor]: {error}") from error
-        return cls(llm, shapes, settings)
+        return cls(llm, meter, shapes, settings)
 
     @property
     def policy_version(self) -> PolicyVersion:
@@ -90,6 +95,7 @@ class VllmEngine:
         max_tokens: int,
         stop_token_ids: Sequence[int],
         request_id: str,
+        priority: int = 0,
     ) -> Sample:
         """See Engine. The request may outlive weight updates; `version_runs` says who sampled which tokens."""
         from vllm.inputs.engine import tokens_input
@@ -113,7 +119,7 @@ class VllmEngine:
             prompt = tokens_input(list(prompt_ids), cache_salt=label(self.policy_version))
             output = None
             try:
-                async for request_output in self._llm.generate(prompt, params, request_id):
+                async for request_output in self._llm.generate(prompt, params, request_id, priority=priority):
                     output = request_output.outputs[0]
             except VllmDeadError as error:
                 raise self._die(f"its process ended during request {request_id}") from error
@@ -136,6 +142,10 @@ class VllmEngine:
         """See Engine."""
         if self.dead is not None:
             raise EngineDeadError(self.dead)
+
+    def load(self) -> EngineLoad:
+        """See Engine."""
+        return dataclasses.replace(self._meter.load, num_unfinished=self._llm.get_num_unfinished_requests())
 
     async def adopt(self, version: PolicyVersion, weights: Path, digest: str) -> float:
         """See Engine and `vllm_adoption.py`."""

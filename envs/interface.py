@@ -76,7 +76,7 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What answers a turn. `done` ends the episode.
+    """What answers a turn. `done` ends the episode. `num_timeouts`: of its calls, those that ran out of time.
 
     history: where the environment edits the conversation (clears the context, summarises it), what it is from here on,
     the task's first messages included, in place of everything so far; `messages` follow it. The tokens so far are kept
@@ -86,6 +86,7 @@ class Observation:
     messages: tuple[Message, ...] = ()
     done: bool = False
     history: tuple[Message, ...] | None = None
+    num_timeouts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

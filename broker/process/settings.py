@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from broker.process.learner_settings import CurriculumSection, EvalSection, LearnerSection
 from broker.process.section import Section
@@ -92,8 +92,17 @@ class SamplingSection(Section):
 class ActorSection(Section):
     count: int = Field(default=1, ge=1)
     """Actor processes on this machine."""
-    concurrency: int = Field(default=32, ge=1, le=4096)
-    """Episodes one actor runs at once."""
+    max_num_seqs: int = Field(default=32, ge=1, le=4096)
+    """The engine's batch: turns that it samples at once. Others wait in its queue, those of the oldest groups first."""
+    min_episodes: int = Field(default=1, ge=1, le=4096)
+    """Episodes that one actor has at once, at least, however busy its engine is."""
+    max_episodes: int = Field(default=256, ge=1, le=4096)
+    """Episodes that one actor has at once, at most. Those whose tools are running need nothing of the engine, so an
+    actor begins with `max_num_seqs` and takes more for as long as the engine's batch is not full; what the machine can
+    hold of the environments' sandboxes is the bound to set here."""
+    max_queue_s: float = Field(default=5.0, gt=0)
+    """Mean seconds that turns wait in the engine's queue from which an actor takes fewer episodes, as it does when the
+    KV cache is too small for those it has."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Number format of the engine's weights and activations."""
     threads: int = Field(default=1, ge=1)
@@ -115,8 +124,25 @@ class ActorSection(Section):
     staging: Path = Path("/dev/shm")
     """Where the actor keeps one copy of the weights, which deltas are applied to and the engine adopts from;
     memory-backed is fastest."""
+    tool_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds one tool call may take, where its environment does not say otherwise of the tool. Then the policy is
+    answered with an error, and the episode goes on."""
+    turn_timeout_s: float | None = Field(default=None, gt=0)
+    """Seconds one turn may take, its sampling and its tools together; a longer one ends the episode, which is graded as
+    it stands (outcome `timeout`). Not set: as long as the episode may, which is the ticket's `deadline_s`."""
+    tool_processes: int = Field(default=2, ge=1)
+    """Processes for tools that their environments declare as heavy; a call that runs out of time is killed with its
+    process."""
     drain_s: float = Field(default=20.0, ge=0)
     """After SIGTERM, seconds to finish episodes before their leases are given back."""
+
+    @model_validator(mode="after")
+    def _check_episodes(self) -> ActorSection:
+        if self.min_episodes > self.max_episodes:
+            raise ValueError(
+                f"min_episodes is {self.min_episodes}, more than max_episodes, which is {self.max_episodes}"
+            )
+        return self
 
 
 class BrokerSection(Section):

@@ -6,6 +6,7 @@ The actor's renderer writes and parses the tool calls' text; nothing here knows 
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shlex
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from envs.interface import (
 from envs.sandbox import Limits, Sandbox, SandboxPool
 from envs.shop.kinds import KINDS, Kind
 from envs.shop.problems import problem
-from envs.tools import ToolEpisode, ToolError, ToolSet
+from envs.tools import ToolEpisode, ToolError, ToolSet, ToolTimeoutError
 
 LIMITS = Limits(processes=8, memory_bytes=128 << 20, work_bytes=1 << 20, tmp_bytes=1 << 20, output_bytes=4096)
 CALC = "/opt/shop/calc.py"
@@ -104,12 +105,17 @@ class ShopEpisode(ToolEpisode):
     async def run(self, command: str) -> str:
         """Run one tool's process and return what it printed. Raises ToolError for its complaint or its time limit."""
         sandbox = self._sandbox or await self._open()
-        result = await sandbox.exec(command, timeout_s=self._tool_timeout_s)
+        try:
+            result = await sandbox.exec(command, timeout_s=self._tool_timeout_s)
+        except asyncio.CancelledError:
+            self._sandbox = None  # it died with the command that was given up
+            await asyncio.shield(sandbox.close())
+            raise
         if result.exit_code is None:
             # The sandbox died with the command; the next call gets a fresh one, with the same price list.
             self._sandbox = None
             await sandbox.close()
-            raise ToolError("timed out" if result.timed_out else "too much output")
+            raise ToolTimeoutError("timed out") if result.timed_out else ToolError("too much output")
         text = result.stdout.decode(errors="replace").strip()
         if not result.ok:
             if not text.startswith("error: "):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from envs.interface import Action, EnvironmentFailureError, Episode, Message, Observation, Reward, Task, ToolCall
 from envs.tools.typed import ERROR_PREFIX, ToolOutput, ToolSet
@@ -14,7 +15,8 @@ MAX_CALLS_PER_TURN = 8
 class ToolEpisode(Episode):
     """An episode whose policy acts through a `ToolSet`. Subclasses grade, and may prepare and release.
 
-    `final_text`: the final answer, None until there is one. `num_tool_errors`: calls answered with an error so far.
+    `final_text`: the final answer, None until there is one. `num_tool_errors`: calls answered with an error so far,
+    those that ran out of time included, which are `num_tool_timeouts`.
     """
 
     def __init__(self, task: Task, tools: ToolSet) -> None:
@@ -22,6 +24,7 @@ class ToolEpisode(Episode):
         self.final_text: str | None = None
         self.num_tool_calls = 0
         self.num_tool_errors = 0
+        self.num_tool_timeouts = 0
         self._tools = tools
 
     async def start(self) -> Sequence[Message]:
@@ -40,13 +43,20 @@ class ToolEpisode(Episode):
             return Observation(done=True)
         outputs = [await self._answer(number, call) for number, call in enumerate(action.tool_calls)]
         self.num_tool_errors += sum(output.error for output in outputs)
-        return Observation(tuple(Message("tool", output.text) for output in outputs))
+        num_timeouts = sum(output.timed_out for output in outputs)
+        self.num_tool_timeouts += num_timeouts
+        return Observation(tuple(Message("tool", output.text) for output in outputs), num_timeouts=num_timeouts)
 
     async def _answer(self, number: int, call: ToolCall) -> ToolOutput:
         if number >= MAX_CALLS_PER_TURN:
             return ToolOutput(f"{ERROR_PREFIX}at most {MAX_CALLS_PER_TURN} calls in one turn", error=True)
         self.num_tool_calls += 1
-        return await self._tools.call(self, call)
+        return await self._tools.call(self, call, self.process_state)
+
+    def process_state(self) -> Any:
+        """What a tool that runs in a process of its own gets as its first argument, in place of the episode: something
+        that pickles. What the tool changes in it is lost."""
+        return self.task
 
     @abstractmethod
     async def grade(self) -> Reward:

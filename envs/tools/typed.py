@@ -2,34 +2,83 @@
 
 A tool is a function, plain or async, whose first parameter is the episode that calls it; the others are its arguments;
 it returns the observation's text. Its docstring's first paragraph is what the policy is told; an argument is described
-with `Annotated[int, "how many"]`. Tools run in the parent process: what is not trusted they hand to a sandbox.
+with `Annotated[int, "how many"]`. `@tool(...)` says where it runs and for how long (see runner.py). Tools are trusted
+code: what is not they hand to a sandbox.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from envs.interface import EnvironmentFailureError, ErgonEnvError, Tool, ToolCall
+from envs.timeouts import OutOfTimeError
+from envs.tools.runner import Place, ToolRunner, Where
 
 ERROR_PREFIX = "error: "
+_PLACE = "__ergon_place__"
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ToolError(Exception):
     """Raised by a tool for a call that it refuses; the policy sees `error: MESSAGE`."""
 
 
+class ToolTimeoutError(ToolError):
+    """Raised by a tool that limits its own time; it is counted as a time-out, too."""
+
+
+def tool(*, where: Where | None = None, timeout_s: float | None = None) -> Callable[[F], F]:
+    """Say of a tool where it runs: `loop`, the default of an `async def`; `thread`, that of a plain function; or
+    `process`, for a plain function at the top of its module that is heavy or may hang. And how long a call may take, in
+    seconds, where that is not what the process that runs the environment allows."""
+    if timeout_s is not None and timeout_s <= 0:
+        raise ValueError(f"timeout_s is {timeout_s}; it must be greater than 0")
+
+    def declare(function: F) -> F:
+        is_async = inspect.iscoroutinefunction(function)
+        chosen: Where = where or ("loop" if is_async else "thread")
+        if is_async != (chosen == "loop"):
+            kind = "an async function, which runs on the loop" if is_async else "a plain function, which would block it"
+            raise TypeError(f"tool {function.__name__!r} is {kind}: where = {chosen!r} does not fit")
+        setattr(function, _PLACE, Place(chosen, timeout_s))
+        return function
+
+    return declare
+
+
+def _place_of(function: Callable[..., Any]) -> Place:
+    """Raises TypeError for a function that a worker process could not find."""
+    declared: Place | None = getattr(function, _PLACE, None)
+    place = declared or Place("loop" if inspect.iscoroutinefunction(function) else "thread")
+    if place.where == "process":
+        module = sys.modules.get(function.__module__)
+        if (
+            module is None
+            or function.__module__ == "__main__"
+            or getattr(module, function.__name__, None) is not function
+        ):
+            raise TypeError(
+                f"tool {function.__name__!r} runs in a process of its own, which must be able to import it: "
+                'define it at the top of a module, or declare it with @tool(where="thread")'
+            )
+    return place
+
+
 @dataclass(frozen=True, slots=True)
 class ToolOutput:
-    """The text that answers a call, and whether it is an error."""
+    """The text that answers a call, whether it is an error, and whether that is that it ran out of time."""
 
     text: str
     error: bool = False
+    timed_out: bool = False
 
 
 def _described(annotation: Any, default: Any) -> tuple[Any, Any]:
@@ -92,14 +141,14 @@ class ToolSet:
     """
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
-        self._functions: dict[str, tuple[Callable[..., Any], type[BaseModel]]] = {}
+        self._functions: dict[str, tuple[Callable[..., Any], type[BaseModel], Place]] = {}
         tools = []
         for function in functions:
             name = function.__name__
             if name in self._functions:
                 raise TypeError(f"two tools are named {name!r}")
             model = _arguments_model(function)
-            self._functions[name] = function, model
+            self._functions[name] = function, model, _place_of(function)
             description = inspect.getdoc(function)
             if not description:
                 raise TypeError(f"tool {name!r} needs a docstring: it is what the policy is told")
@@ -107,24 +156,29 @@ class ToolSet:
             tools.append(Tool(name, paragraph, _without_titles(model.model_json_schema())))
         self.tools: tuple[Tool, ...] = tuple(tools)
 
-    async def call(self, episode: Any, call: ToolCall) -> ToolOutput:
-        """Run one call. A bad call is an error output; errors of environment and sandbox are raised as they are.
+    async def call(self, episode: Any, call: ToolCall, process_state: Callable[[], Any] = lambda: None) -> ToolOutput:
+        """Run one call. A bad call, or one that runs out of time, is an error output; errors of environment and sandbox
+        are raised as they are.
 
-        Raises EnvironmentFailureError where the tool itself broke.
+        process_state: makes what a tool in a process of its own gets in place of the episode. Raises
+        EnvironmentFailureError where the tool itself broke.
         """
         if call.name not in self._functions:
             known = ", ".join(self._functions)
             return ToolOutput(f"{ERROR_PREFIX}unknown tool {call.name[:32]}; the tools are: {known}", error=True)
-        function, model = self._functions[call.name]
+        function, model, place = self._functions[call.name]
         try:
             arguments = self._checked(model, call.arguments)
         except ValidationError as error:
             return ToolOutput(ERROR_PREFIX + _complaint(call.name, model, error), error=True)
         try:
-            result = function(episode, **arguments)
-            text = await result if inspect.isawaitable(result) else result
+            first = process_state() if place.where == "process" else episode
+            text = await ToolRunner.current().run(place, function, first, arguments)
         except ToolError as error:
-            return ToolOutput(f"{ERROR_PREFIX}{error}", error=True)
+            return ToolOutput(f"{ERROR_PREFIX}{error}", error=True, timed_out=isinstance(error, ToolTimeoutError))
+        except OutOfTimeError as error:
+            message = f"{ERROR_PREFIX}{call.name} timed out after {error.limit_s:g} s"
+            return ToolOutput(message, error=True, timed_out=True)
         except ErgonEnvError:
             raise
         except Exception as error:

@@ -31,7 +31,7 @@ from envs.registry import create_environment
 from tests.bench.exact.trained import train
 from tests.ports import free_ports
 
-SETTINGS: dict[str, Any] = {"concurrency": 32, "kv_cache_mb": 512, "max_model_len": 512}
+SETTINGS: dict[str, Any] = {"max_num_seqs": 32, "kv_cache_mb": 512, "max_model_len": 512}
 TEMPERATURE = 1.0
 NUM_PROMPTS = 32
 NUM_SCORED = 12  # of the requests of each scene

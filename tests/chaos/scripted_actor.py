@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 from actors.actor import Actor
-from actors.engine import AdoptionError
+from actors.engine import AdoptionError, EngineLoad
 from actors.rollout import InfraFailureError
 from actors.weights import WeightAdopter
 from broker.client import ActorClient
@@ -83,6 +83,10 @@ class ScriptedEngine:
 
     def check(self) -> None:
         """A script does not die."""
+
+    def load(self) -> EngineLoad:
+        """It samples nothing."""
+        return EngineLoad()
 
 
 class ScriptedActor(Actor):

@@ -111,7 +111,11 @@ class Stage:
             run=RunSection(name=name, directory=directory.resolve(), seed=seed),
             environments=(EnvironmentSection(name="scripted"),),
             actor=ActorSection(
-                count=NUM_ACTORS, concurrency=CONCURRENCY, staging=directory.resolve() / name / "staging", drain_s=0.5
+                count=NUM_ACTORS,
+                max_num_seqs=CONCURRENCY,
+                max_episodes=CONCURRENCY,
+                staging=directory.resolve() / name / "staging",
+                drain_s=0.5,
             ),
             learner=LearnerSection(
                 num_steps=num_steps,

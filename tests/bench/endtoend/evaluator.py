@@ -36,7 +36,7 @@ class Evaluator:
         self._engine = VllmEngine.start(model, settings.actor, settings.run.seed)
         self._renderer = Renderer.load(model)
         self._environments = make_environments(settings)
-        self._slots = asyncio.Semaphore(settings.actor.concurrency)
+        self._slots = asyncio.Semaphore(settings.actor.max_num_seqs)
 
     async def rewards(self, files: Sequence[Path], level: float | None) -> list[float]:
         """The mean reward of each, up to the first that reaches the level."""

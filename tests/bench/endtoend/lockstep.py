@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from actors.engine import Sample
+from actors.engine import EngineLoad, Sample
 from broker.protocol.trajectory import PolicyVersion, Sampling, VersionRun
 
 Generate = Callable[[list[list[int]]], list[list[int]]]
@@ -46,6 +46,7 @@ class LockStepEngine:
         max_tokens: int,
         stop_token_ids: Sequence[int],
         request_id: str,
+        priority: int = 0,
     ) -> Sample:
         """See Engine. Temperature and the like are the generator's."""
         future: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
@@ -63,6 +64,10 @@ class LockStepEngine:
 
     def check(self) -> None:
         """Always well."""
+
+    def load(self) -> EngineLoad:
+        """Nobody asks."""
+        return EngineLoad()
 
     async def close(self) -> None:
         """Nothing to close."""

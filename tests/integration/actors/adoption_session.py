@@ -16,10 +16,10 @@ from actors.vllm_engine import VllmEngine
 from broker.process.settings import ActorSection
 from broker.protocol.trajectory import PolicyVersion
 from tests.digest import data_digest
-from tests.integration.actors.engine_session import WARM, Session, dump
+from tests.integration.actors.engine_session import BATCH, WARM, Session, dump
 from tests.integration.actors.faulty_worker import EXTENSION
 
-SETTINGS = {"concurrency": 16, "kv_cache_mb": 64, "max_model_len": 1024}
+SETTINGS = {"max_num_seqs": BATCH, "kv_cache_mb": 64, "max_model_len": 1024}
 TURN_TOKENS = 150
 FRESH_TOKENS = 24
 

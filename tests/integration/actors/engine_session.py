@@ -9,6 +9,7 @@ end it waits for a line on stdin, still serving.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from tests.digest import data_digest
 WARM = Sampling(temperature=0.8)
 GREEDY = Sampling(temperature=0.0)
 LONG = 300
+BATCH = 16  # of the engine
 
 
 def dump(prompt: list[int], sample: Sample) -> dict[str, Any]:
@@ -128,6 +130,30 @@ class Session:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         return int(self.engine._llm.get_num_unfinished_requests())
+
+    async def load(self) -> dict[str, Any]:
+        """What one round of requests adds to it."""
+        before = dataclasses.asdict(self.engine.load())
+        await self.sample(WARM, 40)
+        await self.sample(WARM, 1)
+        after = dataclasses.asdict(self.engine.load())
+        return {name: after[name] - before[name] for name in after}
+
+    async def queued(self) -> list[str]:
+        """The order in which requests end of which the first leave one place of the batch."""
+        ended: list[str] = []
+
+        async def ask(name: str, num_tokens: int, priority: int) -> None:
+            await self.engine.generate(self.prompts[0], WARM, num_tokens, (), f"q.{name}", priority)
+            ended.append(name)
+
+        before = self.engine.load().num_full_steps
+        fillers = [asyncio.create_task(ask(f"filler{i}", 80 if i == 0 else LONG, 5)) for i in range(BATCH)]
+        while self.engine.load().num_full_steps == before:
+            await asyncio.sleep(0.001)
+        late = [asyncio.create_task(ask(name, 5, place)) for name, place in (("last", 9), ("second", 4), ("first", 3))]
+        await asyncio.gather(*fillers, *late)
+        return [name for name in ended if name[:6] != "filler"]
 
     async def too_long(self) -> str:
         try:

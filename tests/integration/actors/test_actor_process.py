@@ -78,7 +78,7 @@ def settings_for(directory: Path, model: Path) -> Settings:
             "model": {"path": str(model)},
             "environments": [{"name": ENVIRONMENT}],
             "actor": {
-                "concurrency": 8,
+                "max_num_seqs": 8,
                 "dtype": "float32",
                 "kv_cache_mb": 32,
                 "max_model_len": 256,

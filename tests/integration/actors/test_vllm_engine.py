@@ -26,6 +26,8 @@ SCENES = (
     "version_after_refusal",
     "aborted",
     "cancelled",
+    "load",
+    "queued",
     "too_long",
     "keep_cache",
     "prepares",
@@ -112,6 +114,22 @@ def test_an_abort_keeps_what_was_sampled(played: Played) -> None:
 
 def test_cancelling_frees_the_engine(played: Played) -> None:
     assert played.seen["cancelled"] == 0
+
+
+def test_the_load_adds_up_what_the_engine_did(played: Played) -> None:
+    load = played.seen["load"]
+    assert (load["num_turns"], load["num_sampled"], load["num_unfinished"]) == (16, 8 * 41, 0)
+    assert 41 <= load["num_steps"] <= 60
+    assert load["num_full_steps"] == 0  # eight requests in a batch of sixteen
+    assert 0 < load["cache_use_steps"] < load["num_steps"]
+    assert load["num_preemptions"] == 0
+    assert 0 <= load["queue_s"] < 10
+    # The second time the same prompts are in the cache, but for the last block of each.
+    assert 0 <= load["num_prefix_hits"] < load["num_prefix_tokens"]
+
+
+def test_the_queue_goes_by_priority(played: Played) -> None:
+    assert played.seen["queued"] == ["first", "second", "last"]
 
 
 def test_a_request_that_cannot_be_served_does_not_end_the_engine(played: Played) -> None:

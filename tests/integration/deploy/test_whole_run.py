@@ -27,7 +27,7 @@ max_turn_tokens = 8
 max_episode_tokens = 8
 max_turns = 1
 [actor]
-concurrency = 8
+max_num_seqs = 8
 kv_cache_mb = 64
 max_model_len = 128
 [learner]

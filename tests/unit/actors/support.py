@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from actors.engine import EngineDeadError, Sample
+from actors.engine import EngineDeadError, EngineLoad, Sample
 from actors.renderer import Renderer
 from broker.protocol.trajectory import Mode, PolicyVersion, Sampling, TaskRef, Ticket, VersionRun
 from envs.interface import (
@@ -79,6 +79,8 @@ class ScriptedEngine:
         self.dead: EngineDeadError | None = None
         self.prompts: list[list[int]] = []
         self.max_tokens: list[int] = []
+        self.priorities: list[int] = []
+        self.busy = EngineLoad()
         self.adopted: list[PolicyVersion] = []
         self.adopted_bytes: list[bytes] = []
         self.adopt_error: Exception | None = None
@@ -101,8 +103,10 @@ class ScriptedEngine:
         max_tokens: int,
         stop_token_ids: Sequence[int],
         request_id: str,
+        priority: int = 0,
     ) -> Sample:
         self.prompts.append(list(prompt_ids))
+        self.priorities.append(priority)
         self.max_tokens.append(max_tokens)
         step = self._script.pop(0)
         await asyncio.sleep(0)
@@ -135,6 +139,9 @@ class ScriptedEngine:
     async def abort(self, request_id: str) -> None:
         if request_id in self._aborts:
             self._aborts[request_id].set()
+
+    def load(self) -> EngineLoad:
+        return self.busy
 
     def check(self) -> None:
         if self.dead is not None:

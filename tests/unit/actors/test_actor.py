@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import pytest
 
 from actors.actor import Actor
-from actors.engine import EngineDeadError
+from actors.engine import EngineDeadError, EngineLoad
 from actors.weights import WeightAdopter
 from broker.process.settings import ActorSection
 from broker.protocol.trajectory import Mode, Outcome, PolicyVersion, TaskRef, Ticket, Trajectory
@@ -86,7 +86,7 @@ class Rig:
             cast(WeightAdopter, self.gate),
             RENDERER,
             {"words": self.environment},
-            ActorSection(**{"concurrency": 4, "drain_s": 5.0} | settings),
+            ActorSection(**{"max_num_seqs": 4, "drain_s": 5.0} | settings),
         )
 
     def start(self) -> asyncio.Task[None]:
@@ -119,7 +119,7 @@ async def test_sampling_waits_for_the_version_and_reference_episodes_do_not() ->
 
 
 async def test_an_infra_failure_releases_the_ticket_and_the_loop_goes_on() -> None:
-    rig = Rig([make_ticket("bad"), make_ticket("good")], ["w3"] * 2, concurrency=1)
+    rig = Rig([make_ticket("bad"), make_ticket("good")], ["w3"] * 2, max_episodes=1)
     rig.gate.opened.set()
 
     async def fail_once() -> None:
@@ -149,7 +149,7 @@ async def test_a_ticket_of_an_unknown_environment_is_released_with_a_sentence() 
 
 
 async def test_a_drain_finishes_what_runs_and_gives_back_what_only_waits() -> None:
-    rig = Rig([make_ticket("runs", Mode.REFERENCE), make_ticket("waits")], [], concurrency=3)
+    rig = Rig([make_ticket("runs", Mode.REFERENCE), make_ticket("waits")], [], max_episodes=3)
     entered, leave = asyncio.Event(), asyncio.Event()
 
     async def slow(_action: Action) -> None:
@@ -180,7 +180,7 @@ async def test_what_a_drain_cannot_finish_in_time_is_given_back_and_closed() -> 
 
 
 async def test_an_episode_whose_ticket_is_withdrawn_stops_and_the_loop_goes_on() -> None:
-    rig = Rig([make_ticket("unwanted"), make_ticket("good")], ["<hang>", "w3"], concurrency=1)
+    rig = Rig([make_ticket("unwanted"), make_ticket("good")], ["<hang>", "w3"], max_episodes=1)
     rig.gate.opened.set()
     task = rig.start()
     await rig.engine.hanging.wait()
@@ -215,3 +215,47 @@ async def test_a_failed_adoption_ends_the_actor() -> None:
     rig.gate.error = EngineDeadError("half loaded")
     with pytest.raises(EngineDeadError, match="half loaded"):
         await asyncio.wait_for(rig.start(), 5)
+
+
+async def test_slow_tools_get_company_until_the_engine_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.actor.LOOK_S", 0.001)
+    rig = Rig([make_ticket(f"t{i}") for i in range(40)], ["<tool>look 3</tool>"] * 40, max_num_seqs=2, max_episodes=20)
+    rig.gate.opened.set()
+    in_tools, enough = 0, asyncio.Event()
+
+    async def slow(_action: Action) -> None:
+        nonlocal in_tools
+        in_tools += 1
+        if in_tools == 20:
+            enough.set()
+        await asyncio.Event().wait()
+
+    rig.environment.on_step = slow
+    task = rig.start()
+    await asyncio.wait_for(enough.wait(), 5)
+    assert len(rig.client.left) == 20
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_no_ticket_is_asked_for_beyond_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.actor.LOOK_S", 0.001)
+    rig = Rig([make_ticket(f"t{i}") for i in range(40)], ["<hang>"] * 40, max_num_seqs=2, max_episodes=20)
+    looks = asyncio.Semaphore(0)
+
+    def full() -> EngineLoad:
+        looks.release()
+        return EngineLoad(num_unfinished=2)
+
+    monkeypatch.setattr(rig.engine, "load", full)
+    rig.gate.opened.set()
+    task = rig.start()
+    await rig.engine.hanging.wait()
+    for _ in range(30):
+        await looks.acquire()
+    assert len(rig.client.left) == 38
+    rig.stop.set()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors import metrics
 from actors.engine import EngineDeadError
 from actors.rollout import InfraFailureError, run_episode
 from broker.protocol.codec import pack_trajectories
 from broker.protocol.trajectory import Mode, Outcome, TaskRef, Ticket, Trajectory, VersionRun
-from envs.interface import Action, EnvironmentFailureError, Observation, Reward, SandboxError
+from envs import timeouts
+from envs.interface import Action, EnvironmentFailureError, Message, Observation, Reward, SandboxError
 from tests.unit.actors.support import ScriptedEngine, WordEnvironment, make_renderer, make_ticket
 
 RENDERER = make_renderer()
@@ -20,19 +22,44 @@ SOLUTION = ["<tool>look 3</tool>", "w3"]
 class Run:
     """An episode with its fakes still at hand."""
 
-    def __init__(self, script: list[Any], ticket: Ticket | None = None, max_model_len: int = 1000) -> None:
+    def __init__(
+        self,
+        script: list[Any],
+        ticket: Ticket | None = None,
+        max_model_len: int = 1000,
+        turn_timeout_s: float | None = None,
+    ) -> None:
         self.environment = WordEnvironment()
         self.engine = ScriptedEngine(RENDERER, script)
         self.ticket = ticket or make_ticket()
         self.max_model_len = max_model_len
+        self.turn_timeout_s = turn_timeout_s
+        self.before = self._timeouts()
 
     async def __call__(self) -> Trajectory:
         trajectory = await run_episode(
-            self.ticket, self.environment, self.engine, RENDERER, actor_id="a", max_model_len=self.max_model_len
+            self.ticket,
+            self.environment,
+            self.engine,
+            RENDERER,
+            actor_id="a",
+            max_model_len=self.max_model_len,
+            turn_timeout_s=self.turn_timeout_s,
         )
         assert self.environment.closed == self.environment.opened
         pack_trajectories((trajectory,))  # raises unless the wire carries it
         return trajectory
+
+    @property
+    def timeouts(self) -> dict[str, float]:
+        """What was counted since, by what ran out of time."""
+        return {what: num - self.before[what] for what, num in self._timeouts().items() if num > self.before[what]}
+
+    @staticmethod
+    def _timeouts() -> dict[str, float]:
+        return {
+            what: metrics.timeouts.labels("words", "train", what)._value.get() for what in ("tool", "turn", "episode")
+        }
 
 
 def text(trajectory: Trajectory) -> str:
@@ -137,6 +164,7 @@ async def test_a_timeout_while_sampling_keeps_the_partial_and_is_graded() -> Non
     assert (trajectory.head.outcome, trajectory.head.reward) == (Outcome.TIMEOUT, 0.1)
     assert trajectory.num_sampled == len(RENDERER.turn(SOLUTION[0])) + 1
     assert trajectory.segments[0].loss_mask_T[-1]
+    assert run.timeouts == {"episode": 1}
 
 
 async def test_a_timeout_in_a_tool_is_graded_on_the_partial_state() -> None:
@@ -150,6 +178,65 @@ async def test_a_timeout_in_a_tool_is_graded_on_the_partial_state() -> None:
     assert (trajectory.head.outcome, trajectory.head.reward) == (Outcome.TIMEOUT, 0.0)
     assert trajectory.num_sampled == len(RENDERER.turn(SOLUTION[0]))
     assert trajectory.head.timings_s["tool"] > 0.1
+
+
+async def test_a_turn_that_takes_too_long_ends_the_episode_long_before_its_deadline() -> None:
+    run = Run([SOLUTION[0], "<hang>"], make_ticket(deadline_s=600), turn_timeout_s=0.1)
+    trajectory = await run()
+    assert (trajectory.head.outcome, trajectory.head.reward) == (Outcome.TIMEOUT, 0.1)
+    assert trajectory.num_sampled == len(RENDERER.turn(SOLUTION[0])) + 1
+    assert run.timeouts == {"turn": 1}
+
+    run = Run([SOLUTION[0]], make_ticket(deadline_s=600), turn_timeout_s=0.1)
+
+    async def hang(_action: Action) -> None:
+        await asyncio.Event().wait()
+
+    run.environment.on_step = hang
+    assert (await run()).head.outcome is Outcome.TIMEOUT
+    assert run.timeouts == {"turn": 1}
+
+
+async def test_a_tool_call_that_ran_out_of_time_is_counted_and_the_episode_goes_on() -> None:
+    run = Run(list(SOLUTION))
+
+    async def late(action: Action) -> Observation | None:
+        return Observation((Message("tool", "error: look timed out"),), num_timeouts=1) if action.tool_calls else None
+
+    run.environment.on_step = late
+    trajectory = await run()
+    assert trajectory.head.outcome is Outcome.COMPLETED
+    assert "tool\nerror: look timed out<|im_end|>" in text(trajectory)
+    assert run.timeouts == {"tool": 1}
+
+
+async def test_an_environment_that_ignores_its_cancellation_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeouts, "CANCEL_GRACE_S", 0.01)
+    run, released, before = Run([SOLUTION[0]], make_ticket(deadline_s=0.2)), asyncio.Event(), timeouts.num_abandoned()
+
+    async def resist(_action: Action) -> None:
+        while not released.is_set():
+            try:
+                await released.wait()
+            except asyncio.CancelledError:
+                continue
+
+    run.environment.on_step = resist
+    assert (await run()).head.outcome is Outcome.TIMEOUT
+    assert timeouts.num_abandoned() == before + 1
+    released.set()
+    while timeouts.num_abandoned() > before:
+        await asyncio.sleep(0)
+
+
+async def test_an_environment_that_wants_to_end_the_process_ends_its_episode_only() -> None:
+    run = Run(list(SOLUTION))
+
+    async def leave(_action: Action) -> None:
+        raise SystemExit(1)
+
+    run.environment.on_step = leave
+    assert (await run()).head.outcome is Outcome.ENV_FAILURE
 
 
 async def test_a_timeout_before_the_first_turn_still_makes_a_trajectory() -> None:
