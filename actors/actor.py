@@ -18,10 +18,11 @@ from typing import Any, Protocol, TypeVar
 from actors import metrics
 from actors.engine import Engine, EngineDeadError
 from actors.renderer import Renderer
-from actors.rollout import InfraFailureError, run_episode
+from actors.rollout import NO_BUDGETS, InfraFailureError, run_episode
 from actors.weights import WeightAdopter
 from broker.client import ReleaseReason
 from broker.process.settings import ActorSection
+from broker.process.thinking_settings import ThinkingSection
 from broker.protocol.errors import ProtocolError
 from broker.protocol.trajectory import Mode, Ticket, Trajectory
 from envs.interface import Environment
@@ -71,6 +72,7 @@ class Actor:
         renderer: Renderer,
         environments: Mapping[str, Environment],
         settings: ActorSection,
+        thinking: ThinkingSection = NO_BUDGETS,
     ) -> None:
         self._actor_id = actor_id
         self._tickets = tickets
@@ -80,6 +82,7 @@ class Actor:
         self._renderer = renderer
         self._environments = environments
         self._settings = settings
+        self._thinking = thinking
         self._draining = False
         self._waiting: set[asyncio.Task[Any] | None] = set()  # workers that a drain may interrupt without losing work
 
@@ -154,6 +157,7 @@ class Actor:
                 self._renderer,
                 actor_id=self._actor_id,
                 max_model_len=self._settings.max_model_len,
+                thinking=self._thinking,
             )
         metrics.observe_episode(trajectory)
         return trajectory

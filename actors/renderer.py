@@ -63,6 +63,11 @@ class Renderer:
         """Tokens of a turn that was written, not sampled (reference episodes): content and <|im_end|>."""
         return [*self._encode(text), self._end_id]
 
+    def inside(self, text: str) -> list[int]:
+        """Tokens of a text inside of a turn; a text that is a token of its own, as a tag may be, becomes that token."""
+        token_id = self._tokenizer.token_to_id(text)
+        return [int(token_id)] if token_id is not None else self._encode(text)
+
     def text(self, sampled_ids: Sequence[int]) -> str:
         """The content of a sampled turn, without the token that ended it."""
         ids = list(sampled_ids)

@@ -3,7 +3,7 @@
 Outcomes: an episode that ends by itself is `completed`; out of time, tokens or turns it is `timeout`,
 `truncated_tokens` or `truncated_turns` and graded as it stands; an environment that breaks is `env_failure`. What is
 the infrastructure's fault (sandbox, engine) raises instead, so that the ticket is retried: it never becomes a reward.
-Never leases, sends or adopts.
+How a turn is sampled is the sampler's. Never leases, sends or adopts.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from typing import TypeVar
 import numpy as np
 
 from actors.engine import Engine, EngineDeadError, Sample
-from actors.renderer import REFERENCE_VERSION, Renderer
+from actors.renderer import Renderer
+from actors.sampler import InfraFailureError as InfraFailureError
+from actors.sampler import Sampler
 from actors.tool_format import format_action, parse_action
+from broker.process.thinking_settings import ThinkingSection
 from broker.protocol.trajectory import Mode, Outcome, Segment, Ticket, Trajectory, TrajectoryHead, VersionRun
 from envs.interface import (
-    Action,
     Environment,
     Episode,
     Message,
@@ -37,13 +39,9 @@ logger = logging.getLogger(__name__)
 
 GRADE_LIMIT_S = 60.0
 CLOSE_LIMIT_S = 30.0
-ABORT_RETRY_S = 1.0
+NO_BUDGETS = ThinkingSection()
 
 T = TypeVar("T")
-
-
-class InfraFailureError(Exception):
-    """The episode could not be run through no fault of policy or environment; its ticket should be retried."""
 
 
 @dataclass(slots=True)
@@ -91,19 +89,26 @@ class _Record:
 
 
 async def run_episode(
-    ticket: Ticket, environment: Environment, engine: Engine, renderer: Renderer, *, actor_id: str, max_model_len: int
+    ticket: Ticket,
+    environment: Environment,
+    engine: Engine,
+    renderer: Renderer,
+    *,
+    actor_id: str,
+    max_model_len: int,
+    thinking: ThinkingSection = NO_BUDGETS,
 ) -> Trajectory:
     """Run the ticket's episode to its end, within `ticket.deadline_s` seconds plus the time that grading takes.
 
-    max_model_len: tokens the engine takes at most, prompt and answer together. Raises InfraFailureError, and
-    EngineDeadError where no further episode can run either; cancelling it ends the request and closes the sandbox.
+    max_model_len: tokens the engine takes at most, prompt and answer together. thinking: the run's rules for budgets.
+    Raises InfraFailureError, and EngineDeadError where no further episode can run either; cancelling it ends the
+    request and closes the sandbox.
     """
-    if ticket.thinking_budget is not None:
-        raise InfraFailureError(f"ticket {ticket.ticket_id} has a thinking budget, which this actor cannot enforce")
     started = time.monotonic()
-    rollout = _Rollout(ticket, environment, engine, renderer, max_model_len, started + ticket.deadline_s)
+    sampler = Sampler(ticket, engine, renderer, thinking, max_model_len, started + ticket.deadline_s)
+    rollout = _Rollout(ticket, environment, sampler, renderer, started + ticket.deadline_s)
     outcome, reward = await rollout.run()
-    record = rollout.record
+    record, account = rollout.record, sampler.account
     total_s = time.monotonic() - started
     head = TrajectoryHead(
         ticket=ticket,
@@ -115,6 +120,9 @@ async def run_episode(
         num_turns=record.num_turns,
         num_tool_calls=record.num_tool_calls,
         num_malformed=record.num_malformed,
+        num_thinking_tokens=account.num_thinking_tokens,
+        num_overrun_tokens=account.num_overrun_tokens,
+        num_forced_stops=account.num_forced_stops,
         timings_s={"total": total_s, "model": record.model_s, "tool": record.tool_s},
         actor_id=actor_id,
         finished_at=time.time(),
@@ -129,18 +137,16 @@ class _Rollout:
         self,
         ticket: Ticket,
         environment: Environment,
-        engine: Engine,
+        sampler: Sampler,
         renderer: Renderer,
-        max_model_len: int,
         deadline: float,
     ) -> None:
         self.record = _Record()
+        self.sampler = sampler
         self.kind = ""
         self._ticket = ticket
         self._environment = environment
-        self._engine = engine
         self._renderer = renderer
-        self._max_model_len = max_model_len
         self._deadline = deadline
         self._reference: ReferencePolicy | None = None
 
@@ -180,7 +186,8 @@ class _Rollout:
         """Turn after turn until something ends the episode; says what."""
         try:
             first = await self._timed(episode.start())
-            self.record.add_context(self._renderer.open(first), first)
+            told = self.sampler.thinking.told(first, self._ticket.thinking_budget)
+            self.record.add_context(self._renderer.open(told), first)
             while True:
                 outcome, observation = await self._turn(episode)
                 if outcome is not None:
@@ -197,24 +204,16 @@ class _Rollout:
 
     async def _turn(self, episode: Episode) -> tuple[Outcome | None, Observation]:
         """One generation and what answers it; the outcome if the episode ends with it."""
-        sampling, record = self._ticket.sampling, self.record
-        room = min(
-            sampling.max_turn_tokens,
-            sampling.max_episode_tokens - record.num_sampled,
-            self._max_model_len - len(record.ids),
-        )
-        if room <= 0:
+        record, sampler = self.record, self.sampler
+        turn = await sampler.turn(record, self._written())
+        if turn is None or turn.finish == "length":
             return Outcome.TRUNCATED_TOKENS, Observation()
-        sample = await self._sample(room)
-        record.add_sample(sample)
-        if sample.finish == "length":
-            return Outcome.TRUNCATED_TOKENS, Observation()
-        if sample.finish == "abort":
+        if turn.finish == "abort":
             return Outcome.TIMEOUT, Observation()
-        text = self._renderer.text(sample.token_ids_N.tolist())
+        text = self._renderer.text(turn.ids)
         record.messages.append(Message("assistant", text))
         record.num_turns += 1
-        action = parse_action(text, self._environment.tools)
+        action = parse_action(sampler.thinking.answer(text, turn.began_open), self._environment.tools)
         if action.malformed is not None:
             record.num_malformed += 1
             return None, Observation((Message("tool", f"error: {action.malformed}"),))
@@ -222,49 +221,11 @@ class _Rollout:
         observation = await self._timed(episode.step(action))
         return (Outcome.COMPLETED if observation.done else None), observation
 
-    async def _sample(self, max_tokens: int) -> Sample:
-        if self._reference is not None:
-            action: Action = self._reference.act(tuple(self.record.messages))
-            return self._written(format_action(action, self._environment.tools), max_tokens)
-        started = time.monotonic()
-        try:
-            return await self._generate(max_tokens)
-        except (EngineDeadError, InfraFailureError):
-            raise
-        except Exception as error:
-            raise InfraFailureError(f"engine: {type(error).__name__}: {error}") from error
-        finally:
-            self.record.model_s += time.monotonic() - started
-
-    def _written(self, text: str, max_tokens: int) -> Sample:
-        """A turn of the reference policy, in the shape of a sampled one."""
-        ids = self._renderer.turn(text)
-        kept = ids[:max_tokens]
-        runs = (VersionRun(*REFERENCE_VERSION, len(kept)),)
-        finish = "stop" if len(kept) == len(ids) else "length"
-        return Sample(np.asarray(kept, np.int32), np.zeros(len(kept), np.float32), runs, finish)  # type: ignore[arg-type]
-
-    async def _generate(self, max_tokens: int) -> Sample:
-        """Sample a turn; at the deadline the request is aborted and what it has sampled is kept (finish "abort")."""
-        ticket = self._ticket
-        request_id = f"{ticket.ticket_id}.{ticket.attempt}.{self.record.num_turns}"
-        stop = self._renderer.stop_token_ids
-        request = asyncio.ensure_future(
-            self._engine.generate(self.record.ids, ticket.sampling, max_tokens, stop, request_id)
-        )
-        try:
-            await asyncio.wait({request}, timeout=max(0.0, self._deadline - time.monotonic()))
-            aborted = not request.done()
-            while not request.done():
-                # Repeated, because an engine ignores the id of a request that has not reached it yet.
-                await self._engine.abort(request_id)
-                await asyncio.wait({request}, timeout=ABORT_RETRY_S)
-        finally:
-            request.cancel()
-        sample = request.result()
-        if sample.finish == "abort" and not aborted:
-            raise InfraFailureError(f"the engine aborted request {request_id}")
-        return sample
+    def _written(self) -> str | None:
+        """The next turn's text where the environment's reference policy acts."""
+        if self._reference is None:
+            return None
+        return format_action(self._reference.act(tuple(self.record.messages)), self._environment.tools)
 
     async def _timed(self, act: Awaitable[T], limit_s: float | None = None) -> T:
         """Await the environment, up to the deadline or `limit_s`; its seconds count as the tool's."""

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from broker.process.loss_settings import LossSection
 from broker.process.section import Section
-from broker.process.thinking_settings import UNLIMITED, Budget
+from broker.process.thinking_settings import Budget
 
 
 class WarmStartSection(Section):
@@ -161,7 +161,7 @@ class EvalSection(Section):
     during_tasks: int = Field(default=32, ge=1)
     """Held-out tasks of each evaluation during training."""
     budgets: tuple[Annotated[int, Field(ge=0)] | Literal["unlimited"], ...] = ()
-    """Thinking budgets that every evaluation goes through, each with all its tasks, as [0, 16, 64, "unlimited"]: held-out
+    """Thinking budgets that every evaluation goes through, each with all tasks, as [0, 16, 64, "unlimited"]: held-out
     reward against budget, in `budgets.json` and `budgets.svg` of the run's folder. None given: no budget."""
     pass_reward: float = 1.0
     """Reward from which an episode counts as passed, in the pass rates; training does not use it."""
@@ -169,7 +169,7 @@ class EvalSection(Section):
     @property
     def token_budgets(self) -> tuple[Budget, ...]:
         """`budgets` as tickets have them, in order; the one budget that is none where none is given."""
-        return tuple(None if budget == UNLIMITED else budget for budget in self.budgets) or (None,)
+        return tuple(None if isinstance(budget, str) else budget for budget in self.budgets) or (None,)
 
     @field_validator("budgets")
     @classmethod

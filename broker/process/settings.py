@@ -269,6 +269,6 @@ def _leaves_room(key: str, budget: int, thinking: ThinkingSection, sampling: Sam
     room, limit = getattr(sampling, name), thinking.limit(budget) or 0
     if limit >= room:
         raise ValueError(
-            f"{key} has {budget} tokens per {thinking.per}, which may become {limit}, but sampling.{name} = {room} leaves "
-            f"none to answer with; raise sampling.{name}, or lower the budget"
+            f"{key} has {budget} tokens per {thinking.per}, which may become {limit}, but sampling.{name} = {room} "
+            f"leaves none to answer with; raise sampling.{name}, or lower the budget"
         )

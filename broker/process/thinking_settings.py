@@ -77,9 +77,9 @@ class BudgetsSection(Section):
 
 class SoftSection(Section):
     overrun_rate: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the episodes that may think beyond their budget (epsilon). Set, the budget is a soft one: thinking may go
-    on up to `limit` times the budget, and what goes beyond the budget costs reward, at a price (lambda) that is adapted
-    until the share is this one. Not set: every budget is kept strictly, and there is nothing to pay for."""
+    """Share of the episodes that may think beyond their budget (epsilon). Set, budgets are soft: thinking may go on up
+    to `limit` times the budget, and what goes beyond the budget costs reward, at a price (lambda) that is adapted until
+    the share is this one. Not set: every budget is kept strictly, and there is nothing to pay for."""
     limit: float = Field(default=2.0, gt=1, le=16)
     """Thinking is stopped at this multiple of a soft budget."""
     price: float = Field(default=0.1, ge=0)
@@ -93,7 +93,9 @@ class SoftSection(Section):
     def _ordered(self) -> SoftSection:
         low, high = self.price_bounds
         if not 0 <= low <= self.price <= high < float("inf"):
-            raise ValueError(f"price = {self.price:g} with price_bounds = [{low:g}, {high:g}]; it must lie between them")
+            raise ValueError(
+                f"price = {self.price:g} with price_bounds = [{low:g}, {high:g}]; it must lie between them"
+            )
         return self
 
 

@@ -144,8 +144,8 @@ class TrajectoryHead(Facts, frozen=True, kw_only=True):
 
     `kind`: the environment's class of the task, for per-kind reports. `timings_s`: seconds by name, at least `total`,
     `model` and `tool`. `reward` is the total of the named `reward_components`' meaning, decided by the environment.
-    `num_malformed`: turns whose tool calls could not be parsed. `num_thinking_tokens`: tokens sampled while thinking, in
-    all turns. `num_overrun_tokens`: those of them beyond the ticket's thinking budget, 0 where the actor allows none.
+    `num_malformed`: turns whose tool calls could not be parsed. `num_thinking_tokens`: tokens sampled while thinking,
+    in all turns. `num_overrun_tokens`: those of them beyond the ticket's thinking budget, which an actor may allow.
     `num_forced_stops`: how often the actor ended the thinking, because its limit was reached.
     """
 

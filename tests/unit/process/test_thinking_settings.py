@@ -1,4 +1,4 @@
-"""[thinking] and eval.budgets: off by default, what contradicts itself is refused in a sentence, buckets are bounded."""
+"""[thinking] and eval.budgets: off by default, what contradicts itself is refused, buckets are bounded."""
 
 from __future__ import annotations
 
