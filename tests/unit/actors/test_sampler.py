@@ -407,17 +407,15 @@ async def test_whatever_the_policy_does_the_budget_and_the_limits_hold(
     else:
         assert head.num_forced_stops == 0
     # What is called sampled is what the engine sent, cut at most; and each request went on from all that was there.
-    sampled = segment.token_ids_T[segment.loss_mask_T].tolist()
-    position = 0
-    for sent in engine.sent:
-        common = next(
-            (i for i, token in enumerate(sent) if sampled[position + i : position + i + 1] != [token]), len(sent)
-        )
-        assert common > 0
-        position += common
-    assert position == len(sampled)
-    for prompt in engine.prompts:
-        assert segment.token_ids_T[: len(prompt)].tolist() == prompt
+    ids, mask_T = segment.token_ids_T.tolist(), segment.loss_mask_T
+    starts, num_kept = [len(prompt) for prompt in engine.prompts], 0
+    for prompt, sent, end in zip(engine.prompts, engine.sent, [*starts[1:], len(ids)], strict=True):
+        start = len(prompt)
+        kept = int(mask_T[start:end].argmin()) if not mask_T[start:end].all() else end - start
+        assert 0 < kept <= len(sent)
+        assert ids[: start + kept] == prompt + sent[:kept]
+        num_kept += kept
+    assert num_kept == trajectory.num_sampled
     assert_counted_token_by_token(trajectory, renderer)
 
 
