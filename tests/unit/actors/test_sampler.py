@@ -409,7 +409,7 @@ async def test_whatever_the_policy_does_the_budget_and_the_limits_hold(
     # What is called sampled is what the engine sent, cut at most; and each request went on from all that was there.
     ids, mask_T = segment.token_ids_T.tolist(), segment.loss_mask_T
     starts, num_kept = [len(prompt) for prompt in engine.prompts], 0
-    for prompt, sent, end in zip(engine.prompts, engine.sent, [*starts[1:], len(ids)], strict=True):
+    for prompt, sent, end in zip(engine.prompts, engine.sent, [*starts, len(ids)][1:], strict=True):
         start = len(prompt)
         kept = int(mask_T[start:end].argmin()) if not mask_T[start:end].all() else end - start
         assert 0 < kept <= len(sent)
