@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from broker.process.thinking_settings import adherence, budget_bucket
 from broker.protocol.trajectory import Trajectory
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -15,6 +16,12 @@ withdrawn_episodes = Counter("ergon_actor_withdrawn_episodes", "Episodes stopped
 tokens_sampled = Counter("ergon_actor_tokens_sampled", "Tokens sampled by the policy", ["mode"])
 turns = Counter("ergon_actor_turns", "Turns completed", ["env", "mode"])
 tool_calls = Counter("ergon_actor_tool_calls", "Tool calls made", ["env", "mode"])
+thinking_tokens = Counter("ergon_actor_thinking_tokens", "Tokens sampled while thinking", ["mode", "budget"])
+thinking_episodes = Counter(
+    "ergon_actor_thinking_episodes",
+    "Episodes by their thinking budget and how they kept it: kept, over (a soft budget) or forced (stopped by the actor)",
+    ["mode", "budget", "adherence"],
+)
 malformed_turns = Counter("ergon_actor_malformed_turns", "Turns whose tool calls could not be parsed", ["env", "mode"])
 episode_seconds = Histogram("ergon_actor_episode_seconds", "Length of an episode", ["env", "mode"], buckets=SECONDS)
 model_seconds = Histogram("ergon_actor_model_seconds", "Sampling in one episode", ["env", "mode"], buckets=SECONDS)
@@ -52,6 +59,9 @@ def observe_episode(trajectory: Trajectory) -> None:
     turns.labels(env, mode).inc(head.num_turns)
     tool_calls.labels(env, mode).inc(head.num_tool_calls)
     malformed_turns.labels(env, mode).inc(head.num_malformed)
+    budget = budget_bucket(head.ticket.thinking_budget)
+    thinking_tokens.labels(mode, budget).inc(head.num_thinking_tokens)
+    thinking_episodes.labels(mode, budget, adherence(head)).inc()
     episode_seconds.labels(env, mode).observe(head.timings_s["total"])
     model_seconds.labels(env, mode).observe(head.timings_s["model"])
     tool_seconds.labels(env, mode).observe(head.timings_s["tool"])

@@ -40,17 +40,21 @@ class Quarantine:
         trajectories = [item.trajectory for item in batch.consumed if item.trained]
         ids = [trajectory.ticket.ticket_id for trajectory in trajectories]
         reason = {"error": error, "step": step, "version": version, "ticket_ids": ids}
+        reason["overrun_price"] = batch.overrun_price
         path.with_suffix(".json").write_text(json.dumps(reason, indent=1))
         write_trajectories(path, trajectories)
         return path
 
 
-def rebuilt(trajectories: Sequence[Trajectory], settings: LearnerSection, version: int) -> Batch:
-    """The batch of these trajectories, as a learner at this version would make it."""
+def rebuilt(
+    trajectories: Sequence[Trajectory], settings: LearnerSection, version: int, overrun_price: float = 0.0
+) -> Batch:
+    """The batch of these trajectories, as a learner at this version, with this price, would make it."""
     groups: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:
         groups.setdefault(trajectory.ticket.group_id, []).append(trajectory)
     batcher = make_batcher(settings, num_groups=len(groups))
+    batcher.overrun_price = overrun_price
     for group_id, members in groups.items():
         size = members[0].ticket.group_size
         for trajectory in members:
@@ -98,7 +102,8 @@ def main() -> None:
     checkpoint = CheckpointStore(settings.run_dir / "checkpoints", settings.learner.keep_checkpoints).newest()
     if checkpoint is not None and checkpoint.engine_directory is not None:
         engine.load(checkpoint.engine_directory)
-    batch = rebuilt(trajectories, settings.learner, engine.policy_version)
+    reason = json.loads(arguments.file.with_suffix(".json").read_text())
+    batch = rebuilt(trajectories, settings.learner, engine.policy_version, reason.get("overrun_price", 0.0))
     result: dict[str, object] = {"trajectories": len(trajectories), "version": engine.policy_version}
     try:
         alarms = settings.learner.alarms

@@ -1,4 +1,4 @@
-"""What a run may spend on thinking: the section `[thinking]`, and the buckets that budgets are reported in.
+"""What a run may spend on thinking: the section `[thinking]`, and how budgets and their keeping are reported.
 
 A budget is a number of tokens, 0 for none, None for any number. Starts nothing and draws nothing: the learner draws
 budgets (learner/budgets.py), the actors keep to them (actors/sampler.py).
@@ -6,7 +6,7 @@ budgets (learner/budgets.py), the actors keep to them (actors/sampler.py).
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, Protocol, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +19,7 @@ _Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 _Tokens: TypeAlias = Annotated[int, Field(ge=1)]
 _Weighted: TypeAlias = tuple[_Tokens, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
 
+_ROUNDING = 1e-9
 _FLOORS = (1, 16, 64, 256, 1024, 4096)
 BUDGET_BUCKETS = ("0", "1-15", "16-63", "64-255", "256-1023", "1024-4095", "4096+", UNLIMITED)
 """The values of every metric's label `budget`, so that their number is bounded."""
@@ -36,6 +37,27 @@ def budget_name(budget: Budget) -> str:
     return UNLIMITED if budget is None else str(budget)
 
 
+class Account(Protocol):
+    """What of an episode says how it kept its budget; TrajectoryHead has it."""
+
+    @property
+    def num_overrun_tokens(self) -> int:
+        """Thinking tokens beyond the budget."""
+        ...
+
+    @property
+    def num_forced_stops(self) -> int:
+        """How often the actor ended the thinking."""
+        ...
+
+
+def adherence(account: Account) -> Literal["kept", "over", "forced"]:
+    """How an episode kept its budget: by itself; with thinking beyond it, where it is soft; or stopped by the actor."""
+    if account.num_overrun_tokens:
+        return "over"
+    return "forced" if account.num_forced_stops else "kept"
+
+
 class BudgetsSection(Section):
     zero: _Share = 0.0
     """Share of the groups with a budget of 0: they answer without thinking."""
@@ -49,7 +71,8 @@ class BudgetsSection(Section):
     @property
     def bounded(self) -> float:
         """Share of the groups with a budget above 0."""
-        return max(0.0, 1.0 - self.zero - self.unlimited)
+        share = 1.0 - self.zero - self.unlimited
+        return share if share > _ROUNDING else 0.0
 
     @property
     def largest(self) -> int:
@@ -59,18 +82,18 @@ class BudgetsSection(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> BudgetsSection:
         taken = self.zero + self.unlimited
-        if taken > 1 + 1e-9:
+        if taken > 1 + _ROUNDING:
             raise ValueError(f"zero + unlimited = {taken:g}; shares of the groups add up to 1 at most")
         if self.between is not None and self.choices:
             raise ValueError(f"between = {list(self.between)} and choices are both set; remove one of them")
         if self.between is not None and self.between[0] > self.between[1]:
             raise ValueError(f"between = {list(self.between)}; the smaller budget comes first")
         named = self.between is not None or bool(self.choices)
-        if named and taken > 1 - 1e-9:
+        if named and taken >= 1 - _ROUNDING:
             raise ValueError(
                 f"zero + unlimited = {taken:g} leave no group for the budgets of between or choices; lower unlimited"
             )
-        if not named and taken < 1 - 1e-9:
+        if not named and taken < 1 - _ROUNDING:
             raise ValueError(f"zero + unlimited = {taken:g}; say what the other groups have with between or choices")
         return self
 
