@@ -78,6 +78,15 @@ def make_batcher(settings: LearnerSection, num_groups: int | None = None) -> Bat
     )
 
 
+def _price(file: Path) -> float:
+    """What thinking beyond a soft budget cost in the batch of this file, from what was written beside it."""
+    reason = file.with_suffix(".json")
+    try:
+        return float(json.loads(reason.read_text()).get("overrun_price", 0.0))
+    except (OSError, ValueError) as error:
+        raise ErgonError(f"{reason}, which belongs to {file.name}, cannot be read: {error}") from error
+
+
 class _Missing:
     def __init__(self, ticket_id: str, group_id: str) -> None:
         self.ticket_id, self.group_id = ticket_id, group_id
@@ -102,8 +111,7 @@ def main() -> None:
     checkpoint = CheckpointStore(settings.run_dir / "checkpoints", settings.learner.keep_checkpoints).newest()
     if checkpoint is not None and checkpoint.engine_directory is not None:
         engine.load(checkpoint.engine_directory)
-    reason = json.loads(arguments.file.with_suffix(".json").read_text())
-    batch = rebuilt(trajectories, settings.learner, engine.policy_version, reason.get("overrun_price", 0.0))
+    batch = rebuilt(trajectories, settings.learner, engine.policy_version, _price(arguments.file))
     result: dict[str, object] = {"trajectories": len(trajectories), "version": engine.policy_version}
     try:
         alarms = settings.learner.alarms

@@ -130,7 +130,7 @@ class ThinkingSection(Section):
     opens: Literal["policy", "context"] = "policy"
     """Who writes the opening tag: the `policy` where it wants to think, or the `context` in every turn that may, for
     models that do not begin by themselves. (A chat format that ends its header with the tag needs neither.)"""
-    stop_phrase: str = "\nTime is up. I answer with what I have.\n"
+    stop_phrase: str = " Time is up, so I answer with what I have."
     """Written before the closing tag where thinking has reached its limit; never trained on."""
     tell: Literal["sentence", "qwen3", "none"] = "sentence"
     """How the policy is told its budget, at the end of the first user message: in a `sentence`, unlimited by none; as
