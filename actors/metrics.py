@@ -19,7 +19,7 @@ tool_calls = Counter("ergon_actor_tool_calls", "Tool calls made", ["env", "mode"
 thinking_tokens = Counter("ergon_actor_thinking_tokens", "Tokens sampled while thinking", ["mode", "budget"])
 thinking_episodes = Counter(
     "ergon_actor_thinking_episodes",
-    "Episodes by their thinking budget and how they kept it: kept, over (a soft budget) or forced (stopped by the actor)",
+    "Episodes by their thinking budget and how they kept it: kept, over (a soft one) or forced (stopped by the actor)",
     ["mode", "budget", "adherence"],
 )
 malformed_turns = Counter("ergon_actor_malformed_turns", "Turns whose tool calls could not be parsed", ["env", "mode"])

@@ -64,8 +64,13 @@ class Renderer:
         return [*self._encode(text), self._end_id]
 
     def inside(self, text: str) -> list[int]:
-        """Tokens of a text inside of a turn; a text that is a token of its own, as a tag may be, becomes that token."""
-        token_id = self._tokenizer.token_to_id(text)
+        """Tokens of a text inside of a turn."""
+        return self._encode(text)
+
+    def tag(self, text: str) -> list[int]:
+        """Tokens of a tag inside of a turn: one where it is a token of its own to the tokenizer, control token or not."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        token_id = next((number for number, token in added.items() if token.content == text), None)
         return [int(token_id)] if token_id is not None else self._encode(text)
 
     def text(self, sampled_ids: Sequence[int]) -> str:

@@ -24,9 +24,10 @@ class Script:
     def __init__(self, thinking: Thinking, renderer: Renderer, text: str, allowed: int | None, is_open: bool) -> None:
         self._opening, self._closing = thinking.settings.tags
         self._end = ("", renderer.turn(""))
-        texts = thinking.pieces(text)
-        last = texts.pop() if texts and not texts[-1].isspace() and texts[-1] not in thinking.settings.tags else ""
-        self._pieces = [*((piece, renderer.inside(piece)) for piece in texts), (last, renderer.turn(last))]
+        texts, tags = thinking.pieces(text), thinking.settings.tags
+        last = texts.pop() if texts and not texts[-1].isspace() and texts[-1] not in tags else ""
+        self._pieces = [(piece, (renderer.tag if piece in tags else renderer.inside)(piece)) for piece in texts]
+        self._pieces.append((last, renderer.turn(last)))
         thinks = self._pieces[0][0] == self._opening
         if allowed == 0 and thinks:
             self.skip_thinking()

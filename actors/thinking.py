@@ -26,7 +26,11 @@ class Tokens(Protocol):
     """What is needed of a renderer."""
 
     def inside(self, text: str) -> list[int]:
-        """Tokens of a text inside of a turn; a tag that is a token of its own becomes that token."""
+        """Tokens of a text inside of a turn."""
+        ...
+
+    def tag(self, text: str) -> list[int]:
+        """Tokens of a tag, one where it is a token of its own."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -70,8 +74,8 @@ class Thinking:
         self.settings = settings
         self._tokens = tokens
         self._open, self._close = settings.tags
-        open_ids, gap_ids = tokens.inside(self._open), tokens.inside(GAP)
-        self._close_ids = [*tokens.inside(self._close), *gap_ids]
+        open_ids, gap_ids = tokens.tag(self._open), tokens.inside(GAP)
+        self._close_ids = [*tokens.tag(self._close), *gap_ids]
         self.num_open_tokens = len(open_ids)
         self.open_ids = [*open_ids, *tokens.inside("\n")]
         self.stop_ids = [*tokens.inside(settings.stop_phrase), *self._close_ids]

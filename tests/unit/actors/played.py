@@ -68,4 +68,4 @@ class Played:
         return [(bool(mask[0]), self.renderer.decode(part.tolist())) for part, mask in zip(ids, masks, strict=True)]
 
     def tokens(self, *texts: str) -> int:
-        return sum(len(self.renderer.inside(text)) for text in texts)
+        return sum(len(self.renderer.tag(text)) for text in texts)

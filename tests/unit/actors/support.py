@@ -57,7 +57,7 @@ def make_tokenizer() -> Tokenizer:
 def make_renderer(*tags: str) -> Renderer:
     """A renderer, to whose tokenizer each of the tags is one token."""
     tokenizer = make_tokenizer()
-    tokenizer.add_tokens([AddedToken(tag, special=False) for tag in tags])
+    tokenizer.add_special_tokens([AddedToken(tag, special=True) for tag in tags])
     return Renderer(tokenizer)
 
 
@@ -121,7 +121,7 @@ class ScriptedEngine:
         if step.startswith("<hang>"):
             return await self._hang(request_id, step)
         texts = re.split("(<think>|</think>)", step.removesuffix("..."))  # tags are tokens where the tokenizer has them
-        ids = [token for text in texts[:-1] for token in self._renderer.inside(text)] + self._renderer.turn(texts[-1])
+        ids = [token for text in texts[:-1] for token in self._renderer.tag(text)] + self._renderer.turn(texts[-1])
         finish: Any = "stop"
         if step.endswith("..."):
             ids, finish = ids[:-1], "length"

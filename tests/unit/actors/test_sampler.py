@@ -93,7 +93,7 @@ async def test_a_budget_of_0_is_kept_by_a_policy_that_thinks_all_the_same(render
 
 @both_tokenizers()
 async def test_thinking_again_after_an_answer_costs_the_same_budget(renderer: Renderer) -> None:
-    budget = len(renderer.inside("3") + renderer.inside("</think>")) + 2
+    budget = len(renderer.tag("3") + renderer.tag("</think>")) + 2
     played = await Played(renderer).run(["<think>3</think>\n\nso <think>plates plates plates plates", "w3"], budget)
     assert played.account == (budget, 0, 1)
     assert played.parts()[-2:] == [(False, STOP), (True, "w3<|im_end|>")]

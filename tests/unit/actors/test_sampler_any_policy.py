@@ -43,7 +43,7 @@ class RandomEngine(ScriptedEngine):
         while len(ids) < max_tokens:
             end = self._rng.random() < 0.08
             fragment = self._rng.choice(self.FRAGMENTS)
-            for token in self._renderer.turn("") if end else self._renderer.inside(str(fragment)):
+            for token in self._renderer.turn("") if end else self._renderer.tag(str(fragment)):
                 ids.append(token)
                 if token in stop_token_ids or len(ids) == max_tokens:
                     break

@@ -65,9 +65,9 @@ def test_a_conversation_without_a_user_gets_a_message() -> None:
 @pytest.mark.parametrize("renderer", [RENDERER, TAGGED], ids=["several tokens", "one token"])
 def test_tokens_between_the_tags_count_with_those_of_the_closing_one(renderer: object) -> None:
     thinking = Thinking(ThinkingSection(), renderer)  # type: ignore[arg-type]
-    inside = renderer.inside  # type: ignore[attr-defined]
+    tag = renderer.tag  # type: ignore[attr-defined]
     parts = ["so ", "<think>", "17 plates", "</think>", "\n\n1212"]
-    ids = [inside(part) for part in parts]
+    ids = [tag(part) for part in parts]
     before, inner = len(ids[0]) + len(ids[1]), len(ids[2]) + len(ids[3])
     thought = thinking.find(joined(ids), False)
     assert thought == (list(range(before, before + inner)), False)
@@ -137,7 +137,7 @@ def test_what_the_actor_writes(renderer: object) -> None:
 
 def test_only_a_tag_that_is_one_token_can_be_stopped_at() -> None:
     assert PLAIN.open_token_ids == ()
-    assert Thinking(ThinkingSection(), TAGGED).open_token_ids == tuple(TAGGED.inside("<think>"))
+    assert Thinking(ThinkingSection(), TAGGED).open_token_ids == tuple(TAGGED.tag("<think>"))
 
 
 def test_a_written_turn_is_cut_at_tags_and_gaps() -> None:
