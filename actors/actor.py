@@ -22,11 +22,12 @@ from actors import metrics
 from actors.engine import Engine, EngineDeadError
 from actors.precedence import Precedence
 from actors.renderer import Renderer
-from actors.rollout import InfraFailureError, run_episode
+from actors.rollout import NO_BUDGETS, InfraFailureError, run_episode
 from actors.weights import WeightAdopter
 from actors.window import Window
 from broker.client import ReleaseReason
 from broker.process.settings import ActorSection
+from broker.process.thinking_settings import ThinkingSection
 from broker.protocol.errors import ProtocolError
 from broker.protocol.trajectory import Mode, Ticket, Trajectory
 from envs.interface import Environment
@@ -80,6 +81,7 @@ class Actor:
         renderer: Renderer,
         environments: Mapping[str, Environment],
         settings: ActorSection,
+        thinking: ThinkingSection = NO_BUDGETS,
     ) -> None:
         self._actor_id = actor_id
         self._tickets = tickets
@@ -89,6 +91,7 @@ class Actor:
         self._renderer = renderer
         self._environments = environments
         self._settings = settings
+        self._thinking = thinking
         first, step = settings.max_num_seqs, max(1, round(settings.max_num_seqs * INCREASE))
         self._window = Window(settings.min_episodes, settings.max_episodes, first, step, settings.max_queue_s)
         self._precedence = Precedence()
@@ -190,6 +193,7 @@ class Actor:
                 actor_id=self._actor_id,
                 max_model_len=self._settings.max_model_len,
                 turn_timeout_s=self._settings.turn_timeout_s,
+                thinking=self._thinking,
             )
         metrics.observe_episode(trajectory)
         return trajectory

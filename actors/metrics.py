@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from broker.process.thinking_settings import adherence, budget_bucket
 from broker.protocol.trajectory import Trajectory
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -25,6 +26,12 @@ abandoned_tools = Gauge(
 )
 loop_lag_seconds = Gauge(
     "ergon_actor_loop_lag_seconds", "By how much the event loop was late when it was last looked at"
+)
+thinking_tokens = Counter("ergon_actor_thinking_tokens", "Tokens sampled while thinking", ["mode", "budget"])
+thinking_episodes = Counter(
+    "ergon_actor_thinking_episodes",
+    "Episodes by their thinking budget and how they kept it: kept, over (a soft one) or forced (stopped by the actor)",
+    ["mode", "budget", "adherence"],
 )
 malformed_turns = Counter("ergon_actor_malformed_turns", "Turns whose tool calls could not be parsed", ["env", "mode"])
 episode_seconds = Histogram("ergon_actor_episode_seconds", "Length of an episode", ["env", "mode"], buckets=SECONDS)
@@ -64,6 +71,9 @@ def observe_episode(trajectory: Trajectory) -> None:
     turns.labels(env, mode).inc(head.num_turns)
     tool_calls.labels(env, mode).inc(head.num_tool_calls)
     malformed_turns.labels(env, mode).inc(head.num_malformed)
+    budget = budget_bucket(head.ticket.thinking_budget)
+    thinking_tokens.labels(mode, budget).inc(head.num_thinking_tokens)
+    thinking_episodes.labels(mode, budget, adherence(head)).inc()
     episode_seconds.labels(env, mode).observe(head.timings_s["total"])
     model_seconds.labels(env, mode).observe(head.timings_s["model"])
     tool_seconds.labels(env, mode).observe(head.timings_s["tool"])

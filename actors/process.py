@@ -125,7 +125,8 @@ async def _serve(
             await _prepared(environment)
         if not await _connected(client, stop):
             return
-        actor = Actor(actor_id, client.tickets, client.sender, engine, weights, renderer, environments, settings.actor)
+        ends = (client.tickets, client.sender, engine, weights)
+        actor = Actor(actor_id, *ends, renderer, environments, settings.actor, settings.thinking)
         await actor.run(stop)
 
 

@@ -75,6 +75,16 @@ class Renderer:
         """Tokens of something the policy is made to say within a turn: `turn` without the end."""
         return self._tokens(self.chat_format.voice(text))
 
+    def inside(self, text: str) -> list[int]:
+        """Tokens of a text inside of a turn."""
+        return self._encode(text)
+
+    def tag(self, text: str) -> list[int]:
+        """Tokens of a tag inside of a turn: one where the tokenizer has it as a token of its own, control or not."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        token_id = next((number for number, token in added.items() if token.content == text), None)
+        return [int(token_id)] if token_id is not None else self._encode(text)
+
     def text(self, sampled_ids: Sequence[int]) -> str:
         """The content of a sampled turn, without the token that ended it."""
         ids = list(sampled_ids)

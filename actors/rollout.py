@@ -6,7 +6,7 @@ the infrastructure's fault (sandbox, engine) raises instead, so that the ticket 
 
 Out of time is the episode at its ticket's deadline, or with a turn that takes longer than a turn may, sampling and
 tools together. A tool call that does is no end: its environment answers it with an error, and the episode goes on.
-Never leases, sends or adopts.
+How a turn is sampled is the sampler's. Never leases, sends or adopts.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from actors import metrics
-from actors.engine import Engine, EngineDeadError, Sample
+from actors.engine import Engine, EngineDeadError
 from actors.record import Record
-from actors.renderer import REFERENCE_VERSION, Renderer
-from broker.protocol.trajectory import MAX_SEGMENTS, Mode, Outcome, Ticket, Trajectory, TrajectoryHead, VersionRun
+from actors.renderer import Renderer
+from actors.sampler import InfraFailureError as InfraFailureError
+from actors.sampler import Sampler, Turn
+from broker.process.thinking_settings import ThinkingSection
+from broker.protocol.trajectory import MAX_SEGMENTS, Mode, Outcome, Ticket, Trajectory, TrajectoryHead
 from envs.interface import (
     Action,
     Environment,
@@ -41,13 +44,9 @@ logger = logging.getLogger(__name__)
 
 GRADE_LIMIT_S = 60.0
 CLOSE_LIMIT_S = 30.0
-ABORT_RETRY_S = 1.0
+NO_BUDGETS = ThinkingSection()
 
 T = TypeVar("T")
-
-
-class InfraFailureError(Exception):
-    """The episode could not be run through no fault of policy or environment; its ticket should be retried."""
 
 
 async def run_episode(
@@ -58,21 +57,21 @@ async def run_episode(
     *,
     actor_id: str,
     max_model_len: int,
+    thinking: ThinkingSection = NO_BUDGETS,
     turn_timeout_s: float | None = None,
 ) -> Trajectory:
     """Run the ticket's episode to its end, within `ticket.deadline_s` seconds plus the time that grading takes.
 
-    max_model_len: tokens the engine takes at most, prompt and answer together. turn_timeout_s: seconds one turn may
-    take, None for as long as the episode. Raises InfraFailureError, and EngineDeadError where no further episode can
-    run either; cancelling it ends the request and closes the sandbox.
+    max_model_len: tokens the engine takes at most, prompt and answer together. thinking: the run's rules for budgets.
+    turn_timeout_s: seconds one turn may take, None for as long as the episode. Raises InfraFailureError, and
+    EngineDeadError where no further episode can run either; cancelling it ends the request and closes the sandbox.
     """
-    if ticket.thinking_budget is not None:
-        raise InfraFailureError(f"ticket {ticket.ticket_id} has a thinking budget, which this actor cannot enforce")
     started = time.monotonic()
     deadline = started + ticket.deadline_s
-    rollout = _Rollout(ticket, environment, engine, renderer, max_model_len, deadline, turn_timeout_s)
+    sampler = Sampler(ticket, engine, renderer, thinking, max_model_len, deadline)
+    rollout = _Rollout(ticket, environment, sampler, renderer, max_model_len, deadline, turn_timeout_s)
     outcome, reward = await rollout.run()
-    record = rollout.record
+    record, account = rollout.record, sampler.account
     total_s = time.monotonic() - started
     head = TrajectoryHead(
         ticket=ticket,
@@ -84,6 +83,9 @@ async def run_episode(
         num_turns=record.num_turns,
         num_tool_calls=record.num_tool_calls,
         num_malformed=record.num_malformed,
+        num_thinking_tokens=account.num_thinking_tokens,
+        num_overrun_tokens=account.num_overrun_tokens,
+        num_forced_stops=account.num_forced_stops,
         timings_s={"total": total_s, "model": record.model_s, "tool": record.tool_s},
         actor_id=actor_id,
         finished_at=time.time(),
@@ -98,17 +100,17 @@ class _Rollout:
         self,
         ticket: Ticket,
         environment: Environment,
-        engine: Engine,
+        sampler: Sampler,
         renderer: Renderer,
         max_model_len: int,
         deadline: float,
         turn_timeout_s: float | None,
     ) -> None:
         self.record = Record()
+        self.sampler = sampler
         self.kind = ""
         self._ticket = ticket
         self._environment = environment
-        self._engine = engine
         self._renderer = renderer
         self._max_model_len = max_model_len
         self._deadline = self._episode_deadline = deadline  # of what is being done; of the episode
@@ -151,7 +153,7 @@ class _Rollout:
         """Turn after turn until something ends the episode; says what."""
         try:
             first = await self._timed(episode.start())
-            self.record.begin(self._renderer.open(first, self._environment.tools), first)
+            self.record.begin(self._opening(first), first)
             while True:
                 outcome, observation = await self._turn(episode)
                 if outcome is not None:
@@ -166,6 +168,11 @@ class _Rollout:
             if not self.record.ids:
                 self.record.add_context(self._renderer.open(()), ())
             return self._out_of_time()
+
+    def _opening(self, messages: Sequence[Message]) -> list[int]:
+        """What a segment begins with; the policy is told its budget in each."""
+        told = self.sampler.thinking.told(messages, self._ticket.thinking_budget)
+        return self._renderer.open(told, self._environment.tools)
 
     def _out_of_time(self) -> Outcome:
         self._count_timeouts("episode" if time.monotonic() >= self._episode_deadline else "turn")
@@ -190,7 +197,7 @@ class _Rollout:
             record.add_context(added, messages)
             return True
         messages = (*observation.history, *messages)
-        opening = self._renderer.open(messages, self._environment.tools)
+        opening = self._opening(messages)
         if len(opening) >= self._max_model_len or len(record.ended) + 1 >= MAX_SEGMENTS:
             return False
         record.begin(opening, messages)
@@ -198,26 +205,19 @@ class _Rollout:
 
     async def _turn(self, episode: Episode) -> tuple[Outcome | None, Observation]:
         """One generation and what answers it; the outcome if the episode ends with it."""
-        sampling, record = self._ticket.sampling, self.record
-        room = min(
-            sampling.max_turn_tokens,
-            sampling.max_episode_tokens - record.num_sampled,
-            self._max_model_len - len(record.ids),
-        )
-        if room <= 0:
-            return Outcome.TRUNCATED_TOKENS, Observation()
+        record, sampler = self.record, self.sampler
         if self._turn_timeout_s is not None:
             self._deadline = min(self._episode_deadline, time.monotonic() + self._turn_timeout_s)
-        sample = await self._sample(room)
-        record.add_sample(sample)
-        if sample.finish == "length":
+        sampler.deadline = self._deadline
+        turn = await sampler.turn(record, self._written())
+        if turn is None or turn.finish == "length":
             return Outcome.TRUNCATED_TOKENS, Observation()
-        if sample.finish == "abort":
+        if turn.finish == "abort":
             return self._out_of_time(), Observation()
-        text = self._renderer.text(sample.token_ids_N.tolist())
+        text = self._renderer.text(turn.ids)
         record.messages.append(Message("assistant", text))
         record.num_turns += 1
-        action = self._renderer.parse(text, self._environment.tools)
+        action = self._parse(turn, text)
         if action.malformed is not None:
             record.num_malformed += 1
             return None, Observation((Message("tool", f"error: {action.malformed}"),))
@@ -226,49 +226,17 @@ class _Rollout:
         self._count_timeouts("tool", observation.num_timeouts)
         return (Outcome.COMPLETED if observation.done else None), observation
 
-    async def _sample(self, max_tokens: int) -> Sample:
-        if self._reference is not None:
-            action: Action = self._reference.act(tuple(self.record.messages))
-            return self._written(self._renderer.write(action, self._environment.tools), max_tokens)
-        started = time.monotonic()
-        try:
-            return await self._generate(max_tokens)
-        except (EngineDeadError, InfraFailureError):
-            raise
-        except Exception as error:
-            raise InfraFailureError(f"engine: {type(error).__name__}: {error}") from error
-        finally:
-            self.record.model_s += time.monotonic() - started
+    def _parse(self, turn: Turn, text: str) -> Action:
+        thinking = self.sampler.thinking
+        if thinking.find(turn.ids, turn.began_open).is_open:
+            return Action("", malformed=f"the thinking was not ended with {thinking.settings.tags[1]}")
+        return self._renderer.parse(thinking.answer(text, turn.began_open), self._environment.tools)
 
-    def _written(self, text: str, max_tokens: int) -> Sample:
-        """A turn of the reference policy, in the shape of a sampled one."""
-        ids = self._renderer.turn(text)
-        kept = ids[:max_tokens]
-        runs = (VersionRun(*REFERENCE_VERSION, len(kept)),)
-        finish = "stop" if len(kept) == len(ids) else "length"
-        return Sample(np.asarray(kept, np.int32), np.zeros(len(kept), np.float32), runs, finish)  # type: ignore[arg-type]
-
-    async def _generate(self, max_tokens: int) -> Sample:
-        """Sample a turn; at the deadline the request is aborted and what it has sampled is kept (finish "abort")."""
-        ticket = self._ticket
-        request_id = f"{ticket.ticket_id}.{ticket.attempt}.{self.record.num_turns}"
-        stop = self._renderer.stop_token_ids
-        request = asyncio.ensure_future(
-            self._engine.generate(self.record.ids, ticket.sampling, max_tokens, stop, request_id)
-        )
-        try:
-            await asyncio.wait({request}, timeout=max(0.0, self._deadline - time.monotonic()))
-            aborted = not request.done()
-            while not request.done():
-                # Repeated, because an engine ignores the id of a request that has not reached it yet.
-                await self._engine.abort(request_id)
-                await asyncio.wait({request}, timeout=ABORT_RETRY_S)
-        finally:
-            request.cancel()
-        sample = request.result()
-        if sample.finish == "abort" and not aborted:
-            raise InfraFailureError(f"the engine aborted request {request_id}")
-        return sample
+    def _written(self) -> str | None:
+        """The next turn's text where the environment's reference policy acts."""
+        if self._reference is None:
+            return None
+        return self._renderer.write(self._reference.act(tuple(self.record.messages)), self._environment.tools)
 
     async def _timed(self, act: Awaitable[T], limit_s: float | None = None) -> T:
         """Await the environment, up to the deadline or `limit_s`; its seconds count as the tool's."""

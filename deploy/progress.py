@@ -167,10 +167,12 @@ def draw(name: str, progress: Progress, now: float) -> Group:
 
 
 def evaluation_line(record: dict[str, Any]) -> str:
-    """Held-out rewards of one evaluation, at the training temperature and greedy, by kind."""
+    """Held-out rewards of one evaluation, at the training temperature and greedy, by kind and thinking budget."""
     sampled, greedy = (record[style] if record[style] is not None else float("nan") for style in ("sampled", "greedy"))
     kinds = "  ".join(f"{kind} {value:.2f}" for kind, value in record["sampled_by_kind"].items())
-    return f"{record['evaluation']}: {sampled:.3f} sampled, {greedy:.3f} greedy  ({kinds})"
+    curve = "  ".join(f"{point['budget']} {point['reward']:.2f}" for point in record.get("sampled_curve", ()))
+    budgets = f"  by budget: {curve}" if curve else ""
+    return f"{record['evaluation']}: {sampled:.3f} sampled, {greedy:.3f} greedy  ({kinds}){budgets}"
 
 
 def spark(values: Sequence[float], width: int = 40) -> str:

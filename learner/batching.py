@@ -7,7 +7,7 @@ the next batch and is acknowledged with the checkpoint that contains it.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -20,6 +20,7 @@ from broker.process.loss_settings import LossSection
 from broker.protocol.trajectory import Outcome, Segment, Trajectory, Verdict
 from learner.engine import TrainSequence
 from learner.losses.advantage import group_advantages, has_variance, soft_overlong_punishment
+from learner.losses.soft_budget import overrun_cost
 
 
 class DeadNotice(Protocol):
@@ -72,6 +73,7 @@ class Batch:
 
     staleness_N: learner version minus sampling version of every trained token. num_stale_tokens: tokens masked because
     theirs was beyond the bound. dead_ids: dead letters of the consumed groups, to be acknowledged with them.
+    overrun_price: what thinking beyond a soft budget cost.
     """
 
     sequences: tuple[TrainSequence, ...]
@@ -81,6 +83,7 @@ class Batch:
     num_zero_variance_groups: int
     num_stale_tokens: int
     staleness_N: npt.NDArray[np.int32]
+    overrun_price: float = 0.0
 
     @property
     def ids(self) -> list[str]:
@@ -100,7 +103,10 @@ class _Group:
 
 
 class Batcher:
-    """Gathers trajectories of mode `train`. Every id is admitted once; a second one is refused and counted."""
+    """Gathers trajectories of mode `train`. Every id is admitted once; a second one is refused and counted.
+
+    overrun_price: what thinking beyond a soft budget costs, from now on.
+    """
 
     def __init__(
         self, *, groups_per_step: int, max_groups_per_step: int, group_size: int, max_staleness: int, loss: LossSection
@@ -115,6 +121,7 @@ class Batcher:
         self._flat: list[_Group] = []
         self._held_ids: set[str] = set()
         self.num_refused = 0
+        self.overrun_price = 0.0
 
     @property
     def num_held(self) -> int:
@@ -181,7 +188,7 @@ class Batcher:
         if not group.closed:
             return
         del self._open[group_id]
-        rewards_G, counted_G, _ = judge(group.trajectories, self._loss)
+        rewards_G, counted_G, _ = judge(group.trajectories, self._loss, self.overrun_price)
         (self._ready.append if has_variance(rewards_G, counted_G) else self._flat.append)(group)
 
     def _batch(self, taken: Sequence[_Group], flat: Sequence[_Group], version: int) -> Batch:
@@ -206,7 +213,14 @@ class Batcher:
         groups = [*flat, *taken]
         dead_ids = tuple(ticket_id for group in groups for ticket_id in group.dead_ids)
         batch = Batch(
-            tuple(sequences), tuple(consumed), dead_ids, len(groups), len(flat), num_stale, np.concatenate(staleness)
+            tuple(sequences),
+            tuple(consumed),
+            dead_ids,
+            len(groups),
+            len(flat),
+            num_stale,
+            np.concatenate(staleness),
+            self.overrun_price,
         )
         self._held_ids.difference_update(batch.ids)
         return batch
@@ -214,17 +228,17 @@ class Batcher:
     def _compared(self, group: _Group) -> list[tuple[Trajectory, float, Reason]]:
         """Each trajectory of a group with its advantage."""
         loss = self._loss
-        rewards_G, counted_G, reasons = judge(group.trajectories, loss)
+        rewards_G, counted_G, reasons = judge(group.trajectories, loss, self.overrun_price)
         advantages_G = group_advantages(rewards_G, counted_G, loss.baseline, divide_by_std=loss.divide_by_std)
         return list(zip(group.trajectories, advantages_G.tolist(), reasons, strict=True))
 
 
 def judge(
-    trajectories: Sequence[Trajectory], loss: LossSection
+    trajectories: Sequence[Trajectory], loss: LossSection, overrun_price: float = 0.0
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], list[Reason]]:
     """Rewards as the advantage sees them, which of them count in the group's statistics, and why the others do not."""
     reasons = [_reason(trajectory, loss) for trajectory in trajectories]
-    rewards_G = np.asarray([_reward(trajectory, loss) for trajectory in trajectories], dtype=np.float64)
+    rewards_G = np.asarray([_reward(trajectory, loss, overrun_price) for trajectory in trajectories], dtype=np.float64)
     counted_G = np.asarray([reason is Reason.TRAINED for reason in reasons], dtype=np.bool_)
     return rewards_G, counted_G, reasons
 
@@ -241,8 +255,8 @@ def _reason(trajectory: Trajectory, loss: LossSection) -> Reason:
     return Reason.TRAINED
 
 
-def _reward(trajectory: Trajectory, loss: LossSection) -> float:
-    reward = trajectory.head.reward
+def _reward(trajectory: Trajectory, loss: LossSection, overrun_price: float) -> float:
+    reward = trajectory.head.reward - overrun_cost(trajectory.head, overrun_price)
     if loss.overlong == "soft":
         reward += soft_overlong_punishment(trajectory.num_sampled, loss.overlong_tokens, loss.overlong_buffer)
     return reward
@@ -280,14 +294,3 @@ def train_sequence(segment: Segment, advantage: float, version: int, max_stalene
         advantage=advantage,
         staleness_T=staleness_T,
     )
-
-
-def rewards_by_kind(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Mean reward of each kind of task (its environment's name where it has no kinds)."""
-    sums: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for trajectory in trajectories:
-        kind = trajectory.head.kind or trajectory.ticket.task.env
-        sums[kind] += trajectory.head.reward  # type: ignore[assignment]  # a Counter of floats
-        counts[kind] += 1
-    return {kind: sums[kind] / counts[kind] for kind in sorted(counts)}

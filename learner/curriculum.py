@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 from broker.process.lifecycle import ErgonError
 from broker.process.settings import Settings
+from broker.process.thinking_settings import budget_bucket
 from broker.protocol.trajectory import PolicyVersion, Ticket
 from learner.audit import LineFile
 from learner.batching import COUNTED, Consumed
 from learner.difficulty import TaskPool
 from learner.mixture import Mixture
-from learner.tickets import group_number, train_tickets
+from learner.tickets import group_budget, group_number, train_tickets
 
 
 class Choice(NamedTuple):
@@ -101,7 +102,7 @@ class Curriculum:
         for choice in self._repeated:
             self._mixture.repeat(choice.step, choice.env)
             if choice.env in self._pools:
-                self._pools[choice.env].take(choice.task, choice.group)
+                self._pools[choice.env].take(choice.task, choice.group, self._bucket(choice.group))
         self.next_group += len(self._repeated)
 
     @property
@@ -133,7 +134,8 @@ class Curriculum:
             and (self._max_groups is None or self.next_group < self._max_groups)
         ):
             env = self._mixture.draw(step)
-            choices.append(Choice(self.next_group, step, env, self._pools[env].choose(self.next_group)))
+            group = self.next_group
+            choices.append(Choice(group, step, env, self._pools[env].choose(group, self._bucket(group))))
             self.next_group += 1
         if choices:
             self._log.append(choices)
@@ -152,7 +154,7 @@ class Curriculum:
         for group_id, values in rewards.items():
             env, index = tasks[group_id]
             number = group_number(group_id, self._settings.run.name)
-            self._pools[env].learn(index, sum(values) / len(values), number)
+            self._pools[env].learn(index, sum(values) / len(values), number, self._bucket(number))
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Remembered tasks by environment and how often they are solved: never, sometimes, always."""
@@ -166,3 +168,6 @@ class Curriculum:
     def close(self) -> None:
         """Close issued.jsonl."""
         self._log.close()
+
+    def _bucket(self, group: int) -> str:
+        return budget_bucket(group_budget(self._settings, group))

@@ -70,7 +70,7 @@ class Inbox:
         """The evaluation of this phase, begun where it was not."""
         section = self._settings.eval
         num_tasks = section.during_tasks if phase.startswith("step-") else section.tasks
-        return self._state.evaluations.setdefault(phase, Evaluation(phase, num_tasks))
+        return self._state.evaluations.setdefault(phase, Evaluation(phase, num_tasks, section.token_budgets))
 
     def pump(self, timeout_s: float = _POLL_S) -> bool:
         """Wait for one item and route it; False where none came. Raises StoppedError when the process must end."""
@@ -98,13 +98,13 @@ class Inbox:
 
     def _eval(self, item: Trajectory | DeadLetter) -> None:
         ticket_id = item.ticket_id if isinstance(item, DeadLetter) else item.ticket.ticket_id
-        phase, style, number = parse_eval_id(ticket_id, self._settings.run.name)
+        phase, style, number, budget = parse_eval_id(ticket_id, self._settings.run.name)
         evaluation = self.evaluation(phase)
         was_complete = evaluation.complete
         ids = self._eval_ids.setdefault(phase, [])
         ids.append(ticket_id)
         if isinstance(item, DeadLetter):
-            evaluation.add_dead(style, number)
+            evaluation.add_dead(style, number, budget)
         else:
             evaluation.add(style, number, item)
         if evaluation.complete:

@@ -8,11 +8,33 @@ import numpy as np
 import numpy.typing as npt
 from prometheus_client import Counter, Gauge, Histogram
 
+from learner.thinking import Thinking
+
 STEP = Gauge("ergon_learner_step", "Reinforcement-learning steps taken")
 VERSION = Gauge("ergon_learner_policy_version", "Optimiser steps in the weights being trained")
 LINEAGE = Gauge("ergon_learner_lineage", "Lineage of this learner process")
 REWARD = Gauge("ergon_learner_reward", "Mean reward of the newest batch's episodes", ["env", "kind"])
 EVAL_REWARD = Gauge("ergon_learner_eval_reward", "Mean held-out reward of the newest evaluation", ["phase", "style"])
+EVAL_BUDGET_REWARD = Gauge(
+    "ergon_learner_eval_budget_reward",
+    "Mean held-out reward of the newest evaluation, by thinking budget (those of eval.budgets)",
+    ["style", "budget"],
+)
+BUDGET_REWARD = Gauge(
+    "ergon_learner_budget_reward", "Mean reward of the newest batch's episodes, by budget", ["budget"]
+)
+THINKING_TOKENS = Gauge(
+    "ergon_learner_thinking_tokens", "Mean thinking tokens of the newest batch's episodes, by budget", ["budget"]
+)
+ADHERENCE = Gauge(
+    "ergon_learner_budget_adherence_ratio",
+    "Share of the newest batch's episodes that kept their thinking budget by themselves",
+    ["budget"],
+)
+FORCED_STOPS = Gauge(
+    "ergon_learner_forced_stop_ratio", "Share of the newest batch's episodes whose thinking was stopped", ["budget"]
+)
+OVERRUN_PRICE = Gauge("ergon_learner_overrun_price", "What thinking beyond a soft budget costs (lambda)")
 STALENESS = Histogram(
     "ergon_learner_staleness_versions",
     "Versions between sampling and training, per token",
@@ -76,6 +98,15 @@ def observe_step(stats: Mapping[str, float]) -> None:
         if name in stats:
             gauge.set(stats[name])
     TRAINED_TOKENS.inc(stats.get("num_trained_tokens", 0))
+
+
+def observe_thinking(buckets: Mapping[str, Thinking]) -> None:
+    """Set what a batch's episodes did with their thinking budgets."""
+    for bucket, thinking in buckets.items():
+        BUDGET_REWARD.labels(bucket).set(thinking.reward)
+        THINKING_TOKENS.labels(bucket).set(thinking.tokens)
+        ADHERENCE.labels(bucket).set(thinking.adherence)
+        FORCED_STOPS.labels(bucket).set(thinking.forced)
 
 
 def observe_tasks(counts: Mapping[str, Mapping[str, int]]) -> None:

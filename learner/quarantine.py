@@ -40,17 +40,21 @@ class Quarantine:
         trajectories = [item.trajectory for item in batch.consumed if item.trained]
         ids = [trajectory.ticket.ticket_id for trajectory in trajectories]
         reason = {"error": error, "step": step, "version": version, "ticket_ids": ids}
+        reason["overrun_price"] = batch.overrun_price
         path.with_suffix(".json").write_text(json.dumps(reason, indent=1))
         write_trajectories(path, trajectories)
         return path
 
 
-def rebuilt(trajectories: Sequence[Trajectory], settings: LearnerSection, version: int) -> Batch:
-    """The batch of these trajectories, as a learner at this version would make it."""
+def rebuilt(
+    trajectories: Sequence[Trajectory], settings: LearnerSection, version: int, overrun_price: float = 0.0
+) -> Batch:
+    """The batch of these trajectories, as a learner at this version, with this price, would make it."""
     groups: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:
         groups.setdefault(trajectory.ticket.group_id, []).append(trajectory)
     batcher = make_batcher(settings, num_groups=len(groups))
+    batcher.overrun_price = overrun_price
     for group_id, members in groups.items():
         size = members[0].ticket.group_size
         for trajectory in members:
@@ -72,6 +76,15 @@ def make_batcher(settings: LearnerSection, num_groups: int | None = None) -> Bat
         max_staleness=settings.max_staleness,
         loss=settings.loss,
     )
+
+
+def _price(file: Path) -> float:
+    """What thinking beyond a soft budget cost in the batch of this file, from what was written beside it."""
+    reason = file.with_suffix(".json")
+    try:
+        return float(json.loads(reason.read_text()).get("overrun_price", 0.0))
+    except (OSError, ValueError) as error:
+        raise ErgonError(f"{reason}, which belongs to {file.name}, cannot be read: {error}") from error
 
 
 class _Missing:
@@ -98,7 +111,7 @@ def main() -> None:
     checkpoint = CheckpointStore(settings.run_dir / "checkpoints", settings.learner.keep_checkpoints).newest()
     if checkpoint is not None and checkpoint.engine_directory is not None:
         engine.load(checkpoint.engine_directory)
-    batch = rebuilt(trajectories, settings.learner, engine.policy_version)
+    batch = rebuilt(trajectories, settings.learner, engine.policy_version, _price(arguments.file))
     result: dict[str, object] = {"trajectories": len(trajectories), "version": engine.policy_version}
     try:
         alarms = settings.learner.alarms

@@ -15,11 +15,12 @@ from broker.process.settings import Settings
 from broker.protocol.trajectory import Trajectory
 from learner import metrics
 from learner.audit import LineFile
-from learner.batching import Batch, rewards_by_kind
+from learner.batching import Batch
 from learner.engine import TrainEngine
 from learner.evaluation import STYLES, Evaluation
 from learner.health import Edge
 from learner.state import TrainerState
+from learner.thinking import by_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class Reporter:
         for activity, value in seconds.items():
             metrics.STEP_SECONDS.labels(activity).observe(value)
         metrics.STEP.set(self._state.step)
+        budgets = by_bucket(trajectories)
+        metrics.observe_thinking(budgets)
         num_tokens = (stats or {}).get("num_trained_tokens", 0)
         self._write(
             "step" if stats is not None else "skipped",
@@ -70,6 +73,8 @@ class Reporter:
             staleness_max=int(batch.staleness_N.max(initial=0)),
             stale_tokens=batch.num_stale_tokens,
             tokens_sampled=sum(trajectory.num_sampled for trajectory in trajectories),
+            thinking={bucket: thinking.to_json() for bucket, thinking in budgets.items()},
+            overrun_price=batch.overrun_price,
             tokens_per_s=num_tokens / max(1e-9, sum(seconds.values())),
             seconds={name: round(value, 4) for name, value in seconds.items()},
             **(stats or {}),
@@ -110,6 +115,10 @@ class Reporter:
             result[f"{style}_by_kind"] = evaluation.mean_by_kind(style)
             rewards = evaluation.rewards(style).values()
             result[f"{style}_passed"] = _share([reward >= self._pass_reward for reward in rewards])
+            if evaluation.has_budgets:
+                result[f"{style}_curve"] = evaluation.curve(style)
+                for point in result[f"{style}_curve"]:
+                    metrics.EVAL_BUDGET_REWARD.labels(style, point["budget"]).set(point["reward"])
         self._write("evaluation", **result)
 
     def summary(self, summary: Mapping[str, Any]) -> None:
@@ -130,6 +139,17 @@ class Reporter:
             "lineage": self._lineage(),
         }
         self._file.append([place | fields], durable=False)
+
+
+def rewards_by_kind(trajectories: Iterable[Trajectory]) -> dict[str, float]:
+    """Mean reward of each kind of task (its environment's name where it has no kinds)."""
+    sums: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for trajectory in trajectories:
+        kind = trajectory.head.kind or trajectory.ticket.task.env
+        sums[kind] += trajectory.head.reward  # type: ignore[assignment]  # a Counter of floats
+        counts[kind] += 1
+    return {kind: sums[kind] / counts[kind] for kind in sorted(counts)}
 
 
 def passed_by_env(trajectories: Iterable[Trajectory], pass_reward: float) -> dict[str, float]:

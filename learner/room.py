@@ -23,8 +23,9 @@ from broker.protocol.commands import MAX_IDS
 from broker.protocol.trajectory import PolicyVersion
 from learner import metrics
 from learner.audit import read_audit
-from learner.batching import Batch, Consumed, Reason
+from learner.batching import COUNTED, Batch, Consumed, Reason
 from learner.curriculum import Curriculum, IssueLog
+from learner.curve import write_curves
 from learner.durability import Durability
 from learner.engine import TrainEngine, TrainingError
 from learner.evaluation import Evaluation
@@ -32,6 +33,7 @@ from learner.health import Alarms, Guard
 from learner.inbox import Inbox, StoppedError
 from learner.losses.importance import effective_sample_size
 from learner.losses.policy import policy_loss
+from learner.losses.soft_budget import next_price, overrun_rate
 from learner.publisher import Publisher
 from learner.quarantine import Quarantine, make_batcher
 from learner.recording import Recorder
@@ -74,6 +76,7 @@ class Room:
         self._recorder = Recorder(self._directory / "recorded", learner.record, pass_reward, num_consumed)
         self._failed_batches = 0
         self.batcher = make_batcher(learner)
+        self._adapt_price(None)
         self.curriculum = Curriculum(settings, IssueLog(self._directory / "issued.jsonl"), self.state.curriculum)
         self.report = Reporter(self._directory / "metrics.jsonl", settings, self.state, engine, self._lineage)
         self.inbox = Inbox(self.client, settings, self.state, self.batcher, stop, self._evaluated)
@@ -148,6 +151,7 @@ class Room:
             self.state.step += 1
             metrics.observe_step(stats)
         self._consume(batch, stats)
+        self._adapt_price(batch)
         rewards = [item.trajectory.head.reward for item in batch.consumed]
         edges = self._alarms.refused(refused) if batch.sequences or refused else []
         if rewards:
@@ -244,8 +248,20 @@ class Room:
         metrics.observe_tasks(self.curriculum.counts())
         metrics.HELD.set(self.batcher.num_held)
 
+    def _adapt_price(self, batch: Batch | None) -> None:
+        """What thinking beyond a soft budget will cost, by how often the episodes of this batch did so."""
+        soft, state = self.settings.thinking.soft, self.state
+        if soft.overrun_rate is None:
+            return
+        price = soft.price if state.overrun_price is None else state.overrun_price
+        heads = [c.trajectory.head for c in batch.consumed if c.reason in COUNTED] if batch else []
+        state.overrun_price = self.batcher.overrun_price = next_price(price, overrun_rate(heads), soft)
+        metrics.OVERRUN_PRICE.set(state.overrun_price)
+
     def _evaluated(self, evaluation: Evaluation) -> None:
         self.report.evaluation(evaluation)
+        if evaluation.has_budgets:
+            write_curves(self._directory, self.state.evaluations, self.settings.thinking.per)
         self.durability.evaluated(evaluation)
 
     def _lineage(self) -> int:

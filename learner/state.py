@@ -29,7 +29,8 @@ class TrainerState:
     consumed. unacked: everything consumed since the previous checkpoint, to be acknowledged when this one is complete.
     audit_bytes: length of trained.jsonl then. evaluations: by phase, complete or not. best: the one of the best
     checkpoint so far. candidates: those of the checkpoints that wait for their results. alarms: what the alarms
-    remember. started_at: Unix time of the run's first start.
+    remember. overrun_price: what thinking beyond a soft budget costs now, None before the first step.
+    started_at: Unix time of the run's first start.
     """
 
     phase: Phase = "before"
@@ -42,6 +43,7 @@ class TrainerState:
     audit_bytes: int = 0
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     best: str = ""
+    overrun_price: float | None = None
     candidates: list[str] = field(default_factory=list)
     alarms: dict[str, Any] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTERS, 0))
@@ -61,6 +63,7 @@ class TrainerState:
             "audit_bytes": self.audit_bytes,
             "evaluations": {phase: e.to_state() for phase, e in self.evaluations.items() if e.complete},
             "best": self.best,
+            "overrun_price": self.overrun_price,
             "candidates": list(self.candidates),
             "alarms": self.alarms,
             "counters": dict(self.counters),

@@ -24,11 +24,13 @@ def summarise(
         reward_prefix = prefix or "reward_"
         for key, evaluation in evaluations.items():
             summary[f"{reward_prefix}{key}"] = evaluation.mean(style) if evaluation else None
-        both = start is not None and end is not None
-        summary[f"{prefix}ci95"] = paired_ci95(start.rewards(style), end.rewards(style)) if both else None  # type: ignore[union-attr]
+        summary[f"{prefix}ci95"] = (
+            paired_ci95(start.rewards(style), end.rewards(style), len(end.budgets)) if start and end else None
+        )
     counters = state.counters
     summary |= {
         "kinds": _kinds(evaluations),
+        "budgets": _curves(evaluations),
         "eval_tasks": end.num_tasks if end else 0,
         "steps": state.step,
         "warm_start_steps": state.first_version,
@@ -51,6 +53,15 @@ def _kinds(evaluations: Mapping[str, Evaluation | None]) -> dict[str, dict[str, 
             for kind, mean in evaluation.mean_by_kind(style).items():
                 table.setdefault(kind, {})[name] = mean
     return dict(sorted(table.items()))
+
+
+def _curves(evaluations: Mapping[str, Evaluation | None]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Held-out reward against thinking budget: key -> style -> points. Empty for a run without `eval.budgets`."""
+    return {
+        key: {style: evaluation.curve(style) for style in STYLES}
+        for key, evaluation in evaluations.items()
+        if evaluation is not None and evaluation.has_budgets
+    }
 
 
 def _trajectories(audit: AuditCounts, tickets: Mapping[str, Mapping[str, int]]) -> dict[str, int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from broker.process.loss_settings import LossSection
 from broker.process.section import Section
+from broker.process.thinking_settings import Budget
 
 
 class WarmStartSection(Section):
@@ -159,5 +160,20 @@ class EvalSection(Section):
     """Steps between evaluations during training, which do not stop it; 0 for none."""
     during_tasks: int = Field(default=32, ge=1)
     """Held-out tasks of each evaluation during training."""
+    budgets: tuple[Annotated[int, Field(ge=0)] | Literal["unlimited"], ...] = ()
+    """Thinking budgets that every evaluation goes through, each with all tasks, as [0, 16, 64, "unlimited"]: held-out
+    reward against budget, in `budgets.json` and `budgets.svg` of the run's folder. None given: no budget."""
     pass_reward: float = 1.0
     """Reward from which an episode counts as passed, in the pass rates; training does not use it."""
+
+    @property
+    def token_budgets(self) -> tuple[Budget, ...]:
+        """`budgets` as tickets have them, in order; the one budget that is none where none is given."""
+        return tuple(None if isinstance(budget, str) else budget for budget in self.budgets) or (None,)
+
+    @field_validator("budgets")
+    @classmethod
+    def _check_budgets(cls, budgets: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if len(set(budgets)) < len(budgets):
+            raise ValueError(f"budgets = {list(budgets)}; name each budget once")
+        return tuple(sorted(budgets, key=lambda budget: float("inf") if isinstance(budget, str) else budget))

@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from broker.process.learner_settings import CurriculumSection, EvalSection, LearnerSection
 from broker.process.section import Section
+from broker.process.thinking_settings import ThinkingSection
 
 _Share: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Weight: TypeAlias = _Share | tuple[tuple[Annotated[int, Field(ge=0)], _Share], ...]
@@ -247,6 +248,7 @@ class Settings(Section):
     model: ModelSection = ModelSection()
     environments: tuple[EnvironmentSection, ...] = Field(default=(EnvironmentSection(name="shop"),), min_length=1)
     sampling: SamplingSection = SamplingSection()
+    thinking: ThinkingSection = ThinkingSection()
     actor: ActorSection = ActorSection()
     learner: LearnerSection = LearnerSection()
     eval: EvalSection = EvalSection()
@@ -267,7 +269,35 @@ class Settings(Section):
                 raise ValueError(f"at step {step} no environment has a weight above 0, so nothing could be issued")
         return environments
 
+    @field_validator("thinking")
+    @classmethod
+    def _check_budgets(cls, thinking: ThinkingSection, info: ValidationInfo) -> ThinkingSection:
+        _leaves_room("thinking.budgets", thinking.budgets.largest, thinking, info.data.get("sampling"))
+        return thinking
+
+    @field_validator("eval")
+    @classmethod
+    def _check_eval_budgets(cls, section: EvalSection, info: ValidationInfo) -> EvalSection:
+        thinking = info.data.get("thinking")
+        if thinking is not None:
+            largest = max((budget for budget in section.token_budgets if budget is not None), default=0)
+            _leaves_room("eval.budgets", largest, thinking, info.data.get("sampling"))
+        return section
+
     @property
     def run_dir(self) -> Path:
         """The folder of this run."""
         return self.run.directory / self.run.name
+
+
+def _leaves_room(key: str, budget: int, thinking: ThinkingSection, sampling: SamplingSection | None) -> None:
+    """Raise ValueError where a turn (or an episode) is full before this budget is spent. No `sampling`: it is wrong."""
+    if sampling is None or not budget:
+        return
+    name = f"max_{thinking.per}_tokens"
+    room, limit = getattr(sampling, name), thinking.limit(budget) or 0
+    if limit >= room:
+        raise ValueError(
+            f"{key} has {budget} tokens per {thinking.per}, which may become {limit}, but sampling.{name} = {room} "
+            f"leaves none to answer with; raise sampling.{name}, or lower the budget"
+        )

@@ -83,7 +83,8 @@ class Ticket(Facts, frozen=True, kw_only=True):
     """A durable request to run one episode of one task. `ticket_id` is the idempotency key of all that follows.
 
     `deadline_s`: seconds an episode may take. `min_version`: the oldest policy that may sample it, as
-    (lineage, version); an actor that serves an older one waits. `thinking_budget`: tokens, None for unlimited.
+    (lineage, version); an actor that serves an older one waits. `thinking_budget`: tokens that the policy may spend on
+    thinking, in a turn or in the episode as the run's settings have it; 0: none, None: any number.
     """
 
     ticket_id: Name
@@ -145,7 +146,9 @@ class TrajectoryHead(Facts, frozen=True, kw_only=True):
 
     `kind`: the environment's class of the task, for per-kind reports. `timings_s`: seconds by name, at least `total`,
     `model` and `tool`. `reward` is the total of the named `reward_components`' meaning, decided by the environment.
-    `num_malformed`: turns whose tool calls could not be parsed.
+    `num_malformed`: turns whose tool calls could not be parsed. `num_thinking_tokens`: tokens sampled while thinking,
+    in all turns. `num_overrun_tokens`: those of them beyond the ticket's thinking budget, which an actor may allow.
+    `num_forced_stops`: how often the actor ended the thinking, because its limit was reached.
     """
 
     ticket: Ticket
@@ -157,6 +160,9 @@ class TrajectoryHead(Facts, frozen=True, kw_only=True):
     num_turns: Count
     num_tool_calls: Count = 0
     num_malformed: Count = 0
+    num_thinking_tokens: Count = 0
+    num_overrun_tokens: Count = 0
+    num_forced_stops: Count = 0
     timings_s: dict[str, Finite] = {}
     actor_id: Name
     finished_at: Seconds  # Unix time

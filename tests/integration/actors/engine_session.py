@@ -22,10 +22,13 @@ from prometheus_client import REGISTRY
 
 from actors.engine import AdoptionError, EngineDeadError, Sample
 from actors.renderer import Renderer
+from actors.rollout import run_episode
 from actors.vllm_engine import VllmEngine
-from broker.protocol.trajectory import PolicyVersion, Sampling
+from broker.process.thinking_settings import ThinkingSection
+from broker.protocol.trajectory import Mode, PolicyVersion, Sampling, TaskRef, Ticket
 from envs.interface import Message
 from tests.digest import data_digest
+from tests.unit.actors.support import WordEnvironment
 
 WARM = Sampling(temperature=0.8)
 GREEDY = Sampling(temperature=0.0)
@@ -47,7 +50,7 @@ class Session:
     def __init__(self, engine: VllmEngine, model: Path, weights: Path) -> None:
         renderer = Renderer.load(model)
         self.engine = engine
-        self.model, self.weights = model, weights
+        self.model, self.weights, self.renderer = model, weights, renderer
         self.stop = renderer.stop_token_ids
         questions = [f"Eva buys {i} plates with a {i * i} coin discount. What is the bill?" for i in range(8)]
         self.prompts = [renderer.open([Message("user", text)]) for text in questions]
@@ -199,6 +202,47 @@ class Session:
                 seen.append({"number": number, "prepares": prepares, "logprobs": logprobs})
                 seen[-1]["digests"] = [await self.engine.checksum(), data_digest(path)]
         self.engine._adoption._prepares = True
+        return seen
+
+    async def thinking(self) -> list[dict[str, Any]]:
+        """Episodes with budgets, whose phases are sampled under two versions; thinking is opened by the context.
+
+        A model of random weights closes a tag of one letter by itself at times, and never one of eight.
+        """
+        await self.adopt(10, 1)
+        tasks = []
+        for number in range(8):
+            tags = ("<think>", "</think>") if number % 2 else ("#", "e")
+            settings = ThinkingSection(tags=tags, opens="context", stop_phrase=" Stop.")
+            ticket = Ticket(
+                ticket_id=f"think{number}",
+                group_id="g",
+                group_size=1,
+                task=TaskRef(env="words", split="train", index=number),
+                mode=Mode.TRAIN,
+                sampling=Sampling(temperature=WARM.temperature, max_turn_tokens=160, max_turns=2),
+                thinking_budget=(0, 30, 60, None)[number // 2],
+                deadline_s=200.0,
+            )
+            ends = (WordEnvironment(), self.engine, self.renderer)
+            episode = run_episode(ticket, *ends, actor_id="a", max_model_len=512, thinking=settings)
+            tasks.append(asyncio.create_task(episode))
+        await self.probe(20)
+        await self.adopt(10, 2)
+        seen = []
+        for trajectory in await asyncio.gather(*tasks):
+            segment, head = trajectory.segments[0], trajectory.head
+            seen.append(
+                {
+                    "ids": segment.token_ids_T.tolist(),
+                    "mask": segment.loss_mask_T.tolist(),
+                    "logprobs": segment.logprobs_T.tolist(),
+                    "runs": [list(run) for run in segment.version_runs],
+                    "budget": head.ticket.thinking_budget,
+                    "thinking": [head.num_thinking_tokens, head.num_overrun_tokens, head.num_forced_stops],
+                    "text": self.renderer.decode(segment.token_ids_T.tolist()),
+                }
+            )
         return seen
 
     async def killed(self) -> dict[str, Any]:

@@ -50,17 +50,26 @@ class Played:
                 found.setdefault(version, []).append((expected - np.array(sample["logprobs"]))[wanted])
         return {version: np.concatenate(parts) for version, parts in found.items()}
 
-    def score(self, version: tuple[int, int], sample: dict[str, Any], temperature: float) -> Any:
+    def score_all(self, version: tuple[int, int], ids: list[int], temperature: float) -> Any:
+        """Log-probs of all tokens but the first, given those before them."""
         import torch
 
-        ids = torch.tensor([sample["prompt"] + sample["ids"]])
+        batch = torch.tensor([ids])
         with torch.no_grad():
-            logits = self.models[version[1]](ids).logits[0, len(sample["prompt"]) - 1 : -1].float() / temperature
-        return logits.log_softmax(-1).gather(1, ids[0, len(sample["prompt"]) :, None])[:, 0].numpy()
+            logits = self.models[version[1]](batch).logits[0, :-1].float() / temperature
+        return logits.log_softmax(-1).gather(1, batch[0, 1:, None])[:, 0].numpy()
+
+    def score(self, version: tuple[int, int], sample: dict[str, Any], temperature: float) -> Any:
+        scores = self.score_all(version, sample["prompt"] + sample["ids"], temperature)
+        return scores[len(sample["prompt"]) - 1 :]
 
     def assert_exact(self, samples: list[dict[str, Any]], versions: set[tuple[int, int]], temperature: float) -> None:
         differences = self.differences(samples, temperature)
         assert set(differences) == versions
+        self.assert_close(differences)
+
+    def assert_close(self, differences: dict[tuple[int, int], Any]) -> None:
+        """Differences by version, each of some tokens, are within the dtype's limits."""
         max_mean, max_ratio_error = LIMITS[self.dtype]
         for version, difference in differences.items():
             print(

@@ -35,6 +35,7 @@ SCENES = (
     "children",
     "vllm_metrics",
     "ld_preload",
+    "thinking",
 )
 
 
@@ -206,6 +207,30 @@ def grown(episode: dict[str, Any]) -> list[dict[str, Any]]:
             else:
                 segment["runs"].append(run)
     return segments
+
+
+def test_the_phases_of_a_budgeted_turn_are_exact_and_what_the_actor_wrote_is_not_sampled(played: Played) -> None:
+    """Also where the weights change between or within the phases."""
+    differences: dict[tuple[int, int], list[float]] = {(10, 1): [], (10, 2): []}
+    for episode in played.seen["thinking"]:
+        sampled = [i for i, masked in enumerate(episode["mask"]) if masked]
+        versions = [(run[0], run[1]) for run in episode["runs"] for _ in range(run[2])]
+        assert len(versions) == len(sampled)
+        scores = {version: played.score_all(version, episode["ids"], TEMPERATURE) for version in set(versions)}
+        for i, version in zip(sampled, versions, strict=True):
+            differences[version].append(scores[version][i - 1] - episode["logprobs"][i])
+        assert not any(p for p, masked in zip(episode["logprobs"], episode["mask"], strict=True) if not masked)
+        tokens, overrun, forced = episode["thinking"]
+        assert overrun == 0
+        assert episode["text"].count(" Stop.") == forced
+        if (budget := episode["budget"]) is None:
+            assert (tokens > 0, forced) == (True, 0)
+        else:
+            assert tokens <= budget * episode["text"].count("<|im_start|>assistant")
+    played.assert_close({version: np.array(found) for version, found in differences.items()})
+    bounded = [episode for episode in played.seen["thinking"] if episode["budget"]]
+    assert any(episode["thinking"][2] for episode in bounded)  # some were stopped
+    assert any(0 < episode["thinking"][0] < episode["budget"] for episode in bounded)  # some closed it themselves
 
 
 def test_a_dead_engine_process_fails_every_request(played: Played) -> None:

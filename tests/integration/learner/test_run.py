@@ -20,7 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from broker.client import ActorClient
+from broker.process.thinking_settings import BudgetsSection
 from broker.protocol.trajectory import Mode, Outcome, Segment, Ticket, Trajectory, TrajectoryHead, VersionRun
+from learner.budgets import draw_budget
 from tests.integration.learner.samples import environment
 from tests.ports import free_ports
 from tests.tiny_model import make_tiny_model
@@ -35,6 +37,7 @@ class Policy:
 
     def __init__(self, path: Path, flat_every: int = 3) -> None:
         self._flat_every = flat_every  # every such group has no variance
+        self.tickets: list[Ticket] = []
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([PROMPT])).logits[0, -1]
@@ -42,6 +45,7 @@ class Policy:
         self._rng = np.random.default_rng(0)
 
     def answer(self, ticket: Ticket) -> Trajectory:
+        self.tickets.append(ticket)
         token = GOOD if ticket.mode is Mode.REFERENCE else int(self._rng.integers(GOOD, GOOD + 4))
         logprob = 0.0 if ticket.mode is Mode.REFERENCE else float(self._logprobs[token])
         segment = Segment(
@@ -160,20 +164,25 @@ async def exit_code(learner: subprocess.Popen[bytes], timeout_s: float = 120.0) 
 
 
 @contextlib.asynccontextmanager
-async def actor(values: dict[str, Any], model_path: Path, flat_every: int = 3) -> AsyncIterator[None]:
-    stop = asyncio.Event()
+async def actor(values: dict[str, Any], model_path: Path, flat_every: int = 3) -> AsyncIterator[Policy]:
+    stop, policy = asyncio.Event(), Policy(model_path, flat_every)
     endpoint = f"tcp://127.0.0.1:{values['broker']['port']}"
-    task = asyncio.create_task(act(endpoint, values["run"]["name"], Policy(model_path, flat_every), stop))
+    task = asyncio.create_task(act(endpoint, values["run"]["name"], policy, stop))
     try:
-        yield
+        yield policy
     finally:
         stop.set()
         await asyncio.wait_for(task, 15)
 
 
 async def test_killed_and_stopped_the_run_ends_with_every_trajectory_once(
-    values: dict[str, Any], processes: Processes, model_path: Path
+    values: dict[str, Any], processes: Processes, model_path: Path, tmp_path: Path
 ) -> None:
+    """With thinking budgets, soft ones among them, which no episode overruns."""
+    budgets = {"zero": 0.3, "unlimited": 0.3, "choices": [[8, 1.0]]}
+    values["thinking"] = {"budgets": budgets, "soft": {"overrun_rate": 0.1, "price": 0.5}}
+    values["eval"]["budgets"] = [0, "unlimited"]
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
     run_dir = Path(values["run"]["directory"]) / "learning"
     processes.start("broker", "serve")
     metrics = run_dir / "metrics.jsonl"
@@ -181,7 +190,7 @@ async def test_killed_and_stopped_the_run_ends_with_every_trajectory_once(
     def steps() -> int:
         return sum(line["event"] == "step" for line in lines(metrics))
 
-    async with actor(values, model_path):
+    async with actor(values, model_path) as policy:
         learner = processes.start("learner")
         await until(lambda: any(line["event"] == "warm_start" for line in lines(metrics)), learner)
         learner.send_signal(signal.SIGKILL)  # in the middle of the warm start
@@ -220,6 +229,23 @@ async def test_killed_and_stopped_the_run_ends_with_every_trajectory_once(
     evaluations = [line["evaluation"] for line in lines(metrics) if line["event"] == "evaluation"]
     assert evaluations.count("before") == 1  # its results were in a checkpoint
     assert {"after-warm-start", "after"} <= set(evaluations)
+    # Whichever learner issued it, a group has the budget that its number draws.
+    section = BudgetsSection.model_validate(budgets)
+    for ticket in policy.tickets:
+        if ticket.mode is Mode.TRAIN:
+            number = int(ticket.group_id.rsplit("/", 1)[1])
+            assert ticket.thinking_budget == draw_budget(section, 0, "train", number)
+    assert {ticket.thinking_budget for ticket in policy.tickets} == {0, 8, None}
+    batches = [line for line in lines(metrics) if line["event"] in ("step", "skipped")]
+    prices = {life: [line["overrun_price"] for line in batches if line["lineage"] == life] for life in (2, 4)}
+    assert prices[2][0] == 0.5
+    assert prices[4][0] < 0.5  # it goes on from the checkpoint's
+    assert all(falling == sorted(falling, reverse=True) for falling in prices.values())
+    curves = json.loads((run_dir / "budgets.json").read_text())["evaluations"]
+    assert {"before", "after-warm-start", "after"} <= set(curves)
+    assert summary["budgets"]["after"] == curves["after"]
+    assert [(p["budget"], p["episodes"]) for p in curves["after"]["sampled"]] == [(0, 5), ("unlimited", 5)]
+    assert (run_dir / "budgets.svg").read_text().startswith("<svg")
 
 
 async def test_two_ranks_killed_together_end_with_every_trajectory_once(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from actors.engine import EngineDeadError, EngineLoad, Sample
 from actors.renderer import Renderer
@@ -53,8 +54,11 @@ def make_tokenizer() -> Tokenizer:
     return Tokenizer.from_str(_tokenizer_json())
 
 
-def make_renderer() -> Renderer:
-    return Renderer(make_tokenizer())
+def make_renderer(*tags: str) -> Renderer:
+    """A renderer, to whose tokenizer each of the tags is one token."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(tag, special=True) for tag in tags])
+    return Renderer(tokenizer)
 
 
 LOOKUP = Tool("look", "Look a word up.", {"type": "object", "properties": {"word": {"type": "string"}}})
@@ -68,8 +72,9 @@ ADD = Tool(
 class ScriptedEngine:
     """Answers each turn with the next scripted text (tokenised by the renderer), or raises what stands there instead.
 
-    A text ends with <|im_end|> unless it is longer than allowed; a text that ends with "..." is cut there (length);
-    "<hang>" samples its first token and then waits for an abort.
+    A text ends with <|im_end|>. One that is longer than allowed, or holds another stop token, is cut, and goes on with
+    the next request where that continues it. A text that ends with "..." is cut there (length); "<hang>" samples its
+    first token and then waits for an abort.
     """
 
     def __init__(self, renderer: Renderer, script: Sequence[str | Exception]) -> None:
@@ -90,6 +95,8 @@ class ScriptedEngine:
         self.adopt_gate.set()
         self._aborts: dict[str, asyncio.Event] = {}
         self.hanging = asyncio.Event()
+        self._rest: list[int] = []
+        self._continued: list[int] = []
         self.cancelled = 0
 
     @property
@@ -108,19 +115,29 @@ class ScriptedEngine:
         self.prompts.append(list(prompt_ids))
         self.priorities.append(priority)
         self.max_tokens.append(max_tokens)
-        step = self._script.pop(0)
+        rest, self._rest = self._rest, []
         await asyncio.sleep(0)
+        if rest and list(prompt_ids) == self._continued:
+            return self._cut(rest, "stop", max_tokens, stop_token_ids)
+        step = self._script.pop(0)
         if isinstance(step, Exception):
             raise step
         if step.startswith("<hang>"):
             return await self._hang(request_id, step)
-        ids = self._renderer.turn(step.removesuffix("..."))
+        texts = re.split("(<think>|</think>)", step.removesuffix("..."))  # tags are tokens where the tokenizer has them
+        ids = [token for text in texts[:-1] for token in self._renderer.tag(text)] + self._renderer.turn(texts[-1])
         finish: Any = "stop"
         if step.endswith("..."):
             ids, finish = ids[:-1], "length"
-        if len(ids) > max_tokens:
-            ids, finish = ids[:max_tokens], "length"
-        return self._sample(ids, finish)
+        return self._cut(ids, finish, max_tokens, stop_token_ids)
+
+    def _cut(self, ids: list[int], finish: Any, max_tokens: int, stop_token_ids: Sequence[int]) -> Sample:
+        end = next((i + 1 for i, token in enumerate(ids) if token in stop_token_ids), len(ids))
+        kept, self._rest = ids[: min(end, max_tokens)], ids[min(end, max_tokens) :]
+        if self._rest:
+            finish = "stop" if end <= max_tokens else "length"
+        self._continued = [*self.prompts[-1], *kept]
+        return self._sample(kept, finish)
 
     async def _hang(self, request_id: str, step: str) -> Sample:
         event = self._aborts[request_id] = asyncio.Event()

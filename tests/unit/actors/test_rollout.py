@@ -319,11 +319,6 @@ async def test_cancelling_ends_the_request_and_closes_the_episode() -> None:
     assert (run.engine.cancelled, run.environment.closed) == (1, 1)
 
 
-async def test_a_thinking_budget_is_refused_rather_than_ignored() -> None:
-    with pytest.raises(InfraFailureError, match="thinking budget"):
-        await Run([], make_ticket(thinking_budget=5))()
-
-
 async def test_reference_episodes_use_no_engine_and_have_the_boundaries_of_sampled_ones() -> None:
     sampled = (await Run(SOLUTION)()).segments[0]
     run = Run([], make_ticket(mode=Mode.REFERENCE))

@@ -9,7 +9,7 @@ import pytest
 
 from envs import registry
 from envs.interface import EnvironmentOptionsError, UnknownEnvironmentError
-from envs.registry import create_environment, known_environments
+from envs.registry import BUILT_IN, create_environment, known_environments
 from envs.shop import ShopEnvironment
 from tests.unit.envs.example_environment import LettersEnvironment
 
@@ -43,7 +43,7 @@ def test_built_in_by_name_with_options() -> None:
 def test_installed_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, letters=f"{EXAMPLE}:LettersEnvironment")
     assert isinstance(create_environment("letters"), LettersEnvironment)
-    assert set(known_environments()) == {"letters", "shop"}
+    assert set(known_environments()) == {"letters", *BUILT_IN}
 
 
 def test_an_entry_point_cannot_take_over_a_built_in_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_one_of_your_own_by_module_and_class() -> None:
     ("name", "sentence"),
     [
         ("shpo", r"'shpo' does not exist: did you mean 'shop'\? known are .*shop"),
-        ("zzz", r"'zzz' does not exist: known are .*shop; one of your own is named `module:Class`"),
+        ("zzz", r"'zzz' does not exist: known are .*shop.*; one of your own is named `module:Class`"),
         ("no_such_module:Thing", r"module 'no_such_module' cannot be imported .*PYTHONPATH"),
         (f"{EXAMPLE}:Letters", r"has no 'Letters'; its environments are LettersEnvironment"),
         ("json:Thing", r"has no 'Thing'; it has no environments"),

@@ -20,7 +20,14 @@ from broker.protocol.trajectory import (
 )
 
 
-def make_ticket(group: int = 0, member: int = 0, size: int = 2, mode: Mode = Mode.TRAIN, run: str = "run") -> Ticket:
+def make_ticket(
+    group: int = 0,
+    member: int = 0,
+    size: int = 2,
+    mode: Mode = Mode.TRAIN,
+    run: str = "run",
+    budget: int | None = None,
+) -> Ticket:
     """A training ticket, named as the curriculum names them."""
     return Ticket(
         ticket_id=f"{run}/{mode}/{group}/{member}",
@@ -28,6 +35,7 @@ def make_ticket(group: int = 0, member: int = 0, size: int = 2, mode: Mode = Mod
         group_size=size,
         task=TaskRef(env="shop", split="train", index=group),
         mode=mode,
+        thinking_budget=budget,
     )
 
 
@@ -50,8 +58,9 @@ def make_trajectory(
     verdict: Verdict = Verdict.CLEAN,
     segment: Segment | None = None,
     kind: str = "plain",
+    thinking: tuple[int, int, int] = (0, 0, 0),
 ) -> Trajectory:
-    """A finished episode."""
+    """A finished episode. thinking: its tokens, those beyond the budget, forced stops."""
     head = TrajectoryHead(
         ticket=ticket or make_ticket(),
         kind=kind,
@@ -59,6 +68,9 @@ def make_trajectory(
         reward=reward,
         integrity=Integrity(verdict=verdict),
         num_turns=1,
+        num_thinking_tokens=thinking[0],
+        num_overrun_tokens=thinking[1],
+        num_forced_stops=thinking[2],
         actor_id="actor-0",
         finished_at=0.0,
     )

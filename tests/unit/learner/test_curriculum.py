@@ -11,11 +11,14 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from broker.process.learner_settings import EvalSection
 from broker.process.lifecycle import ErgonError
 from broker.process.settings import EnvironmentSection, Settings
+from broker.process.thinking_settings import BudgetsSection, ThinkingSection
 from broker.protocol.trajectory import Mode, PolicyVersion, TaskRef, Ticket
 from learner.batching import Consumed, Reason
 from learner.curriculum import Curriculum, IssueLog
+from learner.evaluation import parse_eval_id
 from learner.mixture import spread
 from learner.tickets import REFERENCE_FIRST_INDEX, eval_tickets, reference_tickets
 from tests.unit.learner.make import make_trajectory
@@ -222,6 +225,49 @@ def test_evaluation_tickets_are_paired_over_phases() -> None:
     assert {t.group_size for t in before} == {1}
     assert {t.mode for t in before} == {Mode.EVAL}
     assert before[0].min_version == NEWEST
+
+
+def test_evaluations_with_several_budgets_have_ids_of_their_own() -> None:
+    plain = make_settings()
+    settings = plain.model_copy(update={"eval": EvalSection(budgets=(0, 16, "unlimited"))})
+    tickets = eval_tickets(settings, "after", "greedy", 5, NEWEST)
+    assert len({t.ticket_id for t in tickets}) == 15
+    assert tickets[5].ticket_id == "r1/eval/after/greedy/b16/0"
+    assert tickets[14].ticket_id == "r1/eval/after/greedy/bunlimited/4"
+    assert [t.thinking_budget for t in tickets[::5]] == [0, 16, None]
+    for budget in range(3):  # the same tasks with each
+        assert [t.task for t in tickets[5 * budget : 5 * budget + 5]] == [t.task for t in tickets[:5]]
+    for ticket in tickets:
+        phase, style, number, known = parse_eval_id(ticket.ticket_id, "r1")
+        assert (phase, style, known) == ("after", "greedy", ticket.thinking_budget)
+        assert ticket.task == tickets[number].task
+    assert [t.thinking_budget for t in eval_tickets(plain, "after", "greedy", 5, NEWEST)] == [None] * 5
+
+
+def test_a_resumed_learner_draws_the_same_budgets_and_siblings_share_one(tmp_path: Path) -> None:
+    budgets = BudgetsSection(zero=0.25, unlimited=0.25, between=(4, 64))
+    settings = make_settings(num_steps=200).model_copy(update={"thinking": ThinkingSection(budgets=budgets)})
+    first = make_curriculum(tmp_path, settings).top_up(0, 100, NEWEST)
+    resumed = make_curriculum(tmp_path, settings)
+    assert resumed.repeated(NEWEST) == first
+    more = first + resumed.top_up(0, 100, NEWEST) + resumed.top_up(0, 100, NEWEST)
+    by_group = {group: {t.thinking_budget for t in more if t.group_id == group} for group in {t.group_id for t in more}}
+    assert all(len(shared) == 1 for shared in by_group.values())
+    drawn = {budget for shared in by_group.values() for budget in shared}
+    assert {0, None} < drawn  # thinking and instruct in one run
+    assert all(4 <= budget <= 64 for budget in drawn if budget)
+
+
+def test_demonstrations_have_budgets_of_the_same_distribution() -> None:
+    settings = Settings.model_validate(
+        {
+            "learner": {"warm_start": {"episodes": 40}},
+            "thinking": {"budgets": {"zero": 0.5, "unlimited": 0.25, "choices": [[8, 1.0]]}},
+        }
+    )
+    drawn = Counter(ticket.thinking_budget for ticket in reference_tickets(settings))
+    assert drawn.keys() == {0, 8, None}
+    assert drawn[0] == pytest.approx(20, abs=3)
 
 
 def test_reference_tasks_are_never_training_tasks() -> None:

@@ -72,6 +72,21 @@ def test_a_task_whose_group_never_closed_comes_again_in_the_end() -> None:
     assert pool.choose(300) == 0
 
 
+def test_how_hard_a_task_is_depends_on_the_budget() -> None:
+    pool = make_pool(band=(0.2, 0.8), explore=0.0)
+    for group, bucket in enumerate(("0", "unlimited", "16-63")):
+        assert pool.choose(group, bucket) == group  # every task comes once, whatever its budget
+    pool.learn(0, 0.0, 0, "0")
+    pool.learn(1, 0.5, 1, "unlimited")
+    assert pool.choose(3, "0") == 3  # no task is half solved without thinking
+    assert pool.choose(4, "unlimited") == 1
+    pool.learn(1, 0.5, 5, "0")  # the same task, another rate
+    assert pool.choose(6, "0") == 1
+    again = TaskPool(CurriculumSection(band=(0.2, 0.8)), "seed", None, json.loads(json.dumps(pool.to_state())))
+    assert again.to_state() == pool.to_state()
+    assert pool.to_state()["tasks"] == [[0, 0.0, 1, 0, 0, "0"], [1, 0.5, 1, 4, 1], [1, 0.5, 1, 6, 1, "0"]]
+
+
 @given(st.lists(st.tuples(st.integers(0, 50), st.sampled_from([0.0, 0.5, 1.0])), max_size=200), st.integers(1, 10))
 def test_memory_is_bounded_and_keeps_the_band(results: list[tuple[int, float]], memory: int) -> None:
     pool = make_pool(band=(0.4, 0.6), memory=memory)

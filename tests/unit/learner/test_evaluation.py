@@ -64,9 +64,12 @@ def test_paired_bootstrap() -> None:
 
 
 def test_eval_ids() -> None:
-    assert parse_eval_id("my.run/eval/step-4/greedy/12", "my.run") == ("step-4", "greedy", 12)
-    with pytest.raises(ValueError, match="no evaluation ticket"):
-        parse_eval_id("my.run/eval/step-4/beam/12", "my.run")
+    assert parse_eval_id("my.run/eval/step-4/greedy/12", "my.run") == ("step-4", "greedy", 12, None)
+    assert parse_eval_id("my.run/eval/after/greedy/b16/12", "my.run") == ("after", "greedy", 12, 16)
+    assert parse_eval_id("my.run/eval/after/greedy/bunlimited/12", "my.run") == ("after", "greedy", 12, None)
+    for bad in ("eval/step-4/beam/12", "eval/after/greedy/16/12", "train/4/0"):
+        with pytest.raises(ValueError, match="no evaluation ticket"):
+            parse_eval_id(f"my.run/{bad}", "my.run")
 
 
 def test_summary_reports_kinds_gain_and_losses() -> None:

@@ -173,3 +173,14 @@ def overlong_punishment(length: int, longest: int, buffer: int) -> float:
     if length <= longest:
         return ((longest - buffer) - length) / buffer
     return -1.0
+
+
+def soft_budget_rewards(episodes: Sequence[tuple[float, int | None, int]], price: float) -> list[float]:
+    """R = r - price * max(0, (n - b) / b) for (r, b, n); no b, or one of 0: R = r."""
+    rewards = []
+    for reward, budget, thought in episodes:
+        relative = 0.0
+        if budget is not None and budget > 0:
+            relative = (thought - budget) / budget
+        rewards.append(reward - price * max(0.0, relative))
+    return rewards

@@ -1,0 +1,48 @@
+"""Soft thinking budgets: what thinking beyond the budget costs, and how its price is adapted. Pure functions.
+
+A group's budget b is drawn before its episodes and told to the policy. What the advantage sees of an episode is then
+R = r_task - price * max(0, (n - b) / b), n being the tokens that the policy thought.
+
+From L1 (LCPO, arXiv 2503.04697): the budget is drawn for each prompt and told in it, and one policy learns all budgets
+from a reward that falls linearly with the deviation. Not taken: its fixed factor, and that it punishes thinking too
+little (LCPO-Exact) or multiplies the reward (LCPO-Max); here only the overrun costs, relative to the budget, so that a
+price means the same for budgets of 16 and of 16,000 tokens.
+
+From AnytimeReasoner (BRPO, arXiv 2505.13438): budgets come from a prior distribution, thinking that is not finished is
+cut and answered as it stands, and rewards are compared with others under the same budget: a group has one budget, so
+its baseline is relative to it. Not taken: several cuts of one thinking with a reward each, and a policy of its own for
+the answers.
+
+The price is the Lagrange multiplier of the constraint P(n > b) <= epsilon, and moves by dual ascent, as in
+reward-constrained policy optimisation (arXiv 1805.11074). Under a strict budget n never exceeds b and there is nothing
+to learn from; so a soft budget lets thinking go on up to a multiple of b (`thinking.soft.limit`), where it is stopped
+all the same. The cost of an episode is therefore at most price * (limit - 1), for each turn where the budget is of a
+turn. A budget of 0 has no multiple and is kept strictly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from broker.process.thinking_settings import SoftSection
+from broker.protocol.trajectory import TrajectoryHead
+
+
+def overrun_cost(head: TrajectoryHead, price: float) -> float:
+    """What is subtracted from the episode's reward: price * max(0, (n - b) / b); 0 without a budget above 0."""
+    budget = head.ticket.thinking_budget
+    return price * head.num_overrun_tokens / budget if budget else 0.0
+
+
+def overrun_rate(heads: Iterable[TrajectoryHead]) -> float | None:
+    """Share of the episodes with a budget above 0 that thought beyond it; None where there is none."""
+    over = [head.num_overrun_tokens > 0 for head in heads if head.ticket.thinking_budget]
+    return sum(over) / len(over) if over else None
+
+
+def next_price(price: float, rate: float | None, settings: SoftSection) -> float:
+    """One step of dual ascent: price + price_rate * (rate - epsilon), within price_bounds; as it is without a rate."""
+    if rate is None or settings.overrun_rate is None:
+        return price
+    low, high = settings.price_bounds
+    return min(high, max(low, price + settings.price_rate * (rate - settings.overrun_rate)))
