@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from actors import metrics
 from actors.engine import Engine, EngineDeadError
+from actors.gateway.server import Gateway
 from actors.renderer import Renderer
 from actors.rollout import InfraFailureError, run_episode
 from actors.weights import WeightAdopter
@@ -71,8 +72,10 @@ class Actor:
         renderer: Renderer,
         environments: Mapping[str, Environment],
         settings: ActorSection,
+        gateway: Gateway | None = None,
     ) -> None:
         self._actor_id = actor_id
+        self._gateway = gateway
         self._tickets = tickets
         self._sender = sender
         self._engine = engine
@@ -154,6 +157,7 @@ class Actor:
                 self._renderer,
                 actor_id=self._actor_id,
                 max_model_len=self._settings.max_model_len,
+                gateway=self._gateway,
             )
         metrics.observe_episode(trajectory)
         return trajectory
