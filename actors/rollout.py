@@ -192,7 +192,9 @@ class _Rollout:
             self._reference = self._environment.demonstrator(task)
         episode = self._environment.episode(task)
         if not isinstance(episode, Episode):
-            raise TypeError(f"{self._environment.name!r} made a {type(episode).__name__}, and says it is not self_driven")
+            raise TypeError(
+                f"{self._environment.name!r} made a {type(episode).__name__}, and says it is not self_driven"
+            )
         return episode
 
     async def _act_out(self, episode: Episode) -> Outcome:

@@ -43,7 +43,9 @@ def _told(tool: Tool) -> str:
     if single is not None and properties[single].get("type") == "string":
         example = f"{OPEN}{tool.name} {single.upper()}{CLOSE}"
     else:
-        example = f"{OPEN}{tool.name} {json.dumps(tool.parameters)}{CLOSE}" if properties else f"{OPEN}{tool.name}{CLOSE}"
+        example = (
+            f"{OPEN}{tool.name} {json.dumps(tool.parameters)}{CLOSE}" if properties else f"{OPEN}{tool.name}{CLOSE}"
+        )
     return f"{example} {' '.join(tool.description.split())}".rstrip()
 
 

@@ -130,7 +130,9 @@ def text_of(fields: Fields, name: str, kinds: Collection[str], default: str | No
 def _text_part(part: Fields, kinds: Collection[str]) -> str:
     kind = part.raw("type")
     if kind not in kinds:
-        raise not_honoured(part.path("type"), kind, f"the policy reads text only; send parts of type {', '.join(kinds)}")
+        raise not_honoured(
+            part.path("type"), kind, f"the policy reads text only; send parts of type {', '.join(kinds)}"
+        )
     text = part.string("text")
     part.labels(("annotations", "logprobs"))  # a reply's own parts, sent back
     part.finish()

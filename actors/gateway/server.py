@@ -177,9 +177,7 @@ class Gateway:
         if not form.stream:
             return _reply(finished, answer)
         events = responses.events(finished, form, sampling)
-        return await _stream(
-            request, [f"event: {event['type']}\ndata: {_dump(event)}\n\n" for event in events], answer
-        )
+        return await _stream(request, [f"event: {event['type']}\ndata: {_dump(event)}\n\n" for event in events], answer)
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         self._session(request, self._sessions)
@@ -235,7 +233,9 @@ class Gateway:
             response = self._told(request, error)
         except web.HTTPRequestEntityTooLarge:
             most = self._settings.max_body_mb
-            response = self._told(request, ApiError(413, f"the request is larger than gateway.max_body_mb = {most} MiB"))
+            response = self._told(
+                request, ApiError(413, f"the request is larger than gateway.max_body_mb = {most} MiB")
+            )
         except web.HTTPException as error:
             there = "POST /v1/chat/completions, POST /v1/responses and GET /v1/models"
             message = f"{request.method} {request.path:.80} is not served; there are {there}"
@@ -309,4 +309,3 @@ def _key(request: web.Request) -> str:
 def _hash(key: str) -> bytes:
     """Keys are looked up by their hash, so that the time a look-up takes says nothing about them."""
     return hashlib.sha256(key.encode(errors="replace")).digest()
-

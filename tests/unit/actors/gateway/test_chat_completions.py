@@ -133,7 +133,10 @@ async def test_a_call_that_must_be_is_begun_for_the_policy() -> None:
         (call,) = answer.choices[0].message.tool_calls or ()
         assert call.type == "function"
         assert (call.function.name, call.function.arguments) == ("add", '{"a": 1}')
-        assert door.texts == [f"{START}<tool>[look 3</tool><|im_end|>]", f'{START}<tool>add[ {{"a": 1}}</tool><|im_end|>]']
+        assert door.texts == [
+            f"{START}<tool>[look 3</tool><|im_end|>]",
+            f'{START}<tool>add[ {{"a": 1}}</tool><|im_end|>]',
+        ]
 
 
 async def test_no_call_is_parsed_where_none_is_wanted() -> None:
@@ -170,7 +173,9 @@ def _called(name: str, arguments: str) -> dict[str, Any]:
 async def test_tools_are_told_unless_the_run_says_otherwise() -> None:
     async with opened(["ok"], tell_tools=True) as door:
         await door.client.chat.completions.create(model="m", messages=[USER], tools=[LOOK])
-        assert door.texts[0].startswith("<|im_start|>system\nTools:\n<tool>look WORD</tool> Look a word up.<|im_end|>\n")
+        assert door.texts[0].startswith(
+            "<|im_start|>system\nTools:\n<tool>look WORD</tool> Look a word up.<|im_end|>\n"
+        )
 
 
 async def test_the_runs_sampling_wins_and_the_answer_says_so() -> None:
@@ -237,9 +242,7 @@ async def test_what_cannot_be_honoured_is_refused_by_name() -> None:
     async with opened() as door:
         for change, param in REFUSED:
             with pytest.raises(openai.BadRequestError) as caught:
-                await door.client.chat.completions.create(
-                    model="m", messages=[USER], extra_body=change
-                )
+                await door.client.chat.completions.create(model="m", messages=[USER], extra_body=change)
             assert caught.value.param == param, change
             message = str(caught.value.body["message"])  # type: ignore[index]
             assert param in message

@@ -82,7 +82,9 @@ async def test_sub_agents_are_segments_of_one_episode() -> None:
     async def team(client: AsyncOpenAI, endpoint: Endpoint) -> None:
         await asyncio.gather(*(ask(client, role) for role in ("boss", "clerk", "critic")))
 
-    trajectory = await run(ProgramEnvironment(team), [f"word {n}" for n in range(6)], make_ticket(sampling={"max_turns": 6}))
+    trajectory = await run(
+        ProgramEnvironment(team), [f"word {n}" for n in range(6)], make_ticket(sampling={"max_turns": 6})
+    )
     assert len(trajectory.segments) == 3
     assert trajectory.head.num_turns == 6
     assert all(marked(segment).count("[") == 2 for segment in trajectory.segments)
@@ -90,7 +92,9 @@ async def test_sub_agents_are_segments_of_one_episode() -> None:
 
 
 async def test_a_turn_that_the_run_cuts_is_truncated_tokens() -> None:
-    trajectory = await run(ProgramEnvironment(agent), ["w3 and so on and on"], make_ticket(sampling={"max_turn_tokens": 3}))
+    trajectory = await run(
+        ProgramEnvironment(agent), ["w3 and so on and on"], make_ticket(sampling={"max_turn_tokens": 3})
+    )
     assert (trajectory.head.outcome, trajectory.head.reward) == (Outcome.TRUNCATED_TOKENS, 1.0)
     assert trajectory.num_sampled == 3
 
@@ -237,7 +241,12 @@ async def test_cancelling_ends_the_requests_and_closes_the_episode() -> None:
 async def test_an_actor_without_a_gateway_gives_the_ticket_back() -> None:
     with pytest.raises(InfraFailureError, match="needs the gateway"):
         await run_episode(
-            make_ticket(), ProgramEnvironment(agent), ScriptedEngine(RENDERER, []), RENDERER, actor_id="a", max_model_len=9
+            make_ticket(),
+            ProgramEnvironment(agent),
+            ScriptedEngine(RENDERER, []),
+            RENDERER,
+            actor_id="a",
+            max_model_len=9,
         )
 
 

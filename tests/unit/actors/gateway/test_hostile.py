@@ -136,7 +136,10 @@ async def test_a_program_that_hangs_up_stops_the_engine_and_keeps_what_was_sampl
             await asyncio.sleep(0)
         answer = await door.client.chat.completions.create(**ASK)
         assert answer.choices[0].message.content == "again"
-        assert [segment.num_sampled for segment in door.session.segments()] == [1, answer.usage and answer.usage.completion_tokens]
+        assert [segment.num_sampled for segment in door.session.segments()] == [
+            1,
+            answer.usage and answer.usage.completion_tokens,
+        ]
         assert door.session.failure is None
 
 

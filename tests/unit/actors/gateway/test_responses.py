@@ -26,7 +26,12 @@ async def test_a_thread_by_previous_response_id_is_one_segment() -> None:
     async with opened(["Hm. <tool>look 3</tool>", "w3"]) as door:
         first = await door.client.responses.create(model="m", input="Say word 3.", tools=[LOOK])
         message, call = first.output
-        assert (message.type, call.type, first.status, first.output_text) == ("message", "function_call", "completed", "Hm.")
+        assert (message.type, call.type, first.status, first.output_text) == (
+            "message",
+            "function_call",
+            "completed",
+            "Hm.",
+        )
         assert (call.name, call.arguments) == ("look", '{"word": "3"}')
         output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "w3"}
         second = await door.client.responses.create(

@@ -80,7 +80,9 @@ class Episode:
                 strict=True,
             )
         ]
-        expected = [pair for s in self.samples for pair in zip(s.token_ids_N.tolist(), s.logprobs_N.tolist(), strict=True)]
+        expected = [
+            pair for s in self.samples for pair in zip(s.token_ids_N.tolist(), s.logprobs_N.tolist(), strict=True)
+        ]
         assert sorted(sampled) == sorted(expected)
         for segment in segments:
             assert sum(run.num_tokens for run in segment.version_runs) == segment.loss_mask_T.sum()
@@ -246,7 +248,11 @@ def test_random_calls_branches_and_edits(data: st.DataObject) -> None:
             prompt, messages = waiting.pop(data.draw(st.integers(0, len(waiting) - 1), "which"))
             text = data.draw(TEXTS, "says")
             # Also tokens that the tokenizer would not choose, and turns that are cut.
-            ids = [RENDERER.turn(c)[0] for c in text] if data.draw(st.booleans(), "by letters") else RENDERER.turn(text)[:-1]
+            ids = (
+                [RENDERER.turn(c)[0] for c in text]
+                if data.draw(st.booleans(), "by letters")
+                else RENDERER.turn(text)[:-1]
+            )
             ids += [] if data.draw(st.booleans(), "cut") else RENDERER.turn("")
             reply = episode.answer_ids(prompt, ids, version=data.draw(st.integers(4, 5), "version"))
             known.append((*messages, reply))
