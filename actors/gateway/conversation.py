@@ -56,6 +56,9 @@ class ToolChoice(NamedTuple):
     name: str | None = None
 
 
+AUTO = ToolChoice()
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """One call of a program: what the policy is asked, and how many replies it shall give.
@@ -66,7 +69,7 @@ class Question:
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[Tool, ...] = ()
-    tool_choice: ToolChoice = ToolChoice()
+    tool_choice: ToolChoice = AUTO
     num_replies: int = 1
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()

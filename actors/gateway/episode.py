@@ -51,7 +51,7 @@ class Door(Protocol):
 
 
 async def run_self_driven(door: Door, ticket: Ticket, environment: Environment, actor_id: str) -> Trajectory:
-    """Run the ticket's program to its end, within `ticket.deadline_s` seconds plus the time that ending and grading take.
+    """Run the ticket's program to its end, within `ticket.deadline_s` seconds plus the time for ending and grading.
 
     Raises InfraFailureError, and EngineDeadError; cancelling it ends the program and its requests.
     """

@@ -93,7 +93,7 @@ class Fields:
             self.raw(name)
 
     def neutral(self, table: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
-        """Take fields that are honoured only by their neutral values; the table has those, and the remedy for others."""
+        """Take fields that are honoured by their neutral values only; the table has those, and a remedy for others."""
         for name, (values, remedy) in table.items():
             value = self.raw(name)
             if value is not None and not any(type(value) is type(each) and value == each for each in values):

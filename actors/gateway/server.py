@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -22,7 +21,7 @@ from aiohttp import web
 from actors import metrics
 from actors.engine import Engine
 from actors.gateway import chat_completions, responses
-from actors.gateway.conversation import Answer, ChatMessage
+from actors.gateway.conversation import Answer
 from actors.gateway.episode import run_self_driven
 from actors.gateway.errors import ApiError, bad_value
 from actors.gateway.fields import Fields
@@ -67,8 +66,8 @@ class Gateway:
         settings = self._settings
         if not settings.allow_unencrypted and not is_loopback(f"tcp://{settings.host}:{self._port}"):
             raise ErgonError(
-                f'gateway.host = "{settings.host}" is no loopback address, and programs speak plain HTTP; name one such '
-                "as 127.0.0.1, or set gateway.allow_unencrypted = true on a network of your own"
+                f'gateway.host = "{settings.host}" is no loopback address, and programs speak plain HTTP; name one '
+                "such as 127.0.0.1, or set gateway.allow_unencrypted = true on a network of your own"
             )
         app = web.Application(client_max_size=settings.max_body_mb << 20, middlewares=[self._told_errors])
         app.router.add_post("/v1/chat/completions", self._chat)

@@ -174,7 +174,7 @@ class Session:
         return Reply(message, finish, sample)
 
     def _overridden(self, requested: Mapping[str, float]) -> tuple[str, ...]:
-        """The sampling parameters that the program wants otherwise than the run. Raises ApiError where that is refused."""
+        """What the program wants to be sampled otherwise than the run does. Raises ApiError where that is refused."""
         others = []
         for name, value in requested.items():
             fixed = getattr(self.ticket.sampling, name)

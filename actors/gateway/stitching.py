@@ -151,7 +151,7 @@ class Stitcher:
             self._pieces[key] = (self.renderer.open if first else self.renderer.observe)(messages)
         return self._pieces[key]
 
-    def _turn(self, message: ChatMessage, tools: Sequence[Tool], before: hashlib._Hash) -> list[int]:
+    def _turn(self, message: ChatMessage, tools: Sequence[Tool], before: hashlib.blake2b) -> list[int]:
         """The ids of an assistant message: those sampled for it, else those of its text."""
         found = self._by_reply.get(message.key)
         if not found:

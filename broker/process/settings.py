@@ -201,7 +201,7 @@ class MetricsSection(Section):
 class GatewaySection(Section):
     host: str = "127.0.0.1"
     """Address of the endpoint that programs ask the policy at."""
-    port: int = Field(default=7720, ge=1, le=65000)
+    port: int = Field(default=7730, ge=1, le=65000)
     """Port of the first actor's endpoint; the next ones count up. It is bound where an environment runs programs."""
     allow_unencrypted: bool = False
     """Serve an address that other machines reach, too: API keys and texts then travel in the clear."""

@@ -94,7 +94,7 @@ class ProgramEnvironment(Environment):
         limit_s = self.bounds.timeout_s if limit_s is None else min(limit_s, self.bounds.timeout_s)
         variables = {} if endpoint is None else _variables(endpoint, limit_s, self.bounds.trusted)
         if not self.bounds.trusted:
-            return await run_boxed(program, variables, endpoint and endpoint.socket, limit_s, self.bounds)
+            return await run_boxed(program, variables, endpoint.socket if endpoint else None, limit_s, self.bounds)
         try:
             return await run_trusted(program, variables, limit_s, self.bounds)
         except OSError as error:
@@ -114,8 +114,8 @@ class ProgramEnvironment(Environment):
             for name in ("python3", program.command[0]):
                 if not (await sandbox.exec(f"command -v {shlex.quote(name)}")).ok:
                     raise SandboxError(
-                        f"the sandbox has no {name}: install it under /usr, mount its directory (option mounts), or run "
-                        "the program with trusted = true"
+                        f"the sandbox has no {name}: install it under /usr, mount its directory (option mounts), or "
+                        "run the program with trusted = true"
                     )
 
 
@@ -172,11 +172,10 @@ def graded_by_exit(result: ProgramResult) -> Reward:
 def graded_by_report(result: ProgramResult, reports: Sequence[Reward]) -> Reward:
     """The last thing that the program reported of itself; 0 where it broke off before.
 
-    Raises EnvironmentFailureError for a program that has ended well and reported nothing: that is no fault of the policy.
+    Raises EnvironmentFailureError for a program that has ended well and reported nothing: no fault of the policy's.
     """
     if reports:
         return reports[-1]
     if result.exit_code == 0:
         raise EnvironmentFailureError("the program has ended well without POSTing a reward to ERGON_REWARD_URL")
     return Reward(0.0)
-

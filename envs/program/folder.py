@@ -67,13 +67,13 @@ class FolderEnvironment(ProgramEnvironment):
         limits: Mapping[str, int] | None = None,
         mounts: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(
-            trusted=trusted, timeout_s=timeout_s, output_bytes=output_bytes, limits=limits, mounts=mounts
-        )
+        super().__init__(trusted=trusted, timeout_s=timeout_s, output_bytes=output_bytes, limits=limits, mounts=mounts)
         if reward not in REWARDS:
             raise ValueError(f"reward is {reward!r}; choose {', '.join(REWARDS)}")
         if reward == "report" and not self.bounds.trusted:
-            raise ValueError("only a trusted program is believed what it reports; say trusted = true, or use a verifier")
+            raise ValueError(
+                "only a trusted program is believed what it reports; say trusted = true, or use a verifier"
+            )
         self._reward = reward
         self._verifier = _function(verifier) if isinstance(verifier, str) else verifier
         self._defaults = {"command": list(command), "text_by": text_by, "artifacts": list(artifacts)}
@@ -116,7 +116,9 @@ class FolderEnvironment(ProgramEnvironment):
             verdict = await verdict if inspect.isawaitable(verdict) else verdict
             return verdict if isinstance(verdict, Reward) else Reward(float(verdict))
         if not command:
-            raise EnvironmentFailureError(f"{task.secret['folder']} has no verifier, and the environment has none either")
+            raise EnvironmentFailureError(
+                f"{task.secret['folder']} has no verifier, and the environment has none either"
+            )
         files = _contents(Path(task.secret["folder"]) / "verifier")
         return read_verdict(await self.run(verifier_program(tuple(command), files, result)))
 
@@ -141,7 +143,9 @@ class WrittenTurns(ReferencePolicy):
         """The turn after as many as were said. Raises EnvironmentFailureError after the last one."""
         num_said = sum(message.role == "assistant" for message in messages)
         if num_said >= len(self._actions):
-            raise EnvironmentFailureError(f"the reference has {len(self._actions)} turns, and the program wants another")
+            raise EnvironmentFailureError(
+                f"the reference has {len(self._actions)} turns, and the program wants another"
+            )
         return self._actions[num_said]
 
 

@@ -30,9 +30,9 @@ class Program:
     """One run of an agent program.
 
     command: argument vector; the first is looked up on PATH, on which `python` is Ergon's own where the program is
-    trusted. text: the task, given on standard input, as the last argument, or in the file `task.txt`, or not. files: what else
-    is in its working directory, by relative path. variables: of its environment, beside those of the endpoint.
-    artifacts: files that are read back after its end. Raises ValueError.
+    trusted. text: the task, given on standard input, as the last argument, in the file `task.txt`, or not at all.
+    files: what else is in its working directory, by relative path. variables: of its environment, beside those of the
+    endpoint. artifacts: files that are read back after its end. Raises ValueError.
     """
 
     command: tuple[str, ...]
@@ -70,9 +70,9 @@ class Bounds:
     """What programs of an environment may do.
 
     trusted: it runs as a process of this user, with network and files, instead of in a sandbox. timeout_s: wall-clock
-    seconds; the ticket's deadline counts as well. output_bytes: of stdout, of stderr and of each artifact that are kept.
-    limits: of the sandbox. mounts: directories of this machine that the sandbox shows, read-only, by where it shows
-    them.
+    seconds; the ticket's deadline counts as well. output_bytes: of stdout, of stderr and of each artifact that are
+    kept. limits: of the sandbox. mounts: directories of this machine that the sandbox shows, read-only, by where it
+    shows them.
     """
 
     trusted: bool = False

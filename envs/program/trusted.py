@@ -93,10 +93,8 @@ def _start(
     environment = {name: os.environ[name] for name in BASE_VARIABLES if name in os.environ}
     environment |= {"HOME": str(directory), **program.variables, **variables}
     environment["PATH"] = program.variables.get("PATH", search_path())
-    if program.text_by == "stdin":
-        stdin = stack.enter_context((directory / TEXT_FILE).open("rb"))
-    else:
-        stdin = stack.enter_context(Path(os.devnull).open("rb"))
+    source = directory / TEXT_FILE if program.text_by == "stdin" else Path(os.devnull)
+    stdin = stack.enter_context(source.open("rb"))
     with ExitStack() as child_ends:
         ends = []
         for _ in range(2):

@@ -17,7 +17,7 @@ PLACE = "program"
 
 
 def verifier_program(command: tuple[str, ...], files: Mapping[str, bytes], result: ProgramResult) -> Program:
-    """The verifier: its own files, and under `program/` what the program left: stdout, stderr, result.json, artifacts."""
+    """The verifier: its own files, and in `program/` what the program left: stdout, stderr, result.json, artifacts."""
     facts = {"exit_code": result.exit_code, "timed_out": result.timed_out, "seconds": round(result.duration_s, 3)}
     left = {
         f"{PLACE}/stdout": result.stdout,
@@ -41,6 +41,6 @@ def read_verdict(result: ProgramResult) -> Reward:
     except (ValueError, KeyError, TypeError, AttributeError):
         pass  # told below, with what it said
     raise EnvironmentFailureError(
-        f"the verifier ended with {result.exit_code} and printed {lines[-1:]!r:.200}; its last line must be a number or "
-        f'{{"reward": NUMBER, "components": {{...}}}}. Its stderr: {result.stderr[-500:].decode(errors="replace")}'
+        f"the verifier ended with {result.exit_code} and printed {lines[-1:]!r:.200}; its last line must be a number "
+        f'or {{"reward": NUMBER, "components": {{...}}}}. Its stderr: {result.stderr[-500:].decode(errors="replace")}'
     )

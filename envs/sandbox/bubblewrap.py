@@ -108,7 +108,7 @@ def failure(stderr: str) -> SandboxError:
         )
     if "source path" in detail:
         return SandboxError(
-            f"a mount cannot be shown in the sandbox ({detail}): it must exist, and other users must be able to read it "
+            f"a mount cannot be shown in the sandbox ({detail}): it must exist, and others must be able to read it "
             "and to enter the directories above it"
         )
     if re.search(r"unshare:|namespace|uid map|Operation not permitted|Permission denied|clone", detail):
@@ -161,9 +161,7 @@ def check_path(path: str) -> str:
     return str(pure)
 
 
-def command_line(
-    limits: Limits, file_fds: Mapping[str, int], mounts: Mapping[str, str] | None = None
-) -> Sequence[str]:
+def command_line(limits: Limits, file_fds: Mapping[str, int], mounts: Mapping[str, str] | None = None) -> Sequence[str]:
     """The whole argument vector of a sandbox whose PID 1 is the session loop.
 
     file_fds: absolute path in the sandbox -> descriptor with its content; must hold SESSION (the shell that runs the

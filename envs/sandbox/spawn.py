@@ -128,9 +128,10 @@ def _pipe(stack: ExitStack, parent_ends: ExitStack) -> tuple[int, int]:
 
 
 def spawn(files: Mapping[str, bytes], limits: Limits, mounts: Mapping[str, str] | None = None) -> Spawned:
-    """Start a sandbox that holds these files (absolute path -> content) and shows these mounts. Blocks for about 2 ms. Raises SandboxError.
+    """Start a sandbox that holds these files (absolute path -> content) and shows these mounts.
 
-    It dies with the calling thread. It has its own session, so that Ctrl-C in a terminal is not for it.
+    Blocks for about 2 ms. Raises SandboxError. It dies with the calling thread. It has its own session, so that Ctrl-C
+    in a terminal is not for it.
     """
     with ExitStack() as child_ends, ExitStack() as parent_ends:
         contents = {**files, bubblewrap.SESSION: _shell_image()}

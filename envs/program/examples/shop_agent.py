@@ -18,7 +18,11 @@ MAX_TURNS = 4
 
 def tool(name: str, description: str, parameter: str) -> ChatCompletionToolParam:
     """A tool with one text argument."""
-    schema = {"type": "object", "properties": {parameter: {"type": "string"}}, "required": [parameter]}
+    schema: dict[str, object] = {
+        "type": "object",
+        "properties": {parameter: {"type": "string"}},
+        "required": [parameter],
+    }
     return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
 
 

@@ -45,6 +45,7 @@ class Session:
     def __init__(self, engine: VllmEngine, renderer: Renderer, weights: Path) -> None:
         self.engine = engine
         self.weights = weights
+        self.renderer = renderer
         self.stop = renderer.stop_token_ids
         questions = [f"Eva buys {i} plates with a {i * i} coin discount. What is the bill?" for i in range(8)]
         self.prompts = [renderer.open([Message("user", text)]) for text in questions]
@@ -143,6 +144,15 @@ class Session:
         seen = await self.across(3)
         self.engine._adoption._mode = "recompute"
         return {"in_flight": seen, "fresh": await self.sample(WARM, 64)}
+
+    async def gateway(self) -> dict[str, Any]:
+        """Agent programs behind the gateway, across an update of the weights."""
+        from tests.integration.gateway.scene import converse
+
+        await self.adopt(40, 1)
+        return await converse(
+            self.engine, self.renderer, lambda: self.adopt(40, 2), self.engine._llm.get_num_unfinished_requests
+        )
 
     async def prepares(self) -> bool | None:
         return self.engine._adoption._prepares

@@ -257,7 +257,13 @@ def test_mistakes_of_an_author_are_named() -> None:
     for wrong in ({"command": ()}, {"command": ("x",), "text_by": "mail"}, {"command": ("x",), "files": {"../a": b""}}):
         with pytest.raises(ValueError, match=r"command|mail|\.\./a"):
             Program(**wrong)  # type: ignore[arg-type]
-    for options in ({"trusted": True, "mounts": {"/a": "/b"}}, {"timeout_s": 0}, {"limits": {"cores": 1}}, {"mounts": {"a": "/b"}}):  # fmt: skip
+    mistakes: list[dict[str, Any]] = [
+        {"trusted": True, "mounts": {"/a": "/b"}},
+        {"timeout_s": 0},
+        {"limits": {"cores": 1}},
+        {"mounts": {"a": "/b"}},
+    ]
+    for options in mistakes:
         with pytest.raises(ValueError, match=r"leave them out|timeout_s|cores|absolute"):
             Scripts(script("pass"), **options)
 

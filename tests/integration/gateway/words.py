@@ -1,4 +1,4 @@
-"""Look a word up, then answer with it: worked at by agents in `agents/`, answered by a reference policy, so no model."""
+"""Look a word up, then answer with it: worked at by agents in `agents/`, answered by a reference policy: no model."""
 
 from __future__ import annotations
 

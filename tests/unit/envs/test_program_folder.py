@@ -62,9 +62,12 @@ def test_an_index_is_a_folder_by_name_and_begins_again(tasks: Path) -> None:
     ],
 )
 def test_options_that_do_not_fit_are_told(tasks: Path, options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(EnvironmentOptionsError, match=sentence):
+    def make_program() -> None:
         environment = made(tasks, **options)
         environment.program(environment.task("train", 1))
+
+    with pytest.raises(EnvironmentOptionsError, match=sentence):
+        make_program()
 
 
 def test_a_task_file_that_is_wrong_is_told(tasks: Path) -> None:
@@ -116,7 +119,15 @@ def test_a_verdict_is_the_last_line() -> None:
     assert read_verdict(said("checking\n0.25\n")).total == 0.25
     verdict = read_verdict(said('{"reward": 1, "components": {"tests": 0.5}}'))
     assert (verdict.total, verdict.components) == (1.0, {"tests": 0.5})
-    for wrong in (said(""), said("good"), said("1", 1), said("1", None), said("[1]"), said('{"score": 1}'), said("true")):
+    for wrong in (
+        said(""),
+        said("good"),
+        said("1", 1),
+        said("1", None),
+        said("[1]"),
+        said('{"score": 1}'),
+        said("true"),
+    ):
         with pytest.raises(EnvironmentFailureError, match=r"the verifier ended with .*why"):
             read_verdict(wrong)
 

@@ -46,7 +46,7 @@ async def post(door: Open, body: bytes, path: str = "/chat/completions", **heade
         b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}',
         json.dumps({"model": "m", "messages": [{"role": "user", "content": [["x"]]}]}).encode(),
         json.dumps({"model": "m", "messages": [None]}).encode(),
-        json.dumps({"model": "m", "messages": [USER], "tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": 1}}}}]}).encode(),
+        json.dumps(ASK | {"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]}).encode(),
     ],
 )  # fmt: skip
 async def test_a_body_that_is_no_request_is_a_400(body: bytes) -> None:

@@ -61,10 +61,10 @@ async def test_instructions_are_the_system_message_of_their_call_only() -> None:
     async with opened(["a", "b"]) as door:
         first = await door.client.responses.create(model="m", instructions="Be brief.", input="x")
         await door.client.responses.create(model="m", instructions="Be kind.", input="y", previous_response_id=first.id)
+        end = "<|im_end|>\n<|im_start|>"
         assert door.texts == [
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n[a<|im_end|>]",
-            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
-            "<|im_start|>user\ny<|im_end|>\n<|im_start|>assistant\n[b<|im_end|>]",
+            f"<|im_start|>system\nBe brief.{end}user\nx{end}assistant\n[a<|im_end|>]",
+            f"<|im_start|>system\nBe kind.{end}user\nx{end}assistant\na{end}user\ny{end}assistant\n[b<|im_end|>]",
         ]
 
 
