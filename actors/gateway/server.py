@@ -7,7 +7,6 @@ what is answered the session's. Never learns of a task.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 import tempfile
@@ -15,7 +14,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
 from actors import metrics
@@ -23,9 +21,10 @@ from actors.engine import Engine
 from actors.gateway import chat_completions, responses
 from actors.gateway.conversation import Answer
 from actors.gateway.episode import run_self_driven
-from actors.gateway.errors import ApiError, bad_value
+from actors.gateway.errors import ApiError
 from actors.gateway.fields import Fields
 from actors.gateway.session import Session
+from actors.gateway.transport import dump, read_json, reply, stream
 from actors.gateway.voices import EngineVoice, ReferenceVoice
 from actors.renderer import Renderer
 from actors.rollout import InfraFailureError
@@ -39,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 MODEL = "policy"
 SHUTDOWN_S = 1.0
-OVERRIDDEN = "x-ergon-overridden"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -151,21 +149,21 @@ class Gateway:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         session = self._session(request, self._sessions)
-        question, form = chat_completions.read_request(await _json(request))
+        question, form = chat_completions.read_request(await read_json(request))
         self._check_model(form.model)
         answer = await session.answer(question)
         fingerprint = _fingerprint(answer)
         if not form.stream:
-            return _reply(chat_completions.completion(answer, form, self._renderer.decode, fingerprint), answer)
-        lines = [f"data: {_dump(chunk)}\n\n" for chunk in self._chunks(answer, form, fingerprint)]
-        return await _stream(request, [*lines, "data: [DONE]\n\n"], answer)
+            return reply(chat_completions.completion(answer, form, self._renderer.decode, fingerprint), answer)
+        lines = [f"data: {dump(chunk)}\n\n" for chunk in self._chunks(answer, form, fingerprint)]
+        return await stream(request, [*lines, "data: [DONE]\n\n"], answer)
 
     def _chunks(self, answer: Answer, form: chat_completions.Form, fingerprint: str) -> Any:
         return chat_completions.chunks(answer, form, self._renderer.decode, fingerprint)
 
     async def _responses(self, request: web.Request) -> web.StreamResponse:
         session = self._session(request, self._sessions)
-        question, form = responses.read_request(await _json(request), session.threads)
+        question, form = responses.read_request(await read_json(request), session.threads)
         self._check_model(form.model)
         answer = await session.answer(question)
         response_id = responses.new_id()
@@ -174,20 +172,20 @@ class Gateway:
         sampling = {"temperature": session.ticket.sampling.temperature, "top_p": session.ticket.sampling.top_p}
         finished = responses.response(answer, form, response_id, sampling, self._renderer.decode)
         if not form.stream:
-            return _reply(finished, answer)
+            return reply(finished, answer)
         events = responses.events(finished, form, sampling)
-        return await _stream(request, [f"event: {event['type']}\ndata: {_dump(event)}\n\n" for event in events], answer)
+        return await stream(request, [f"event: {event['type']}\ndata: {dump(event)}\n\n" for event in events], answer)
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         self._session(request, self._sessions)
         names = self._settings.model_names or (MODEL,)
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "ergon"} for name in names]
-        return _reply({"object": "list", "data": models})
+        return reply({"object": "list", "data": models})
 
     async def _reward(self, request: web.Request) -> web.StreamResponse:
         """What a trusted program says of itself: {"reward": 1.0, "components": {"name": 1.0}}."""
         session = self._session(request, self._reports)
-        fields = Fields(await _json(request))
+        fields = Fields(await read_json(request))
         total = fields.number("reward", float("-inf"), float("inf"))
         if total is None:
             raise fields.wrong("reward", "a number")
@@ -198,7 +196,7 @@ class Gateway:
         found = {name: named.number(name, float("-inf"), float("inf")) for name in components}
         fields.finish()
         session.reports.append(Reward(total, {name: value for name, value in found.items() if value is not None}))
-        return _reply({"object": "reward", "reward": total})
+        return reply({"object": "reward", "reward": total})
 
     def _check_model(self, name: str) -> None:
         names = self._settings.model_names
@@ -255,43 +253,6 @@ class Gateway:
             session.was_refused = True
             logger.warning("call refused ticket=%s reason=%s", session.ticket.ticket_id, error.message)
         return web.json_response(error.body(), status=error.status)
-
-
-async def _json(request: web.Request) -> object:
-    try:
-        body = await request.read()
-    except web.RequestPayloadError as error:
-        raise ApiError(400, f"the request's body cannot be read: {error}; send plain JSON") from error
-    try:
-        return msgspec.json.decode(body)
-    except (ValueError, RecursionError) as error:
-        raise bad_value("the request's body", body[:40], f"JSON ({error})") from error
-
-
-def _reply(body: dict[str, Any], answer: Answer | None = None) -> web.Response:
-    return web.json_response(body, headers=_headers(answer), dumps=_dump)
-
-
-async def _stream(request: web.Request, lines: list[str], answer: Answer) -> web.StreamResponse:
-    """Server-sent events. The reply is whole already, so they follow each other at once."""
-    response = web.StreamResponse(headers={"Cache-Control": "no-cache", **_headers(answer)})
-    response.content_type = "text/event-stream"
-    try:
-        await response.prepare(request)
-        for line in lines:
-            await response.write(line.encode())
-        await response.write_eof()
-    except ConnectionResetError:
-        logger.info("a program hung up while it was answered")
-    return response
-
-
-def _headers(answer: Answer | None) -> dict[str, str]:
-    return {OVERRIDDEN: ", ".join(answer.overridden)} if answer is not None and answer.overridden else {}
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
 
 
 def _fingerprint(answer: Answer) -> str:

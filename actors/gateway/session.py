@@ -154,7 +154,7 @@ class Session:
     def _record(self, question: Question, prompt: Prompt, opening: str, sample: Sample) -> Reply:
         """Keep a sample; what the program gets of it."""
         sample, stopped = _cut_at(question.stop, sample, self._renderer)
-        text = opening + self._renderer.text(sample.token_ids_N.tolist())
+        text = said = opening + self._renderer.text(sample.token_ids_N.tolist())
         if stopped:
             text = text[: min(at for stop in question.stop if (at := text.find(stop, len(opening))) >= 0)]
         finish: FinishReason = "length" if sample.finish != "stop" else "stop"
@@ -170,7 +170,7 @@ class Session:
                 )
                 message = ChatMessage("assistant", spoken.content, calls)
                 finish = "tool_calls" if finish == "stop" else finish
-        self._stitcher.record(prompt, sample, message)
+        self._stitcher.record(prompt, sample, message, said)
         return Reply(message, finish, sample)
 
     def _overridden(self, requested: Mapping[str, float]) -> tuple[str, ...]:

@@ -54,31 +54,30 @@ class Writing(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One reply and what came before it, after its parent's turn.
+    """One reply and what came before it, after its parent's sampled ids.
 
-    context: ids between the parent's turn and the sampled ones; the last `num_forced` of them begin the turn. closing:
-    what ends the turn where the sample does not, before anything can follow. heir: the reply that goes on in this
-    one's segment.
+    context: ids between the parent's sampled ones and its own; the last `num_forced` of them begin the turn. said: the
+    turn's text. ended: the last sampled id ends the turn. heir: the reply that goes on in this one's segment.
     """
 
     parent: Node | None
     context: list[int]
     num_forced: int
     sample: Sample
-    closing: list[int]
+    said: str
+    ended: bool
     call_ids: tuple[str, ...]
     heir: Node | None = None
 
     @property
     def turn(self) -> list[int]:
-        """All ids of the assistant's turn."""
-        forced = self.context[len(self.context) - self.num_forced :]
-        return [*forced, *self.sample.token_ids_N.tolist(), *self.closing]
+        """The ids of the assistant's turn as far as they were forced and sampled."""
+        return [*self.context[len(self.context) - self.num_forced :], *self.sample.token_ids_N.tolist()]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """What the engine is given: `ids`. The last of them, from `start`, come after the parent's turn."""
+    """What the engine is given: `ids`. The last of them, from `start`, come after the parent's sampled ones."""
 
     ids: list[int]
     parent: Node | None
@@ -94,7 +93,8 @@ class Stitcher:
     write: Writing
     _heads: list[Node] = field(default_factory=list)  # the first reply of each segment, in the order of recording
     _by_reply: dict[ReplyKey, list[Node]] = field(default_factory=dict)
-    _by_end: dict[bytes, Node] = field(default_factory=dict)  # hash of all ids up to the end of a turn -> its node
+    _by_end: dict[bytes, Node] = field(default_factory=dict)  # hash of all ids up to the last sampled one -> its node
+    _cut: list[Node] = field(default_factory=list)  # whose turn was not ended
     _pieces: dict[tuple[bool, tuple[Message, ...]], list[int]] = field(default_factory=dict)
 
     def render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool], opening: str = "") -> Prompt:
@@ -110,34 +110,43 @@ class Stitcher:
                 continue
             context = self._context(not ids, pending)
             hasher.update(_bytes(context))
-            turn = self._turn(message, tools, hasher)
+            turn, closing = self._turn(message, tools, hasher)
             hasher.update(_bytes(turn))
             ids += [*context, *turn]
             pending = []
             if (node := self._by_end.get(hasher.digest())) is not None:
                 parent, start = node, len(ids)
+            hasher.update(_bytes(closing))
+            ids += closing
         forced = self.renderer.turn(opening)[:-1] if opening else []
         ids += [*self._context(not ids, pending), *forced]
         return Prompt(ids, parent, start, len(forced))
 
-    def record(self, prompt: Prompt, sample: Sample, message: ChatMessage) -> None:
-        """Keep what was sampled after a prompt, and the message that it is in the program's eyes."""
-        ended = sample.token_ids_N.size > 0 and int(sample.token_ids_N[-1]) in self.renderer.stop_token_ids
+    def record(self, prompt: Prompt, sample: Sample, message: ChatMessage, said: str) -> None:
+        """Keep what was sampled after a prompt, and the message that it is in the program's eyes.
+
+        said: the whole text of the turn. Some programs put the stop text back that their reply was cut before, or
+        keep calls as text; an assistant message with all that was said is that turn as well.
+        """
         node = Node(
             prompt.parent,
             prompt.ids[prompt.start :],
             prompt.num_forced,
             sample,
-            [] if ended else self.renderer.turn(""),
+            said,
+            sample.token_ids_N.size > 0 and int(sample.token_ids_N[-1]) in self.renderer.stop_token_ids,
             tuple(call.id for call in message.calls),
         )
         if prompt.parent is not None and prompt.parent.heir is None:
             prompt.parent.heir = node
         else:
             self._heads.append(node)
-        self._by_reply.setdefault(message.key, []).append(node)
+        for key in {message.key, (said, ())}:
+            self._by_reply.setdefault(key, []).append(node)
+        if not node.ended:
+            self._cut.append(node)
         hasher = hashlib.blake2b(_bytes(prompt.ids), digest_size=16)
-        hasher.update(_bytes([*sample.token_ids_N.tolist(), *node.closing]))
+        hasher.update(_bytes(sample.token_ids_N.tolist()))
         self._by_end.setdefault(hasher.digest(), node)
 
     def segments(self) -> tuple[Segment, ...]:
@@ -151,21 +160,35 @@ class Stitcher:
             self._pieces[key] = (self.renderer.open if first else self.renderer.observe)(messages)
         return self._pieces[key]
 
-    def _turn(self, message: ChatMessage, tools: Sequence[Tool], before: hashlib.blake2b) -> list[int]:
-        """The ids of an assistant message: those sampled for it, else those of its text."""
-        found = self._by_reply.get(message.key)
-        if not found:
-            return self.renderer.turn(self.write(message, tools).content)
-        # Several replies may say the same in other tokens. The one that was given after these very tokens is meant,
-        # and of those the one whose calls have the ids.
+    def _turn(
+        self, message: ChatMessage, tools: Sequence[Tool], before: hashlib.blake2b
+    ) -> tuple[list[int], list[int]]:
+        """The ids of an assistant message, and those that close its turn where what was sampled does not.
+
+        They are those sampled for it, where there are such, else those of its text.
+        """
+        if found := self._by_reply.get(message.key):
+            node = self._meant(message, found, before)
+            return node.turn, [] if node.ended else self.renderer.turn("")
+        if not message.calls:
+            # Where a turn was cut, some programs add words of their own to it.
+            begun = [node for node in self._cut if node.said and message.content.startswith(node.said)]
+            if begun:
+                node = self._meant(message, sorted(begun, key=lambda node: -len(node.said)), before)
+                return node.turn, self.renderer.turn(message.content.removeprefix(node.said))
+        return self.renderer.turn(self.write(message, tools).content), []
+
+    def _meant(self, message: ChatMessage, candidates: Sequence[Node], before: hashlib.blake2b) -> Node:
+        """Several replies may say the same in other tokens. The one that was given after these very tokens is meant,
+        and of those the one whose calls have the ids."""
         call_ids = tuple(call.id for call in message.calls)
-        candidates = sorted(found, key=lambda node: node.call_ids != call_ids)
+        candidates = sorted(candidates, key=lambda node: node.call_ids != call_ids)
         for node in candidates:
             hasher = before.copy()
             hasher.update(_bytes(node.turn))
             if self._by_end.get(hasher.digest()) is node:
-                return node.turn
-        return candidates[0].turn
+                return node
+        return candidates[0]
 
 
 def _bytes(ids: Sequence[int]) -> bytes:
@@ -194,8 +217,7 @@ def _segment(head: Node) -> Segment:
     pieces: list[_Piece] = []
     node = head.parent
     while node is not None:  # from the end backwards
-        ids = [*node.context, *node.sample.token_ids_N.tolist(), *node.closing]
-        pieces.insert(0, _Piece.context(ids))
+        pieces.insert(0, _Piece.context([*node.context, *node.sample.token_ids_N.tolist()]))
         node = node.parent
     runs: list[VersionRun] = []
     node = head
@@ -205,8 +227,6 @@ def _segment(head: Node) -> Segment:
             if runs and runs[-1][:2] == run[:2]:
                 run = run._replace(num_tokens=run.num_tokens + runs.pop().num_tokens)
             runs.append(run)
-        if node.heir is not None:  # else nothing follows that the turn must be closed for
-            pieces.append(_Piece.context(node.closing))
         node = node.heir
     ids_T, mask_T, logprobs_T = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
     return Segment(ids_T, mask_T, logprobs_T, tuple(runs))

@@ -22,20 +22,30 @@ async def test_the_npm_package_openai_speaks_the_responses_api_from_the_sandbox(
     assert [text.count("[") for text in texts] == [2]
 
 
-async def test_smolagents_works_unchanged_and_its_own_words_are_context() -> None:
+def smolagents(agent: str, *turns: Action) -> WordProgram:
+    packages = {"PYTHONPATH": str(Path(CLIENTS, "python"))}
+    return WordProgram(agent, "python", turns=turns, trusted=True, variables=packages)
+
+
+async def test_smolagents_tool_caller_works_unchanged_and_its_own_words_are_context() -> None:
     """It asks for a call in every turn, and tells the policy's calls back in its own words: so every turn begins anew,
     and what is trained on is still just what was said, after just what was shown."""
-    turns = [
-        Action("", (ToolCall("look", {"word": "3"}),)),
-        Action("", (ToolCall("final_answer", {"answer": "w3"}),)),
-    ]
-    environment = WordProgram(
-        "smol.py", "python", turns=turns, trusted=True, variables={"PYTHONPATH": str(Path(CLIENTS, "python"))}
-    )
-    trajectory, texts = await reference_episode(environment)
-    assert (trajectory.head.outcome, trajectory.head.reward) == (Outcome.COMPLETED, 1.0)
-    assert (trajectory.head.num_turns, trajectory.head.num_tool_calls) == (2, 2)
+    look, answer = ToolCall("look", {"word": "3"}), ToolCall("final_answer", {"answer": "w3"})
+    trajectory, texts = await reference_episode(smolagents("smol.py", Action("", (look,)), Action("", (answer,))))
+    head = trajectory.head
+    assert (head.outcome, head.reward, head.num_turns, head.num_tool_calls) == (Outcome.COMPLETED, 1.0, 2, 2)
     first, second = texts
-    assert first.endswith("<|im_start|>assistant\n<tool>[look 3</tool><|im_end|>]")
-    assert second.endswith("<tool>[final_answer w3</tool><|im_end|>]") or second.endswith('"w3"}</tool><|im_end|>]')
-    assert second.count("[") == second.count("[", second.rindex("<tool>")) + second[: second.rindex("<tool>")].count("[")
+    assert first.endswith("Say word 3.<|im_end|>\n<|im_start|>assistant\n<tool>[look 3</tool><|im_end|>]")
+    assert "<|im_start|>assistant\nCalling tools:" in second
+    assert second.endswith(
+        "Observation:\nw3<|im_end|>\n<|im_start|>assistant\n<tool>[final_answer w3</tool><|im_end|>]"
+    )
+
+
+async def test_smolagents_code_writer_is_one_segment_although_it_stops_every_turn() -> None:
+    looking, answering = '<code>\nprint(look("3"))\n</code>', '<code>\nfinal_answer("w3")\n</code>'
+    trajectory, texts = await reference_episode(smolagents("smol_code.py", Action(looking), Action(answering)))
+    assert (trajectory.head.outcome, trajectory.head.reward) == (Outcome.COMPLETED, 1.0)
+    (text,) = texts
+    assert f"<|im_start|>assistant\n[{looking}]\nCalling tools:" in text  # it adds words of its own to the turn
+    assert text.endswith(f"<|im_start|>assistant\n[{answering}]")

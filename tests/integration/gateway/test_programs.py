@@ -10,7 +10,8 @@ import pytest
 
 from broker.protocol.trajectory import Outcome
 from envs.program.examples.shop import ShopProgram
-from tests.integration.gateway.words import WordProgram, reference_episode
+from envs.registry import create_environment
+from tests.integration.gateway.words import AGENTS, WordProgram, reference_episode
 
 PACKAGES = Path(sysconfig.get_path("purelib"))
 NODE = shutil.which("node", path="/usr/bin")
@@ -45,9 +46,43 @@ async def test_javascript_without_any_package_over_a_stream(trusted: bool) -> No
     await check(WordProgram("stream.mjs", "node", trusted=trusted))
 
 
+VERIFIER = """
+import json
+from pathlib import Path
+answer = Path("program/artifacts/answer.txt").read_text()
+assert json.loads(Path("program/result.json").read_text())["exit_code"] == 0
+print("looked at", answer)
+print(json.dumps({"reward": 0.75, "components": {"right": float(answer == Path("expected").read_text())}}))
+"""
+
+
+async def test_a_folder_is_a_task_with_its_verifier_in_a_sandbox_of_its_own(tmp_path: Path) -> None:
+    for split in ("train", "heldout"):
+        folder = tmp_path / split / "say"
+        for name in ("files", "verifier"):
+            (folder / name).mkdir(parents=True)
+        (folder / "task.md").write_text("Say w3.")
+        (folder / "files" / "agent.py").write_bytes((AGENTS / "plain.py").read_bytes())
+        (folder / "verifier" / "verify.py").write_text(VERIFIER)
+        (folder / "verifier" / "expected").write_text("w3")
+        (folder / "reference.json").write_text('["w3"]')
+    options = {
+        "tasks": str(tmp_path),
+        "command": ["python3", "agent.py"],
+        "artifacts": ["answer.txt"],
+        "verifier": ["python3", "verify.py"],
+    }
+    environment = create_environment("program", options)
+    await environment.prepare()
+    trajectory, texts = await reference_episode(environment)
+    assert (trajectory.head.outcome, trajectory.head.reward) == (Outcome.COMPLETED, 0.75)
+    assert trajectory.head.reward_components == {"right": 1.0}
+    assert texts == ["<|im_start|>user\nSay w3.<|im_end|>\n<|im_start|>assistant\n[w3<|im_end|>]"]
+
+
 async def test_the_example_is_solved_by_its_reference() -> None:
     example = ShopProgram(demonstrations="careless", trusted=True)
-    trajectory, texts = await reference_episode(example)  # type: ignore[arg-type]
+    trajectory, texts = await reference_episode(example)
     assert trajectory.head.reward in (0.0, 1.0)
     assert trajectory.head.num_turns == 3
     assert len(texts) == 1

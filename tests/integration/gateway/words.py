@@ -12,7 +12,17 @@ from actors.renderer import Renderer
 from broker.process.settings import GatewaySection
 from broker.protocol.codec import pack_trajectories
 from broker.protocol.trajectory import Mode, Sampling, Segment, TaskRef, Ticket, Trajectory
-from envs.interface import Action, Message, ReferencePolicy, Reward, Split, Task, ToolCall
+from envs.interface import (
+    Action,
+    Environment,
+    EnvironmentFailureError,
+    Message,
+    ReferencePolicy,
+    Reward,
+    Split,
+    Task,
+    ToolCall,
+)
 from envs.program import Program, ProgramEnvironment, ProgramResult
 from tests.unit.actors.support import make_tokenizer
 
@@ -48,16 +58,26 @@ class WordProgram(ProgramEnvironment):
         return Program((*self._command, self._agent), task.prompt[0].content, files=files, variables=self._variables)
 
     async def verify(self, task: Task, result: ProgramResult, reports: Sequence[Reward]) -> Reward:
-        assert result.exit_code == 0, result.stderr.decode()
+        if result.exit_code != 0:
+            raise EnvironmentFailureError(result.stderr.decode())
         return Reward(float(result.text == task.secret["answer"]))
 
     def reference(self, task: Task) -> ReferencePolicy:
         return Turns(self._turns)
 
 
+class PlainProgram(WordProgram):
+    """Asks one question; to be named in a run's settings."""
+
+    name = "tests.integration.gateway.words:PlainProgram"
+
+    def __init__(self) -> None:
+        super().__init__("plain.py", "python3", turns=[Action("w3")])
+
+
 @asynccontextmanager
 async def gateway(renderer: Renderer) -> AsyncIterator[Gateway]:
-    """A real one, on a free port, whose episodes must be reference episodes."""
+    """A real one on a free port, whose episodes must be reference episodes."""
     made = Gateway(None, renderer, GatewaySection(), port=0, max_model_len=8000)  # type: ignore[arg-type]
     await made.start()
     try:
@@ -66,7 +86,7 @@ async def gateway(renderer: Renderer) -> AsyncIterator[Gateway]:
         await made.close()
 
 
-async def reference_episode(environment: WordProgram) -> tuple[Trajectory, list[str]]:
+async def reference_episode(environment: Environment) -> tuple[Trajectory, list[str]]:
     """The trajectory of a reference episode, and its segments as texts with what was said in brackets."""
     renderer = Renderer(make_tokenizer())
     ticket = Ticket(

@@ -9,12 +9,13 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
+from actors.engine import Sample
 from actors.gateway.server import Gateway
 from actors.gateway.session import Session
 from actors.rollout import run_episode
 from broker.process.settings import GatewaySection
 from broker.protocol.codec import pack_trajectories
-from broker.protocol.trajectory import Ticket, Trajectory
+from broker.protocol.trajectory import Segment, Ticket, Trajectory
 from envs.interface import (
     Endpoint,
     Environment,
@@ -71,6 +72,34 @@ def marked(segment: Any) -> str:
         text += ("[" if sampled else "]") * (sampled != inside) + RENDERER.decode([token])
         inside = sampled
     return text + "]" * inside
+
+
+def check_record(prompts: Sequence[Sequence[int]], samples: Sequence[Sample], segments: Sequence[Segment]) -> None:
+    """What must hold of a record, whatever was called: it has what was sampled, each token once, after its prompt."""
+    recorded = [pair for s in segments for pair in _pairs(s.token_ids_T[s.loss_mask_T], s.logprobs_T[s.loss_mask_T])]
+    assert sorted(recorded) == sorted(pair for s in samples for pair in _pairs(s.token_ids_N, s.logprobs_N))
+    for segment in segments:
+        assert sum(run.num_tokens for run in segment.version_runs) == segment.loss_mask_T.sum()
+        assert not segment.logprobs_T[~segment.loss_mask_T].any()
+    # Every sample stands, masked as sampled, in a segment after exactly the prompt that it was sampled from.
+    places = []
+    for prompt, sample in zip(prompts, samples, strict=True):
+        if sample.token_ids_N.size:
+            start, end = len(prompt), len(prompt) + sample.token_ids_N.size
+            found = [
+                (number, start)
+                for number, segment in enumerate(segments)
+                if segment.token_ids_T[:end].tolist() == [*prompt, *sample.token_ids_N.tolist()]
+                and segment.loss_mask_T[start:end].all()
+                and segment.logprobs_T[start:end].tolist() == sample.logprobs_N.tolist()
+            ]
+            assert found
+            places.append(found)
+    assert len({place for found in places for place in found}) >= len(places)
+
+
+def _pairs(ids: Any, logprobs: Any) -> list[tuple[int, float]]:
+    return list(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
 
 @asynccontextmanager

@@ -123,6 +123,16 @@ async def test_a_stop_text_ends_the_reply_and_nothing_beyond_it_is_recorded() ->
         ]
 
 
+async def test_a_program_that_puts_the_stop_text_back_goes_on_in_the_same_segment() -> None:
+    async with opened(["<code>go</code> and more", "so"]) as door:
+        create = door.client.chat.completions.create
+        answer = await create(model="m", messages=[USER], stop=["</code>"])
+        assert answer.choices[0].message.content == "<code>go"
+        said: Any = {"role": "assistant", "content": "<code>go</code>"}
+        await create(model="m", messages=[USER, said, USER], stop=["</code>"])
+        assert door.texts == [f"{START}[<code>go</code>]<|im_end|>\n{START}[so<|im_end|>]"]
+
+
 async def test_a_call_that_must_be_is_begun_for_the_policy() -> None:
     async with opened(["look 3</tool>", ' {"a": 1}</tool>', "w3"]) as door:
         create = door.client.chat.completions.create

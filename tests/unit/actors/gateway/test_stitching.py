@@ -15,6 +15,7 @@ from actors.gateway.chat_format import parse, told, written
 from actors.gateway.conversation import ChatMessage, FunctionCall
 from actors.gateway.stitching import Prompt, Stitcher
 from broker.protocol.trajectory import VersionRun
+from tests.unit.actors.gateway.support import check_record
 from tests.unit.actors.support import ADD, LOOKUP, make_renderer
 
 RENDERER = make_renderer()
@@ -52,7 +53,7 @@ class Episode:
             for number, call in enumerate(spoken.calls)
         )
         message = ChatMessage("assistant", spoken.content, calls)
-        self.stitcher.record(prompt, sample, message)
+        self.stitcher.record(prompt, sample, message, RENDERER.text([*forced, *ids]))
         self.prompts.append(prompt)
         self.samples.append(sample)
         return message
@@ -69,42 +70,7 @@ class Episode:
         return texts
 
     def check(self) -> None:
-        """What must hold whatever was called."""
-        segments = self.stitcher.segments()
-        sampled = [
-            pair
-            for segment in segments
-            for pair in zip(
-                segment.token_ids_T[segment.loss_mask_T].tolist(),
-                segment.logprobs_T[segment.loss_mask_T].tolist(),
-                strict=True,
-            )
-        ]
-        expected = [
-            pair for s in self.samples for pair in zip(s.token_ids_N.tolist(), s.logprobs_N.tolist(), strict=True)
-        ]
-        assert sorted(sampled) == sorted(expected)
-        for segment in segments:
-            assert sum(run.num_tokens for run in segment.version_runs) == segment.loss_mask_T.sum()
-            assert not segment.logprobs_T[~segment.loss_mask_T].any()
-        # Every sample stands, masked as sampled, in one segment after exactly the prompt that it was sampled from.
-        places = []
-        for prompt, sample in zip(self.prompts, self.samples, strict=True):
-            if not sample.token_ids_N.size:
-                continue
-            start, end = len(prompt.ids), len(prompt.ids) + sample.token_ids_N.size
-            whole = [*prompt.ids, *sample.token_ids_N.tolist()]
-            places.append(
-                [
-                    (number, start)
-                    for number, segment in enumerate(segments)
-                    if segment.token_ids_T[:end].tolist() == whole
-                    and segment.loss_mask_T[start:end].all()
-                    and segment.logprobs_T[start:end].tolist() == sample.logprobs_N.tolist()
-                ]
-            )
-        assert all(places)
-        assert len({place for found in places for place in found}) >= len(places)
+        check_record([prompt.ids for prompt in self.prompts], self.samples, self.stitcher.segments())
 
 
 def tool(content: str) -> ChatMessage:
@@ -153,6 +119,19 @@ def test_a_turn_that_was_cut_is_closed_before_something_follows() -> None:
     assert episode.texts() == [
         "<|im_start|>user\nSay word 3.<|im_end|>\n<|im_start|>assistant\n[w3 and]<|im_end|>\n"
         "<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n[so on]"
+    ]
+    episode.check()
+
+
+def test_words_added_to_a_turn_that_was_cut_are_context_of_the_same_segment() -> None:
+    episode = Episode()
+    episode.call(USER, says="<code>go</code>", cut=True)
+    added = ChatMessage("assistant", "<code>go</code>\nCalling tools: []")
+    episode.call(USER, added, ChatMessage("user", "Observation"), says="yes")
+    assert episode.texts() == [
+        "<|im_start|>user\nSay word 3.<|im_end|>\n"
+        "<|im_start|>assistant\n[<code>go</code>]\nCalling tools: []<|im_end|>\n"
+        "<|im_start|>user\nObservation<|im_end|>\n<|im_start|>assistant\n[yes<|im_end|>]"
     ]
     episode.check()
 
@@ -237,7 +216,7 @@ TEXTS = st.sampled_from(["yes", "no", "<tool>look a</tool>", 'well <tool>add {"a
 WORDS = st.sampled_from(["go on", "why?", "w3"])
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_random_calls_branches_and_edits(data: st.DataObject) -> None:
     episode = Episode()
@@ -258,6 +237,8 @@ def test_random_calls_branches_and_edits(data: st.DataObject) -> None:
             known.append((*messages, reply))
             continue
         messages = data.draw(st.sampled_from(known), "conversation")
+        if messages[-1].role == "assistant" and data.draw(st.integers(0, 3), "words added") == 0:
+            messages = (*messages[:-1], ChatMessage("assistant", messages[-1].content + " and so on"))
         if len(messages) > 2 and data.draw(st.integers(0, 3), "edit") == 0:
             gone = data.draw(st.integers(0, len(messages) - 2), "forgotten")
             messages = messages[:gone] + messages[gone + 1 :]
