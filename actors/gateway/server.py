@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 
@@ -149,23 +148,22 @@ class Gateway:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         session = self._session(request, self._sessions)
-        question, form = chat_completions.read_request(await read_json(request))
-        self._check_model(form.model)
-        answer = await session.answer(question)
-        fingerprint = _fingerprint(answer)
+        with session.admitted():
+            question, form = chat_completions.read_request(await read_json(request))
+            self._check_model(form.model)
+            answer = await session.answer(question)
+        decode, fingerprint = self._renderer.decode, _fingerprint(answer)
         if not form.stream:
-            return reply(chat_completions.completion(answer, form, self._renderer.decode, fingerprint), answer)
-        lines = [f"data: {dump(chunk)}\n\n" for chunk in self._chunks(answer, form, fingerprint)]
-        return await stream(request, [*lines, "data: [DONE]\n\n"], answer)
-
-    def _chunks(self, answer: Answer, form: chat_completions.Form, fingerprint: str) -> Any:
-        return chat_completions.chunks(answer, form, self._renderer.decode, fingerprint)
+            return reply(chat_completions.completion(answer, form, decode, fingerprint), answer)
+        chunks = chat_completions.chunks(answer, form, decode, fingerprint)
+        return await stream(request, [*(f"data: {dump(chunk)}\n\n" for chunk in chunks), "data: [DONE]\n\n"], answer)
 
     async def _responses(self, request: web.Request) -> web.StreamResponse:
         session = self._session(request, self._sessions)
-        question, form = responses.read_request(await read_json(request), session.threads)
-        self._check_model(form.model)
-        answer = await session.answer(question)
+        with session.admitted():
+            question, form = responses.read_request(await read_json(request), session.threads)
+            self._check_model(form.model)
+            answer = await session.answer(question)
         response_id = responses.new_id()
         if form.store:
             session.threads[response_id] = (*form.said, answer.replies[0].message)
@@ -174,7 +172,8 @@ class Gateway:
         if not form.stream:
             return reply(finished, answer)
         events = responses.events(finished, form, sampling)
-        return await stream(request, [f"event: {event['type']}\ndata: {dump(event)}\n\n" for event in events], answer)
+        lines = [f"event: {event['type']}\ndata: {dump(event)}\n\n" for event in events]
+        return await stream(request, lines, answer)
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         self._session(request, self._sessions)

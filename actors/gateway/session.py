@@ -29,6 +29,8 @@ from broker.process.settings import GatewaySection
 from broker.protocol.trajectory import Outcome, Segment, Ticket, VersionRun
 from envs.interface import Reward
 
+SPARE_REQUESTS = 8  # beyond the turns of the ticket, for those that are refused anyway
+
 
 class Session:
     """Of one episode, from before its program starts until after it has ended; single use.
@@ -56,6 +58,7 @@ class Session:
         self._budget = Budget(ticket.sampling, max_model_len)
         self._stitcher = Stitcher(renderer, written)
         self._working: dict[asyncio.Task[Answer], asyncio.Event] = {}
+        self._num_open = 0
         self._num_asked = 0
         self._num_busy = 0
         self._busy_since = 0.0
@@ -78,6 +81,21 @@ class Session:
             return segments
         ids = np.asarray(self._renderer.open(()), np.int32)
         return (Segment(ids, np.zeros(ids.size, np.bool_), np.zeros(ids.size, np.float32), ()),)
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """While a request is read and answered. Raises ApiError for more at once than could ever be answered."""
+        if self._num_open >= self.ticket.sampling.max_turns + SPARE_REQUESTS:
+            raise ApiError(
+                429,
+                f"{self._num_open} calls of this episode are open, and the run allows no more turns; wait",
+                code="busy",
+            )
+        self._num_open += 1
+        try:
+            yield
+        finally:
+            self._num_open -= 1
 
     async def answer(self, question: Question) -> Answer:
         """Ask the policy. Cancelling it says that the program has hung up: the engine is told to stop.

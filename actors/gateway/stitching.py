@@ -168,27 +168,28 @@ class Stitcher:
         They are those sampled for it, where there are such, else those of its text.
         """
         if found := self._by_reply.get(message.key):
-            node = self._meant(message, found, before)
+            # Said somewhere, be it after other tokens: the words are the policy's own, and so are their ids.
+            node = self._given_here(message, found, before) or found[0]
             return node.turn, [] if node.ended else self.renderer.turn("")
         if not message.calls:
             # Where a turn was cut, some programs add words of their own to it.
             begun = [node for node in self._cut if node.said and message.content.startswith(node.said)]
-            if begun:
-                node = self._meant(message, sorted(begun, key=lambda node: -len(node.said)), before)
-                return node.turn, self.renderer.turn(message.content.removeprefix(node.said))
+            if (cut := self._given_here(message, begun, before)) is not None:
+                return cut.turn, self.renderer.turn(message.content.removeprefix(cut.said))
         return self.renderer.turn(self.write(message, tools).content), []
 
-    def _meant(self, message: ChatMessage, candidates: Sequence[Node], before: hashlib.blake2b) -> Node:
-        """Several replies may say the same in other tokens. The one that was given after these very tokens is meant,
-        and of those the one whose calls have the ids."""
+    def _given_here(self, message: ChatMessage, found: Sequence[Node], before: hashlib.blake2b) -> Node | None:
+        """The one of these that was given after these very tokens: the one whose calls have the ids, and the longest.
+
+        Several replies may say the same in other tokens.
+        """
         call_ids = tuple(call.id for call in message.calls)
-        candidates = sorted(candidates, key=lambda node: node.call_ids != call_ids)
-        for node in candidates:
+        for node in sorted(found, key=lambda node: (node.call_ids != call_ids, -len(node.said))):
             hasher = before.copy()
             hasher.update(_bytes(node.turn))
             if self._by_end.get(hasher.digest()) is node:
                 return node
-        return candidates[0]
+        return None
 
 
 def _bytes(ids: Sequence[int]) -> bytes:

@@ -143,6 +143,21 @@ async def test_a_program_that_hangs_up_stops_the_engine_and_keeps_what_was_sampl
         assert door.session.failure is None
 
 
+async def test_more_calls_at_once_than_could_be_answered_are_sent_away() -> None:
+    async with opened(["<hang>"], sampling={"max_turns": 1}) as door:
+        one = asyncio.create_task(door.client.chat.completions.create(**ASK))
+        await door.engine.hanging.wait()
+        door.session._num_open += 8  # as by requests whose bodies never end
+        with pytest.raises(openai.RateLimitError, match="9 calls of this episode are open"):
+            await door.client.chat.completions.create(**ASK)
+        door.session._num_open -= 8
+        with pytest.raises(openai.BadRequestError, match="used up the 1 turns"):
+            await door.client.chat.completions.create(**ASK)
+        await door.gateway.shut(door.session)
+        with pytest.raises(openai.AuthenticationError):
+            await one
+
+
 @pytest.mark.parametrize("error", [EngineDeadError("gone"), RuntimeError("odd")])
 async def test_an_engine_that_fails_voids_the_episode(error: Exception) -> None:
     async with opened([error]) as door:

@@ -136,6 +136,16 @@ def test_words_added_to_a_turn_that_was_cut_are_context_of_the_same_segment() ->
     episode.check()
 
 
+def test_words_that_only_begin_like_a_turn_that_was_cut_are_words() -> None:
+    episode = Episode()
+    episode.call(USER, says="an", cut=True)
+    other = ChatMessage("user", "Other.")
+    episode.call(other, ChatMessage("assistant", "answer"), USER, says="yes")
+    opened = RENDERER.open([written(other, ())])
+    assert episode.prompts[1].ids[len(opened) :][: len(RENDERER.turn("answer"))] == RENDERER.turn("answer")
+    episode.check()
+
+
 def test_branches_are_segments_that_share_context_and_train_it_once() -> None:
     episode = Episode()
     first = episode.call(USER, says="one")
