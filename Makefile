@@ -6,7 +6,7 @@ RUN ?= deploy/runs/quickstart.toml
 ARGS ?=
 READY := $(VENV)/.ready
 
-.PHONY: setup run test check lint format bench fuzz chaos chaos-real reference lock clean help
+.PHONY: setup run test test-gateway-clients check lint format bench fuzz chaos chaos-real reference lock clean help
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,6 +22,13 @@ run: $(READY) ## the main job on this machine: RUN=file.toml ARGS="--set run.see
 
 test: $(READY) ## unit, contract and integration tests
 	@$(PYTHON) -m pytest $(ARGS)
+
+# Agent frameworks and SDKs that are in no lock of ours, installed into CLIENTS, which the sandbox's user must be able to
+# enter.
+CLIENTS ?= /var/tmp/ergon-gateway-clients
+test-gateway-clients: $(READY)
+	@tests/integration/gateway/clients/install.sh $(PYTHON) $(CLIENTS)
+	@ERGON_GATEWAY_CLIENTS=$(CLIENTS) $(PYTHON) -m pytest tests/integration/gateway/test_clients.py $(ARGS)
 
 check: $(READY) ## format, lint, types, import contracts, documentation tests
 	@$(VENV)/bin/ruff format --check .

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from actors import metrics
 from actors.engine import Engine, EngineDeadError
+from actors.gateway.server import Gateway
 from actors.precedence import Precedence
 from actors.renderer import Renderer
 from actors.rollout import NO_BUDGETS, InfraFailureError, run_episode
@@ -82,8 +83,10 @@ class Actor:
         environments: Mapping[str, Environment],
         settings: ActorSection,
         thinking: ThinkingSection = NO_BUDGETS,
+        gateway: Gateway | None = None,
     ) -> None:
         self._actor_id = actor_id
+        self._gateway = gateway
         self._tickets = tickets
         self._sender = sender
         self._engine = engine
@@ -194,6 +197,7 @@ class Actor:
                 max_model_len=self._settings.max_model_len,
                 turn_timeout_s=self._settings.turn_timeout_s,
                 thinking=self._thinking,
+                gateway=self._gateway,
             )
         metrics.observe_episode(trajectory)
         return trajectory

@@ -61,6 +61,20 @@ adopt_reloads = Counter(
     "ergon_actor_adopt_reloads", "Switches that failed, so that sampling paused until the whole model was reloaded"
 )
 
+gateway_requests = Counter("ergon_actor_gateway_requests", "Requests of programs, by HTTP status", ["route", "status"])
+gateway_refused = Counter(
+    "ergon_actor_gateway_refused", "Requests of programs answered with an error, by its code", ["code"]
+)
+gateway_overridden = Counter(
+    "ergon_actor_gateway_overridden", "Calls that wanted another sampling parameter than the run's", ["parameter"]
+)
+gateway_segments = Histogram(
+    "ergon_actor_gateway_segments", "Segments of one program's episode", ["env"], buckets=(1, 2, 4, 8, 16, 32, 64)
+)
+gateway_discarded_tokens = Counter(
+    "ergon_actor_gateway_discarded_tokens", "Tokens sampled beyond a stop text, which are no part of the episode"
+)
+
 
 def observe_episode(trajectory: Trajectory) -> None:
     """Count what an episode was."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from actors.actor import POLL_S, Actor
 from actors.checkpoint import checkpoint_shapes
+from actors.gateway.server import Gateway
 from actors.renderer import Renderer
 from actors.vllm_engine import VllmEngine
 from actors.weights import WeightAdopter
@@ -123,11 +124,30 @@ async def _serve(
         status.weights = weights
         for environment in environments.values():
             await _prepared(environment)
+        gateway = await _gateway(settings, index, engine, renderer, environments, stack)
         if not await _connected(client, stop):
             return
         ends = (client.tickets, client.sender, engine, weights)
-        actor = Actor(actor_id, *ends, renderer, environments, settings.actor, settings.thinking)
+        actor = Actor(actor_id, *ends, renderer, environments, settings.actor, settings.thinking, gateway)
         await actor.run(stop)
+
+
+async def _gateway(
+    settings: Settings,
+    index: int,
+    engine: VllmEngine,
+    renderer: Renderer,
+    environments: Mapping[str, Environment],
+    stack: contextlib.AsyncExitStack,
+) -> Gateway | None:
+    """The endpoint for programs, listening, where an environment of the run has any."""
+    if not any(environment.self_driven for environment in environments.values()):
+        return None
+    port = settings.gateway.port + index
+    gateway = Gateway(engine, renderer, settings.gateway, port=port, max_model_len=settings.actor.max_model_len)
+    stack.push_async_callback(gateway.close)
+    await gateway.start()
+    return gateway
 
 
 async def _prepared(environment: Environment) -> None:

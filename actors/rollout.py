@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -36,9 +36,13 @@ from envs.interface import (
     ReferencePolicy,
     Reward,
     SandboxError,
+    SelfDrivenEpisode,
     Task,
 )
 from envs.timeouts import OutOfTimeError, within
+
+if TYPE_CHECKING:
+    from actors.gateway.server import Gateway
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +63,24 @@ async def run_episode(
     max_model_len: int,
     thinking: ThinkingSection = NO_BUDGETS,
     turn_timeout_s: float | None = None,
+    gateway: Gateway | None = None,
 ) -> Trajectory:
     """Run the ticket's episode to its end, within `ticket.deadline_s` seconds plus the time that grading takes.
 
     max_model_len: tokens the engine takes at most, prompt and answer together. thinking: the run's rules for budgets.
-    turn_timeout_s: seconds one turn may take, None for as long as the episode. Raises InfraFailureError, and
-    EngineDeadError where no further episode can run either; cancelling it ends the request and closes the sandbox.
+    turn_timeout_s: seconds one turn may take, None for as long as the episode. gateway: where episodes that drive
+    themselves reach the policy; they are its to run. Raises InfraFailureError, and EngineDeadError where no further
+    episode can run either; cancelling it ends the request and closes the sandbox.
     """
+    if environment.self_driven:
+        if gateway is None:
+            raise InfraFailureError(f"environment {environment.name!r} needs the gateway, which this actor lacks")
+        if ticket.thinking_budget is not None:
+            raise InfraFailureError(
+                f"ticket {ticket.ticket_id} has a thinking budget, which is not enforced for agent programs: "
+                "leave [thinking] out of a run with such an environment"
+            )
+        return await gateway.run_episode(ticket, environment, actor_id)
     started = time.monotonic()
     deadline = started + ticket.deadline_s
     sampler = Sampler(ticket, engine, renderer, thinking, max_model_len, deadline)
@@ -125,7 +140,7 @@ class _Rollout:
             outcome = await self._act_out(episode)
             # Also a partial state has a grade: an episode cut short is a fact about the policy, not a failure.
             reward = await self._timed(episode.grade(), GRADE_LIMIT_S)
-            _check_reward(reward)
+            check_reward(reward)
         except (EngineDeadError, InfraFailureError):
             raise
         except SandboxError as error:
@@ -138,7 +153,7 @@ class _Rollout:
             outcome, reward = Outcome.ENV_FAILURE, Reward(0.0)
         finally:
             if episode is not None:
-                await _close(episode, self._ticket)
+                await close_episode(episode, self._ticket)
         return outcome, reward
 
     def _open_episode(self) -> Episode:
@@ -147,7 +162,12 @@ class _Rollout:
         self.kind = task.kind
         if self._ticket.mode is Mode.REFERENCE:
             self._reference = self._environment.demonstrator(task)
-        return self._environment.episode(task)
+        episode = self._environment.episode(task)
+        if not isinstance(episode, Episode):
+            raise TypeError(
+                f"{self._environment.name!r} made a {type(episode).__name__}, and says it is not self_driven"
+            )
+        return episode
 
     async def _act_out(self, episode: Episode) -> Outcome:
         """Turn after turn until something ends the episode; says what."""
@@ -248,12 +268,13 @@ class _Rollout:
             self.record.tool_s += time.monotonic() - started
 
 
-def _check_reward(reward: Reward) -> None:
+def check_reward(reward: Reward) -> None:
+    """Raise ValueError for a reward that is no finite number."""
     if not all(np.isfinite(value) for value in (reward.total, *reward.components.values())):
         raise ValueError(f"the environment returned the reward {reward}; all of it must be finite")
 
 
-async def _close(episode: Episode, ticket: Ticket) -> None:
+async def close_episode(episode: Episode | SelfDrivenEpisode, ticket: Ticket) -> None:
     """Close the episode, also while this task is being cancelled; a failure to close does not change its result."""
     try:
         await asyncio.shield(within(episode.close(), CLOSE_LIMIT_S))

@@ -99,6 +99,8 @@ def ports_of(settings: Settings) -> Iterator[tuple[str, str, int]]:
         yield f"metrics.{key}", settings.metrics.host, getattr(settings.metrics, key)
     for index in range(settings.actor.count):
         yield f"metrics.actor_port + {index}", settings.metrics.host, settings.metrics.actor_port + index
+        yield f"gateway.port + {index}", settings.gateway.host, settings.gateway.port + index
+        yield f"gateway.port + {index}", settings.gateway.host, settings.gateway.port + index
 
 
 def _free(host: str, port: int) -> bool:

@@ -130,10 +130,56 @@ class Episode(ABC):
         """Release everything; idempotent."""
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a program reaches the policy during one episode: a service that speaks OpenAI's HTTP dialects.
+
+    url: its base, as in OPENAI_BASE_URL, on loopback. key: the API key, good for this episode and for nothing else.
+    socket: path of a Unix socket with the same service, for a program without network. model: the name it serves.
+    deadline: by `time.monotonic`, when the episode must be over. report_url, report_key: where a trusted program may
+    POST a reward, and the key for it. reports: what was reported so far, the newest last.
+    """
+
+    url: str
+    key: str
+    socket: str
+    model: str
+    deadline: float
+    report_url: str = ""
+    report_key: str = ""
+    reports: list[Reward] = field(default_factory=list)
+
+
+class SelfDrivenEpisode(ABC):
+    """One attempt at one task by something that asks the policy when it wants to: a program. Single use.
+
+    `run`, then `grade`, then `close`, always; `grade` also where `run` was cut short.
+    """
+
+    @abstractmethod
+    async def run(self, endpoint: Endpoint) -> None:
+        """Act until the end, and leave nothing running. What the program does wrong is for the grade.
+
+        Raises TimeoutError where `endpoint.deadline`, or a limit of its own, ended it.
+        """
+
+    @abstractmethod
+    async def grade(self) -> Reward:
+        """Grade the state reached."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release everything; idempotent."""
+
+
 class Environment(ABC):
-    """A family of tasks with tools. Shared by all episodes of a process, so stateless or locked."""
+    """A family of tasks with tools. Shared by all episodes of a process, so stateless or locked.
+
+    self_driven: its episodes are of the second kind, SelfDrivenEpisode, and need an endpoint.
+    """
 
     name: str
+    self_driven: bool = False
 
     @property
     @abstractmethod
@@ -145,8 +191,8 @@ class Environment(ABC):
         """The task of this split and index, deterministic across processes; splits never share a problem."""
 
     @abstractmethod
-    def episode(self, task: Task) -> Episode:
-        """A fresh episode of the task."""
+    def episode(self, task: Task) -> Episode | SelfDrivenEpisode:
+        """A fresh episode of the task, of the kind that `self_driven` says."""
 
     @abstractmethod
     def reference(self, task: Task) -> ReferencePolicy:

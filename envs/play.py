@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from envs.interface import Environment, Message, ReferencePolicy, Reward, Task, ToolCall
+from envs.interface import Environment, Episode, ErgonEnvError, Message, ReferencePolicy, Reward, Task, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +21,11 @@ class Played:
 async def play(environment: Environment, task: Task, policy: ReferencePolicy, max_turns: int = 8) -> Played:
     """Let a policy act on a task until it is done or has had its turns; the episode is always closed.
 
-    Raises what the episode raises: EnvironmentFailureError, SandboxError.
+    Raises what the episode raises: EnvironmentFailureError, SandboxError. Raises ErgonEnvError for a self-driven one.
     """
     episode = environment.episode(task)
+    if not isinstance(episode, Episode):
+        raise ErgonEnvError(f"episodes of {environment.name!r} drive themselves; only an actor's gateway can run them")
     calls: list[ToolCall] = []
     done = False
     try:

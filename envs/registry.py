@@ -12,7 +12,11 @@ from typing import Any
 from envs.interface import Environment, EnvironmentOptionsError, UnknownEnvironmentError
 
 ENTRY_POINT_GROUP = "ergon.environments"
-BUILT_IN = {"shop": "envs.shop:ShopEnvironment", "signposts": "envs.signposts:SignpostsEnvironment"}
+BUILT_IN = {
+    "program": "envs.program.folder:FolderEnvironment",
+    "shop": "envs.shop:ShopEnvironment",
+    "signposts": "envs.signposts:SignpostsEnvironment",
+}
 
 
 def known_environments() -> dict[str, str]:

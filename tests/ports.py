@@ -14,6 +14,7 @@ PORT_KEYS = (
     "metrics.relay_port",
     "metrics.learner_port",
     "metrics.actor_port",
+    "gateway.port",
 )
 
 

@@ -228,6 +228,25 @@ class MetricsSection(Section):
     """Metrics port of the first actor; the next ones count up."""
 
 
+class GatewaySection(Section):
+    host: str = "127.0.0.1"
+    """Address of the endpoint that programs ask the policy at."""
+    port: int = Field(default=7730, ge=1, le=65000)
+    """Port of the first actor's endpoint; the next ones count up. It is bound where an environment runs programs."""
+    allow_unencrypted: bool = False
+    """Serve an address that other machines reach, too: API keys and texts then travel in the clear."""
+    sampling: Literal["run", "refuse"] = "run"
+    """What becomes of a call that asks for another temperature or top_p than the run's: the run's win, and the answer
+    says so in the header `x-ergon-overridden`; or the call is refused."""
+    model_names: tuple[str, ...] = ()
+    """Models that a program may ask for, all of them the policy; none named: any."""
+    tell_tools: bool = True
+    """Tell the policy a call's tools in the system message; off: it has learnt them, and the call's tools only say what
+    is a call."""
+    max_body_mb: int = Field(default=16, ge=1, le=1024)
+    """Largest request, MiB."""
+
+
 class SupervisorSection(Section):
     restart_backoff_s: float = Field(default=0.5, ge=0)
     """Wait before a dead process is started again; doubled at each death within `restart_reset_s`."""
@@ -257,6 +276,7 @@ class Settings(Section):
     weights: WeightsSection = WeightsSection()
     security: SecuritySection = SecuritySection()
     metrics: MetricsSection = MetricsSection()
+    gateway: GatewaySection = GatewaySection()
     supervisor: SupervisorSection = SupervisorSection()
 
     @field_validator("environments")

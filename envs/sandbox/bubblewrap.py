@@ -106,6 +106,11 @@ def failure(stderr: str) -> SandboxError:
             f"sandboxes may not drop root's identity here ({detail}): run as an ordinary user, "
             "or give the container the capabilities SETUID and SETGID"
         )
+    if "source path" in detail:
+        return SandboxError(
+            f"a mount cannot be shown in the sandbox ({detail}): it must exist, and others must be able to read it "
+            "and to enter the directories above it"
+        )
     if re.search(r"unshare:|namespace|uid map|Operation not permitted|Permission denied|clone", detail):
         return SandboxError(
             f"this user may not make the namespaces of a sandbox here ({detail}): allow them with "
@@ -156,11 +161,12 @@ def check_path(path: str) -> str:
     return str(pure)
 
 
-def command_line(limits: Limits, file_fds: Mapping[str, int]) -> Sequence[str]:
+def command_line(limits: Limits, file_fds: Mapping[str, int], mounts: Mapping[str, str] | None = None) -> Sequence[str]:
     """The whole argument vector of a sandbox whose PID 1 is the session loop.
 
     file_fds: absolute path in the sandbox -> descriptor with its content; must hold SESSION (the shell that runs the
-    loop). Files outside /workspace and /tmp are immutable in the sandbox.
+    loop). Files outside /workspace and /tmp are immutable in the sandbox. mounts: path in the sandbox -> path of the
+    host, shown read-only.
 
     Two PID namespaces: bubblewrap alone, killed while it starts, leaves a child that waits for it forever. So it starts
     as the first process of an outer namespace, and with that one the kernel kills whatever there is. `--pdeathsig` and
@@ -180,6 +186,8 @@ def command_line(limits: Limits, file_fds: Mapping[str, int]) -> Sequence[str]:
     args += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
     args += ["--size", str(limits.tmp_bytes), "--tmpfs", "/tmp"]
     args += ["--size", str(limits.work_bytes), "--tmpfs", WORK_DIR]
+    for path, source in (mounts or {}).items():
+        args += ["--ro-bind", source, path]
     for path, fd in file_fds.items():
         args += ["--perms", "0111" if path == SESSION else "0644", "--file", str(fd), path]
     args += ["--remount-ro", "/", "--chdir", WORK_DIR, "--"]

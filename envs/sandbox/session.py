@@ -64,15 +64,21 @@ class Sandbox:
         self._released = False
 
     @classmethod
-    async def create(cls, files: Mapping[str, bytes] | None = None, limits: Limits | None = None) -> Sandbox:
+    async def create(
+        cls,
+        files: Mapping[str, bytes] | None = None,
+        limits: Limits | None = None,
+        mounts: Mapping[str, str] | None = None,
+    ) -> Sandbox:
         """Start a sandbox with these files: relative paths lie in /workspace, those elsewhere are immutable.
 
+        mounts: path in the sandbox -> directory, file or socket of the host that is shown there, read-only.
         Takes 10-30 ms. Raises ValueError for a bad path, SandboxError where no sandbox can be made.
         """
         limits = limits or Limits()
         contents = {"/etc/passwd": bubblewrap.PASSWD, "/etc/group": bubblewrap.GROUP}
         contents |= {bubblewrap.check_path(path): data for path, data in (files or {}).items()}
-        sandbox = cls(spawn(contents, limits), limits)
+        sandbox = cls(spawn(contents, limits, mounts), limits)
         try:
             await sandbox._handshake()
         except BaseException:

@@ -127,10 +127,11 @@ def _pipe(stack: ExitStack, parent_ends: ExitStack) -> tuple[int, int]:
     return reading, writing
 
 
-def spawn(files: Mapping[str, bytes], limits: Limits) -> Spawned:
-    """Start a sandbox that holds these files (absolute path -> content). Blocks for about 2 ms. Raises SandboxError.
+def spawn(files: Mapping[str, bytes], limits: Limits, mounts: Mapping[str, str] | None = None) -> Spawned:
+    """Start a sandbox that holds these files (absolute path -> content) and shows these mounts.
 
-    It dies with the calling thread. It has its own session, so that Ctrl-C in a terminal is not for it.
+    Blocks for about 2 ms. Raises SandboxError. It dies with the calling thread. It has its own session, so that Ctrl-C
+    in a terminal is not for it.
     """
     with ExitStack() as child_ends, ExitStack() as parent_ends:
         contents = {**files, bubblewrap.SESSION: _shell_image()}
@@ -142,7 +143,7 @@ def spawn(files: Mapping[str, bytes], limits: Limits) -> Spawned:
         stdout_fd, child_stdout = _pipe(child_ends, parent_ends)
         stderr_fd, child_stderr = _pipe(child_ends, parent_ends)
         process = subprocess.Popen(
-            bubblewrap.command_line(limits, file_fds),
+            bubblewrap.command_line(limits, file_fds, mounts),
             stdin=child_control.fileno(),
             stdout=child_stdout,
             stderr=child_stderr,

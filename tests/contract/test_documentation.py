@@ -14,6 +14,7 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "broker/PROTOCOL.md",
+    "actors/GATEWAY.md",
     "deploy/REFERENCE.md",
 ]
 
@@ -67,6 +68,13 @@ def test_files_named_in_the_architecture_exist() -> None:
     named = re.findall(r"`((?:broker|actors|learner|envs|deploy|tests)/[\w./]+)`", text("ARCHITECTURE.md"))
     assert named
     assert not [path for path in named if not (ROOT / path.split("::")[0]).exists()]
+
+
+def test_every_parameter_of_the_gateway_is_on_its_page() -> None:
+    from actors.gateway import chat_completions, responses
+
+    named = set(re.findall(r"`(\w+)`", text("actors/GATEWAY.md")))
+    assert {*chat_completions.NEUTRAL, *responses.NEUTRAL, *chat_completions.LABELS} <= named
 
 
 def test_modules_say_what_they_own() -> None:

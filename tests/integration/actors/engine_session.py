@@ -174,6 +174,15 @@ class Session:
         self.engine._adoption._mode = "recompute"
         return {"in_flight": seen, "fresh": await self.sample(WARM, 64)}
 
+    async def gateway(self) -> dict[str, Any]:
+        """Agent programs behind the gateway, across an update of the weights."""
+        from tests.integration.gateway.scene import converse
+
+        await self.adopt(40, 1)
+        return await converse(
+            self.engine, self.renderer, lambda: self.adopt(40, 2), self.engine._llm.get_num_unfinished_requests
+        )
+
     async def prepares(self) -> bool | None:
         return self.engine._adoption._prepares
 

@@ -26,6 +26,7 @@ from tests.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = "tests.unit.actors.support:WordEnvironment"
+PROGRAM = "tests.integration.gateway.words:PlainProgram"
 
 
 def free_ports(count: int) -> list[int]:
@@ -57,12 +58,12 @@ def get(port: int, path: str) -> tuple[int, str]:
         return 0, ""
 
 
-def ticket(ticket_id: str, mode: Mode, **changes: Any) -> Ticket:
+def ticket(ticket_id: str, mode: Mode, env: str = ENVIRONMENT, **changes: Any) -> Ticket:
     return Ticket(
         ticket_id=ticket_id,
         group_id="g",
         group_size=1,
-        task=TaskRef(env=ENVIRONMENT, split="train", index=3),
+        task=TaskRef(env=env, split="train", index=3),
         mode=mode,
         sampling=Sampling(max_turn_tokens=40, max_episode_tokens=100, max_turns=3),
         deadline_s=200.0,
@@ -71,12 +72,13 @@ def ticket(ticket_id: str, mode: Mode, **changes: Any) -> Ticket:
 
 
 def settings_for(directory: Path, model: Path) -> Settings:
-    broker, relay, actor_metrics, broker_metrics = free_ports(4)
+    broker, relay, actor_metrics, broker_metrics, gateway = free_ports(5)
     return Settings.model_validate(
         {
             "run": {"name": "e2e", "directory": directory},
             "model": {"path": str(model)},
-            "environments": [{"name": ENVIRONMENT}],
+            "environments": [{"name": ENVIRONMENT}, {"name": PROGRAM}],
+            "gateway": {"port": gateway},
             "actor": {
                 "max_num_seqs": 8,
                 "dtype": "float32",
@@ -131,6 +133,7 @@ def test_tickets_become_trajectories_and_a_stop_gives_the_rest_back(
         learner.resume()
         version, later = PolicyVersion(learner.lineage, 0), PolicyVersion(learner.lineage, 1)
         learner.issue([ticket("train", Mode.TRAIN), ticket("reference", Mode.REFERENCE), ticket("no-such", Mode.EVAL)])
+        learner.issue([ticket("program", Mode.TRAIN, PROGRAM)])
         learner.issue([ticket(f"later-{i}", Mode.EVAL, min_version=later) for i in range(2)])
 
         first = learner.receive(240)  # the engine starts meanwhile
@@ -141,8 +144,8 @@ def test_tickets_become_trajectories_and_a_stop_gives_the_rest_back(
         assert (status, json.loads(body)["policy_version"]) == (503, None)
 
         publish(publisher, model, version)
-        received = [learner.receive(100), learner.receive(100)]
-        assert {t.ticket.ticket_id for t in received if isinstance(t, Trajectory)} == {"train", "no-such"}
+        received = [learner.receive(100) for _ in range(3)]
+        assert {t.ticket.ticket_id for t in received if isinstance(t, Trajectory)} == {"train", "no-such", "program"}
         for trajectory in received:
             assert isinstance(trajectory, Trajectory)
             assert trajectory.num_sampled > 0

@@ -30,6 +30,7 @@ SCENES = (
     "queued",
     "too_long",
     "keep_cache",
+    "gateway",
     "prepares",
     "both_ways",
     "children",
@@ -135,6 +136,37 @@ def test_the_queue_goes_by_priority(played: Played) -> None:
 
 def test_a_request_that_cannot_be_served_does_not_end_the_engine(played: Played) -> None:
     assert played.seen["too_long"] not in ("dead", "served")
+
+
+def test_programs_behind_the_gateway_are_recorded_exactly(played: Played) -> None:
+    """Across an update in flight, over branches and an abort: every token in one segment, exact in its context."""
+    seen = played.seen["gateway"]
+    samples = sampled_pieces(seen["segments"])
+    played.assert_exact(samples, {(40, 1), (40, 2)}, TEMPERATURE)
+    # The long conversation, the call beside it, its two other branches, one of them gone on with, the response, and
+    # what was sampled for the program that hung up.
+    assert [sum(piece["segment"] == i for piece in samples) for i in range(6)] == [3, 1, 2, 1, 1, 1]
+    crossing = [piece for piece in samples if {tuple(run[:2]) for run in piece["runs"]} == {(40, 1), (40, 2)}]
+    assert crossing
+    # What the program was told is what was recorded; beside it there are the response's tokens and the abort's.
+    recorded = sorted(value for piece in samples for value in piece["logprobs"])
+    assert len(seen["told"]) < len(recorded)
+    assert set(seen["told"]) <= set(recorded)
+    assert (seen["responses_status"], seen["unfinished"], seen["failure"]) == ("incomplete", 0, "None")
+
+
+def sampled_pieces(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every stretch of sampled tokens as a sample after the prompt that it stands behind in its segment."""
+    pieces = []
+    for number, segment in enumerate(segments):
+        mask = np.array(segment["mask"])
+        versions = iter([run[:2] for run in segment["runs"] for _ in range(run[2])])
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
+        for start, end in edges.reshape(-1, 2).tolist():
+            piece = {key: segment[key][start:end] for key in ("ids", "logprobs")}
+            runs = [[*next(versions), 1] for _ in range(end - start)]
+            pieces.append({"segment": number, "prompt": segment["ids"][:start], **piece, "runs": runs})
+    return pieces
 
 
 def test_metrics_of_vllm_are_in_the_process_registry_and_the_environment_is_clean(played: Played) -> None:

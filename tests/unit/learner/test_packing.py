@@ -87,3 +87,20 @@ def test_strangers_are_plain_causal_chains() -> None:
 def test_sequences_without_a_trained_token_are_left_out() -> None:
     without = [make_sequence([1, 2], [])]
     assert pack(without, 64, token_weights(without, "token")) == []
+
+
+def test_a_branch_has_what_it_shares_as_context_only() -> None:
+    def traced(tokens: list[int], sampled: str) -> TrainSequence:
+        mask_T = np.asarray([letter == "x" for letter in sampled])
+        logprobs_T = np.where(mask_T, -1.0, 0.0).astype(np.float32)
+        return TrainSequence(np.asarray(tokens, np.int32), mask_T, logprobs_T, 1.0, np.zeros(len(tokens), np.int32))
+
+    # Two continuations of one conversation, as an agent program leaves them.
+    segments = [traced([1, 2, 3, 4, 5, 6], "..xx.x"), traced([1, 2, 3, 4, 5, 7], ".....x")]
+    micros = pack(segments, 64, token_weights(segments, "token"))
+    assert sorted(context[:2] for micro in micros for context in contexts(micro)) == [
+        ((1, 2), 3),
+        ((1, 2, 3), 4),
+        ((1, 2, 3, 4, 5), 6),
+        ((1, 2, 3, 4, 5), 7),
+    ]

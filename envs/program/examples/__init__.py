@@ -1,0 +1,1 @@
+"""Examples of agent programs that train."""

@@ -1,0 +1,23 @@
+"""An agent with smolagents: its CodeAgent writes Python, is stopped at the end of it, and sees what that printed."""
+
+import os
+import sys
+
+from smolagents import CodeAgent, OpenAIModel, tool
+
+
+@tool
+def look(word: str) -> str:
+    """Look a word up.
+
+    Args:
+        word: The word.
+    """
+    return f"w{word}"
+
+
+model = OpenAIModel(
+    model_id=os.environ["OPENAI_MODEL"], api_base=os.environ["OPENAI_BASE_URL"], api_key=os.environ["OPENAI_API_KEY"]
+)
+agent = CodeAgent(tools=[look], model=model, max_steps=4, verbosity_level=0)
+print(agent.run(sys.stdin.read()))

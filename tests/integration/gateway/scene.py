@@ -1,0 +1,109 @@
+"""What a program does with a real engine behind the gateway; played by the engine sessions of tests/integration/actors.
+
+A conversation that grows over a weight update in flight, branches from it, a sub-agent beside it, a client that hangs
+up. The model is a tiny random one, so its replies are noise, cut at their limit; what counts is that every sampled
+token stands in one segment, with the log-prob that a forward pass of the segment gives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from openai import AsyncOpenAI
+
+from actors.engine import Engine
+from actors.gateway.server import Gateway
+from actors.renderer import Renderer
+from broker.process.settings import GatewaySection
+from broker.protocol.trajectory import Mode, Sampling, TaskRef, Ticket
+
+SAMPLING = Sampling(temperature=0.8, max_turn_tokens=120, max_episode_tokens=3000, max_turns=20)
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Look a word up.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
+    },
+}
+
+
+def ask(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+async def converse(
+    engine: Engine, renderer: Renderer, update: Callable[[], Awaitable[object]], unfinished: Callable[[], int]
+) -> dict[str, Any]:
+    """Play the scene; `update` changes the weights, `unfinished` counts the engine's requests."""
+    gateway = Gateway(engine, renderer, GatewaySection(), port=0, max_model_len=1024)
+    await gateway.start()
+    ticket = Ticket(
+        ticket_id="program",
+        group_id="g",
+        group_size=1,
+        task=TaskRef(env="words", split="train", index=0),
+        mode=Mode.TRAIN,
+        sampling=SAMPLING,
+    )
+    session = gateway.open(ticket, None)
+    endpoint = gateway.endpoint(session, 0.0)
+    try:
+        async with AsyncOpenAI(base_url=endpoint.url, api_key=endpoint.key, max_retries=0) as client:
+            seen = await _program(client, update)
+            hanging = asyncio.create_task(_say(client, [ask("What is the bill?")], 120))
+            while not unfinished():
+                await asyncio.sleep(0.01)
+            hanging.cancel()
+            await asyncio.gather(hanging, return_exceptions=True)
+        await gateway.shut(session)
+        seen["unfinished"] = unfinished()
+        seen["failure"] = repr(session.failure)
+        seen["segments"] = [
+            {
+                "ids": segment.token_ids_T.tolist(),
+                "mask": segment.loss_mask_T.tolist(),
+                "logprobs": segment.logprobs_T.tolist(),
+                "runs": [list(run) for run in segment.version_runs],
+            }
+            for segment in session.segments()
+        ]
+        return seen
+    finally:
+        await gateway.close()
+
+
+async def _say(client: AsyncOpenAI, messages: list[Any], max_tokens: int, **options: Any) -> Any:
+    return await client.chat.completions.create(
+        model="m", messages=messages, tools=[TOOL], max_tokens=max_tokens, logprobs=True, **options
+    )
+
+
+async def _program(client: AsyncOpenAI, update: Callable[[], Awaitable[object]]) -> dict[str, Any]:
+    told: list[float] = []  # the log-probs that the program was told, of all replies
+
+    def heard(answer: Any) -> list[Any]:
+        told.extend(entry.logprob for choice in answer.choices for entry in choice.logprobs.content)
+        return [choice.message.model_dump(exclude_none=True) for choice in answer.choices]
+
+    messages = [ask("Eva buys 17 plates.")]
+    messages += heard(await _say(client, messages, 24))
+    messages.append(ask("What is the bill?"))
+    flying = asyncio.create_task(_say(client, messages, 120))  # it goes on under the new weights
+    await _say_first(client, told)
+    await update()
+    messages += heard(await flying)
+    messages.append(ask("coins"))
+    branches = heard(await _say(client, messages, 16, n=3))
+    heard(await _say(client, [*messages, branches[1], ask("change")], 16))
+    stream = await client.responses.create(model="m", input="price plate", max_output_tokens=12, stream=True)
+    last = [event async for event in stream][-1]
+    return {"told": told, "responses_status": last.response.status, "responses_text": last.response.output_text}
+
+
+async def _say_first(client: AsyncOpenAI, told: list[float]) -> None:
+    """A short call beside the long one, so that the long one has surely begun."""
+    answer = await _say(client, [ask("total")], 16)
+    told.extend(entry.logprob for entry in answer.choices[0].logprobs.content)

@@ -1,0 +1,147 @@
+"""Whatever a program does with its calls, in whatever order they are answered: the record is what was sampled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.engine import Sample
+from actors.formats.chatml_json import ChatMlJson
+from actors.gateway.conversation import Answer, ChatMessage, Question, ToolChoice
+from actors.gateway.errors import ApiError
+from actors.gateway.server import Gateway
+from actors.gateway.session import Session
+from actors.gateway.voices import EngineVoice
+from actors.renderer import Renderer
+from broker.process.lifecycle import ErgonError
+from broker.process.settings import GatewaySection
+from broker.protocol.trajectory import Sampling, VersionRun
+from tests.unit.actors.gateway.support import ROOMY, check_record
+from tests.unit.actors.support import ADD, LOOKUP, ScriptedEngine, make_renderer, make_ticket, make_tokenizer
+
+RENDERER = make_renderer()
+USER = ChatMessage("user", "Say word 3.")
+STARTS = [(USER,), (ChatMessage("system", "Be brief."), USER)]
+TEXTS = ["yes", "no", "<tool>look a</tool>", 'well <tool>add {"a": 1, "b": 2}</tool>', "<tool>bad", "a</tool>"]
+
+
+class HeldEngine(ScriptedEngine):
+    """Answers when the test says so, with the ids that it says; remembers all prompts and samples."""
+
+    def __init__(self) -> None:
+        super().__init__(RENDERER, [])
+        self.waiting: dict[str, tuple[list[int], asyncio.Future[Sample]]] = {}
+        self.record: list[tuple[list[int], Sample]] = []
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        max_tokens: int,
+        stop_token_ids: Sequence[int],
+        request_id: str,
+    ) -> Sample:
+        future: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
+        self.waiting[request_id] = (list(prompt_ids), future)
+        return await future
+
+    def answer(self, request_id: str, ids: list[int], finish: Any) -> None:
+        prompt, future = self.waiting.pop(request_id)
+        runs = (VersionRun(1, 4 + len(self.record) % 2, len(ids)),) if ids else ()
+        logprobs = -np.arange(1, len(ids) + 1, dtype=np.float32) - len(self.record)
+        sample = Sample(np.asarray(ids, np.int32), logprobs, runs, finish)
+        self.record.append((prompt, sample))
+        future.set_result(sample)
+
+    async def abort(self, request_id: str) -> None:
+        if request_id in self.waiting:
+            self.answer(request_id, RENDERER.turn("partial")[:2], "abort")
+
+
+class Play:
+    """One episode, driven by what hypothesis draws."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.data = data
+        self.engine = HeldEngine()
+        voice = EngineVoice(self.engine, Sampling(), RENDERER.stop_token_ids)
+        self.session = Session(make_ticket(sampling=ROOMY), voice, RENDERER, GatewaySection(), 5000)
+        self.known: list[tuple[ChatMessage, ...]] = list(STARTS)
+        self.calls: dict[asyncio.Task[Answer], tuple[ChatMessage, ...]] = {}
+
+    def draw(self, choices: Sequence[Any], label: str) -> Any:
+        return self.data.draw(st.sampled_from(choices), label)
+
+    async def run(self) -> None:
+        for _ in range(self.data.draw(st.integers(1, 16), "number of acts")):
+            act = self.draw(["ask", "ask", "answer", "answer", "hang up"], "act")
+            if act == "ask" or not self.engine.waiting:
+                self.ask()
+            elif act == "answer":
+                self.answer()
+            else:
+                self.draw(list(self.calls), "who hangs up").cancel()
+            for _ in range(8):  # until whatever follows has followed
+                await asyncio.sleep(0)
+            self.listen()
+        await self.session.end()
+        results = await asyncio.gather(*self.calls, return_exceptions=True)
+        assert all(isinstance(each, Answer | ApiError | asyncio.CancelledError) for each in results)
+        assert not self.engine.waiting
+        prompts, samples = [each[0] for each in self.engine.record], [each[1] for each in self.engine.record]
+        if samples:
+            check_record(prompts, samples, self.session.segments())
+
+    def ask(self) -> None:
+        messages = self.draw(self.known, "conversation")
+        if len(messages) > 2 and self.draw([True, False, False], "edit"):
+            gone = self.data.draw(st.integers(0, len(messages) - 2), "forgotten")
+            messages = messages[:gone] + messages[gone + 1 :]
+        if self.draw([True, False], "more is said"):
+            role = self.draw(["user", "tool"], "by")
+            messages = (*messages, ChatMessage(role, self.draw(["go on", "why?"], "words")))
+        question = Question(
+            messages,
+            self.draw([(), (LOOKUP, ADD)], "tools"),
+            num_replies=self.draw([1, 1, 2, 3], "n"),
+            max_tokens=self.draw([None, 5], "max_tokens"),
+        )
+        if question.tools:
+            mode = self.draw([ToolChoice(), ToolChoice("none"), ToolChoice("required")], "tool_choice")
+            question = Question(messages, question.tools, mode, question.num_replies, question.max_tokens)
+        self.calls[asyncio.ensure_future(self.session.answer(question))] = messages
+
+    def answer(self) -> None:
+        text = self.draw(TEXTS, "says")
+        # Also tokens that the tokenizer would not choose.
+        ids = (
+            [RENDERER.turn(c)[0] for c in text] if self.draw([True, False], "by letters") else RENDERER.turn(text)[:-1]
+        )
+        finish = self.draw(["stop", "length"], "finish")
+        ids += RENDERER.turn("") if finish == "stop" else []
+        self.engine.answer(self.draw(list(self.engine.waiting), "whom"), ids, finish)
+
+    def listen(self) -> None:
+        """What was answered can be gone on with."""
+        for call in [call for call in self.calls if call.done() and not call.cancelled() and call.exception() is None]:
+            messages = self.calls.pop(call)
+            self.known += [(*messages, reply.message) for reply in call.result().replies]
+
+
+@settings(max_examples=50)
+@given(data=st.data())
+def test_the_record_is_what_the_engine_sampled_each_token_once(data: st.DataObject) -> None:
+    asyncio.run(Play(data).run())
+
+
+async def test_a_chat_format_whose_calls_programs_cannot_be_told_is_refused() -> None:
+    renderer = Renderer(make_tokenizer(), "a model", ChatMlJson())
+    gateway = Gateway(ScriptedEngine(renderer, []), renderer, GatewaySection(), port=0, max_model_len=100)
+    with pytest.raises(ErgonError, match=r'"tagged" alone, this model\'s is "chatml_json"; set model.tool_format'):
+        await gateway.start()
