@@ -68,7 +68,7 @@ class Renderer:
         return self._encode(text)
 
     def tag(self, text: str) -> list[int]:
-        """Tokens of a tag inside of a turn: one where it is a token of its own to the tokenizer, control token or not."""
+        """Tokens of a tag inside of a turn: one where the tokenizer has it as a token, control token or not."""
         added = self._tokenizer.get_added_tokens_decoder()
         token_id = next((number for number, token in added.items() if token.content == text), None)
         return [int(token_id)] if token_id is not None else self._encode(text)
