@@ -10,7 +10,7 @@ from rich.console import Console
 
 from broker.process.metrics import Health, start_metrics
 from broker.process.settings import ActorSection, MetricsSection, Settings
-from deploy.progress import Progress, clock, draw, line, spark
+from deploy.progress import Progress, clock, draw, evaluation_line, line, spark
 from deploy.scrape import JsonLines, Scraper, scrape
 from tests.ports import free_ports
 
@@ -62,6 +62,13 @@ def test_what_is_shown() -> None:
     shown = console.export_text()
     for part in ("quickstart", "2/4", "0.88 ± 0.25", "before: 0.500 sampled, nan greedy", "actor 200", "boxes 0.88"):
         assert part in shown
+
+
+def test_an_evaluation_along_budgets_shows_them() -> None:
+    record = {"evaluation": "after", "sampled": 0.5, "greedy": 0.6, "sampled_by_kind": {"boxes": 0.5}}
+    curve = [{"budget": 0, "reward": 0.1}, {"budget": "unlimited", "reward": 0.9}]
+    assert evaluation_line(record) == "after: 0.500 sampled, 0.600 greedy  (boxes 0.50)"
+    assert evaluation_line({**record, "sampled_curve": curve}).endswith("  by budget: 0 0.10  unlimited 0.90")
 
 
 def test_sparks_and_clock() -> None:
