@@ -6,7 +6,7 @@ RUN ?= deploy/runs/quickstart.toml
 ARGS ?=
 READY := $(VENV)/.ready
 
-.PHONY: setup run test check lint format bench fuzz chaos chaos-real reference lock clean help
+.PHONY: setup run test test-envs check lint format bench fuzz chaos chaos-real reference lock clean help
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ run: $(READY) ## the main job on this machine: RUN=file.toml ARGS="--set run.see
 
 test: $(READY) ## unit, contract and integration tests
 	@$(PYTHON) -m pytest $(ARGS)
+
+test-envs: $(READY) ## every built-in environment at length: 200 tasks, 1,000 resets, 64 at once
+	@ERGON_ENVS_FULL=1 $(PYTHON) -m pytest tests/integration/envs/test_builtin.py --timeout 1200 $(ARGS)
 
 check: $(READY) ## format, lint, types, import contracts, documentation tests
 	@$(VENV)/bin/ruff format --check .

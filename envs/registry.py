@@ -12,7 +12,11 @@ from typing import Any
 from envs.interface import Environment, EnvironmentOptionsError, UnknownEnvironmentError
 
 ENTRY_POINT_GROUP = "ergon.environments"
-BUILT_IN = {"shop": "envs.shop:ShopEnvironment"}
+BUILT_IN = {
+    "code": "envs.code:CodeEnvironment",
+    "shop": "envs.shop:ShopEnvironment",
+    "terminal": "envs.terminal:TerminalEnvironment",
+}
 
 
 def known_environments() -> dict[str, str]:

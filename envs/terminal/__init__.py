@@ -1,0 +1,5 @@
+"""The terminal: a persistent shell in a sandbox, tasks with files, and a grader that only reads what is left."""
+
+from envs.terminal.environment import TerminalEnvironment
+
+__all__ = ["TerminalEnvironment"]
