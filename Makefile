@@ -50,6 +50,8 @@ bench-learner: ## the trainer against plain PyTorch and TRL's GRPOTrainer: ARGS=
 bench-end-to-end: $(READY) ## the main job trained by Ergon and by TRL, wall-clock to the same reward: ARGS="--quick", "--seeds 0"
 	@$(PYTHON) -m tests.bench.end_to_end $(ARGS)
 
+bench-envs: ## sandboxes, shells and every built-in environment at 1, 16 and 64 at once: ARGS="--quick", "--only sandbox,code"
+
 bench-exactness: ## the actor's log-probs against a Hugging Face forward pass of the same weights
 
 bench-%: $(READY) ## one benchmark: tests/bench/%.py

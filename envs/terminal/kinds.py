@@ -230,6 +230,7 @@ def _tar_gz(contents: dict[str, bytes]) -> bytes:
 
 WORKER = b"""job=$1 key=$2
 trap 'echo "$key" > "jobs/$job.stopped"; exit 0' TERM
+: > "/tmp/$job.ready"
 sleep 100000 </dev/null >/dev/null 2>&1 &
 wait $!
 """
@@ -241,6 +242,8 @@ def stop_job(draw: random.Random, level: int) -> Problem:
     keys = {job: f"{draw.getrandbits(64):016x}" for job in jobs}
     job = draw.choice(jobs)
     start = "; ".join(f"sh jobs/worker.sh {each} {keys[each]} </dev/null >/dev/null 2>&1 &" for each in jobs)
+    # A job that gets its signal before it has set its trap would just die.
+    ready = " ".join(f"while ! rm /tmp/{each}.ready 2>/dev/null; do sleep 0.01; done;" for each in jobs)
     wanted: dict[str, str | None] = {f"jobs/{each}.stopped": None for each in jobs if each != job}
     return Problem(
         f"Several jobs are running as `sh jobs/worker.sh NAME KEY`. Stop the job {job}, and no other, with SIGTERM; "
@@ -248,7 +251,7 @@ def stop_job(draw: random.Random, level: int) -> Problem:
         {"jobs/worker.sh": WORKER},
         {**wanted, f"jobs/{job}.stopped": keys[job]},
         [f"pkill -TERM -f 'worker.sh {job} ' && while [ ! -s jobs/{job}.stopped ]; do sleep 0.02; done"],
-        background=start.replace("&;", "&"),
+        background=f"{start.replace('&;', '&')} {ready}",
     )
 
 
