@@ -40,6 +40,7 @@ SYSTEM_PATHS = (
     "/etc/alternatives",
     "/etc/ld.so.cache",
 )
+FAMILIAR_LINKS = {"/app": WORK_DIR, "/logs": "/tmp/logs"}  # where tasks written for containers look
 TOP_LEVEL_LINKS = ("/bin", "/lib", "/lib32", "/lib64")
 # An installed Ergon or third-party environment would show the policy how its tasks and graders work.
 HIDDEN_PATTERNS = ("/usr/lib/python3*/dist-packages", "/usr/local/lib/python3*/*-packages")
@@ -195,6 +196,8 @@ def command_line(
     args += ["--size", str(limits.work_bytes), "--tmpfs", WORK_DIR]
     for path, fd in file_fds.items():
         args += ["--perms", "0111" if path == SESSION else "0644", "--file", str(fd), path]
+    for name, target in FAMILIAR_LINKS.items():
+        args += ["--symlink", target, name]
     args += ["--remount-ro", "/", "--chdir", WORK_DIR, "--"]
     args += [find_program("bash"), "--noprofile", "--norc", "-c", _entry(limits, shell_fds), SESSION]
     args += [SESSION, "-c", SESSION_LOOP, SESSION, str(limits.processes + 1)]
