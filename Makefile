@@ -6,7 +6,7 @@ RUN ?= deploy/runs/quickstart.toml
 ARGS ?=
 READY := $(VENV)/.ready
 
-.PHONY: setup run test test-gateway-clients check lint format bench fuzz chaos chaos-real reference lock clean help
+.PHONY: setup run test test-envs test-gateway-clients check lint format bench fuzz chaos chaos-real reference lock clean help
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ CLIENTS ?= /var/tmp/ergon-gateway-clients
 test-gateway-clients: $(READY)
 	@tests/integration/gateway/clients/install.sh $(PYTHON) $(CLIENTS)
 	@ERGON_GATEWAY_CLIENTS=$(CLIENTS) $(PYTHON) -m pytest tests/integration/gateway/test_clients.py $(ARGS)
+
+test-envs: $(READY) ## every built-in environment at length: 200 tasks, 1,000 resets, 64 at once
+	@ERGON_ENVS_FULL=1 $(PYTHON) -m pytest tests/integration/envs/test_builtin.py --timeout 1200 $(ARGS)
 
 check: $(READY) ## format, lint, types, import contracts, documentation tests
 	@$(VENV)/bin/ruff format --check .
@@ -53,6 +56,8 @@ bench-learner: ## the trainer against plain PyTorch and TRL's GRPOTrainer: ARGS=
 
 bench-end-to-end: $(READY) ## the main job trained by Ergon and by TRL, wall-clock to the same reward: ARGS="--quick", "--seeds 0"
 	@$(PYTHON) -m tests.bench.end_to_end $(ARGS)
+
+bench-envs: ## sandboxes, shells and every built-in environment at 1, 16 and 64 at once: ARGS="--quick", "--only sandbox,code"
 
 bench-exactness: ## the actor's log-probs against a Hugging Face forward pass of the same weights
 

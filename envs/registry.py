@@ -13,9 +13,11 @@ from envs.interface import Environment, EnvironmentOptionsError, UnknownEnvironm
 
 ENTRY_POINT_GROUP = "ergon.environments"
 BUILT_IN = {
+    "code": "envs.code:CodeEnvironment",
     "program": "envs.program.folder:FolderEnvironment",
     "shop": "envs.shop:ShopEnvironment",
     "signposts": "envs.signposts:SignpostsEnvironment",
+    "terminal": "envs.terminal:TerminalEnvironment",
 }
 
 

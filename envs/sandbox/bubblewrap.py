@@ -40,6 +40,7 @@ SYSTEM_PATHS = (
     "/etc/alternatives",
     "/etc/ld.so.cache",
 )
+FAMILIAR_LINKS = {"/app": WORK_DIR, "/logs": "/tmp/logs"}  # where tasks written for containers look
 TOP_LEVEL_LINKS = ("/bin", "/lib", "/lib32", "/lib64")
 # An installed Ergon or third-party environment would show the policy how its tasks and graders work.
 HIDDEN_PATTERNS = ("/usr/lib/python3*/dist-packages", "/usr/local/lib/python3*/*-packages")
@@ -51,11 +52,19 @@ GROUP = f"agent:x:{INNER_ID}:\n".encode()
 # Commands have neither that socket nor a way to it: PID 1 runs from a file without read permission, so the kernel makes
 # it undumpable, and its /proc entries and memory are closed to its children; nor can they signal it. A command may use
 # two processes fewer than PID 1 may, so that a command's fork bomb cannot stop PID 1 from starting the next.
+# `shell` instead of a number of lines starts the persistent shell (shell.py), whose own socket and output pipe are
+# descriptors 3 and 4; commands do not have them. `env` undoes what `&` does to SIGINT.
 # dash calls the limit of processes -p; bash calls it -u.
 SESSION_LOOP = r"""
+unset SHLVL
 if (ulimit -p "$1") 2>/dev/null; then flag=-p; else flag=-u; fi
 printf 'ready\n' >&0
 while IFS= read -r nonce && IFS= read -r lines; do
+  if [ "$lines" = shell ]; then
+    (ulimit $flag "$1"; exec setsid env --default-signal=INT,QUIT bash --noprofile --norc -i) <&3 >/dev/null 2>&1 3>&- &
+    printf '%s %s\n' "$nonce" "$!" >&0
+    continue
+  fi
   script=
   while [ "$lines" -gt 0 ]; do
     IFS= read -r line
@@ -63,7 +72,7 @@ while IFS= read -r nonce && IFS= read -r lines; do
 "
     lines=$((lines - 1))
   done
-  (ulimit $flag "$1"; exec /bin/sh -c "$script") </dev/null
+  (ulimit $flag "$1"; exec /bin/sh -c "$script") </dev/null 3>&- 4>&-
   printf '%s %s\n' "$nonce" "$?" >&0
 done
 """
@@ -139,18 +148,19 @@ def _system_mounts() -> tuple[str, ...]:
     return tuple(args)
 
 
-def _limits_prefix(limits: Limits) -> list[str]:
-    """Run what follows under the limits, hard and soft alike."""
-    return [
-        find_program("prlimit"),
-        f"--nproc={limits.processes + 3}",  # PID 1, and two it may start when a command has used up its own
-        f"--as={limits.memory_bytes}",
-        f"--fsize={limits.file_bytes}",
-        f"--nofile={limits.open_files}",
-        f"--cpu={limits.cpu_s}",
-        "--core=0",
-        "--",
-    ]
+def _entry(limits: Limits, shell_fds: tuple[int, int]) -> str:
+    """What bash does before it becomes the session loop: limits, hard and soft alike, and the shell's descriptors."""
+    control, output = shell_fds
+    ulimits = {
+        "u": limits.processes + 3,  # PID 1, and two it may start when a command has used up its own
+        "v": max(1, limits.memory_bytes >> 10),
+        "f": max(1, limits.file_bytes >> 10),
+        "n": limits.open_files,
+        "t": limits.cpu_s,
+        "c": 0,
+    }
+    bounds = " ".join(f"-{flag} {value}" for flag, value in ulimits.items())
+    return f'ulimit {bounds} && exec "$@" 3<&{control} 4>&{output} {control}<&- {output}>&-'
 
 
 def check_path(path: str) -> str:
@@ -161,12 +171,19 @@ def check_path(path: str) -> str:
     return str(pure)
 
 
-def command_line(limits: Limits, file_fds: Mapping[str, int], mounts: Mapping[str, str] | None = None) -> Sequence[str]:
+def command_line(
+    limits: Limits,
+    file_fds: Mapping[str, int],
+    seccomp_fd: int,
+    shell_fds: tuple[int, int],
+    mounts: Mapping[str, str] | None = None,
+) -> Sequence[str]:
     """The whole argument vector of a sandbox whose PID 1 is the session loop.
 
     file_fds: absolute path in the sandbox -> descriptor with its content; must hold SESSION (the shell that runs the
-    loop). Files outside /workspace and /tmp are immutable in the sandbox. mounts: path in the sandbox -> path of the
-    host, shown read-only.
+    loop). Files outside /workspace and /tmp are immutable in the sandbox. seccomp_fd: the filter of system calls.
+    shell_fds: the persistent shell's socket and output pipe; bash moves them to 3 and 4, which dash cannot. mounts:
+    path in the sandbox -> path of the host, shown read-only.
 
     Two PID namespaces: bubblewrap alone, killed while it starts, leaves a child that waits for it forever. So it starts
     as the first process of an outer namespace, and with that one the kernel kills whatever there is. `--pdeathsig` and
@@ -179,6 +196,7 @@ def command_line(limits: Limits, file_fds: Mapping[str, int], mounts: Mapping[st
     args += ["--fork", "--kill-child=KILL", "--"]
     args += [find_bubblewrap(), "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"]
     args += ["--new-session", "--as-pid-1", "--cap-drop", "ALL", "--hostname", "sandbox"]
+    args += ["--seccomp", str(seccomp_fd)]
     args += ["--uid", str(INNER_ID), "--gid", str(INNER_ID), "--clearenv"]
     for key, value in {"PATH": SEARCH_PATH, "HOME": WORK_DIR, "LANG": "C.UTF-8"}.items():
         args += ["--setenv", key, value]
@@ -190,7 +208,9 @@ def command_line(limits: Limits, file_fds: Mapping[str, int], mounts: Mapping[st
         args += ["--ro-bind", source, path]
     for path, fd in file_fds.items():
         args += ["--perms", "0111" if path == SESSION else "0644", "--file", str(fd), path]
+    for name, target in FAMILIAR_LINKS.items():
+        args += ["--symlink", target, name]
     args += ["--remount-ro", "/", "--chdir", WORK_DIR, "--"]
-    args += _limits_prefix(limits)
+    args += [find_program("bash"), "--noprofile", "--norc", "-c", _entry(limits, shell_fds), SESSION]
     args += [SESSION, "-c", SESSION_LOOP, SESSION, str(limits.processes + 1)]
     return args

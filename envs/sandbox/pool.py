@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from envs.interface import SandboxError
+from envs.sandbox.backends import AnySandbox, check_backend, create_sandbox
 from envs.sandbox.limits import Limits
-from envs.sandbox.session import Sandbox
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +23,20 @@ class SandboxPool:
     until the next `acquire`, which then makes its own and so raises the reason.
     """
 
-    def __init__(self, size: int, files: Mapping[str, bytes] | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        files: Mapping[str, bytes] | None = None,
+        limits: Limits | None = None,
+        backend: str = "bubblewrap",
+    ) -> None:
         if size < 0:
             raise ValueError(f"a sandbox pool of size {size} makes no sense; it must be 0 or more")
+        self._backend = check_backend(backend)
         self._size = size
         self._files = dict(files or {})
         self._limits = limits or Limits()
-        self._ready: deque[Sandbox] = deque()
+        self._ready: deque[AnySandbox] = deque()
         self._filler: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -48,7 +55,7 @@ class SandboxPool:
         if self._filler is not None:
             await asyncio.shield(self._filler)
 
-    async def acquire(self) -> Sandbox:
+    async def acquire(self) -> AnySandbox:
         """A fresh sandbox: a warm one, or one made now. Raises SandboxError."""
         if self._closed:
             raise SandboxError("the sandbox pool is closed")
@@ -62,8 +69,8 @@ class SandboxPool:
         self._refill()
         return sandbox
 
-    async def _create(self) -> Sandbox:
-        return await Sandbox.create(self._files, self._limits)
+    async def _create(self) -> AnySandbox:
+        return await create_sandbox(self._backend, self._files, self._limits)
 
     def _refill(self) -> None:
         if not self._closed and (self._filler is None or self._filler.done()):
@@ -73,7 +80,7 @@ class SandboxPool:
         while len(self._ready) < self._size:
             want = min(2, self._size - len(self._ready))
             made = await asyncio.gather(*(self._create() for _ in range(want)), return_exceptions=True)
-            self._ready.extend(sandbox for sandbox in made if isinstance(sandbox, Sandbox))
+            self._ready.extend(sandbox for sandbox in made if not isinstance(sandbox, BaseException))
             for error in made:
                 if isinstance(error, SandboxError):
                     logger.warning("sandbox pool stopped refilling ready=%d error=%s", len(self._ready), error)

@@ -18,7 +18,7 @@ import select
 import shlex
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import PurePosixPath
 from types import TracebackType
@@ -26,11 +26,13 @@ from types import TracebackType
 from envs.interface import SandboxError
 from envs.sandbox import bubblewrap
 from envs.sandbox.limits import ExecResult, Limits
+from envs.sandbox.shell import Shell, ShellResult
 from envs.sandbox.spawn import Spawned, spawn
 
 MAX_COMMAND_BYTES = 96 << 10  # the kernel takes 128 KiB in one argument
 CHUNK_BYTES = 48 << 10  # of a file, encoded, in one command
 EXIT_TIMEOUT_S = 30.0
+SNAPSHOT = "/opt/snapshot.tar"  # where a fork finds its files
 
 
 async def _ended(pidfd: int) -> None:
@@ -62,6 +64,9 @@ class Sandbox:
         self._dead_because: str | None = None
         self._exit: asyncio.Task[None] | None = None
         self._released = False
+        self._shell: Shell | None = None
+        self._shell_pid = 0
+        self._shell_lock = asyncio.Lock()
 
     @classmethod
     async def create(
@@ -85,6 +90,16 @@ class Sandbox:
             await sandbox.close()
             raise
         return sandbox
+
+    @property
+    def limits(self) -> Limits:
+        """What it may use."""
+        return self._limits
+
+    @property
+    def work_dir(self) -> str:
+        """The folder in which commands begin and relative paths lie."""
+        return bubblewrap.WORK_DIR
 
     @property
     def alive(self) -> bool:
@@ -148,6 +163,85 @@ class Sandbox:
         truncated = any(output.truncated for output in outputs)
         return ExecResult(exit_code, stdout, stderr, truncated, timed_out, time.monotonic() - began)
 
+    async def shell(
+        self,
+        command: str,
+        timeout_s: float | None = None,
+        output_bytes: int | None = None,
+        on_output: Callable[[bytes], None] | None = None,
+    ) -> ShellResult:
+        """Run a command line in the sandbox's persistent shell, which the first call starts (2-5 ms).
+
+        Folder, variables and background jobs stay for the next call. At `timeout_s`, or when it floods its output, the
+        command is interrupted; the result says whether the shell had to be restarted. `on_output` gets the output as
+        it comes. Raises ValueError for a command that is too long or holds a NUL, SandboxError for a dead sandbox.
+        """
+        async with self._shell_lock:
+            if self._dead_because is not None:
+                raise self._died()
+            try:
+                if self._shell is None:
+                    control, output = self._spawned.shell_control, self._spawned.shell_output
+                    self._shell = Shell(self, control, output, bubblewrap.WORK_DIR)
+                    await self._shell.start()
+                return await self._shell.run(
+                    command,
+                    self._limits.timeout_s if timeout_s is None else timeout_s,
+                    self._limits.output_bytes if output_bytes is None else output_bytes,
+                    on_output,
+                )
+            except ValueError:
+                raise
+            except BaseException:
+                self._kill("a shell command was abandoned")
+                raise
+
+    async def start_shell(self) -> int:
+        """For the shell: a pidfd of a new one. Raises SandboxError."""
+        async with self._lock:
+            if self._dead_because is not None:
+                raise self._died()
+            self._shell_pid = await self._request(b"shell\n")
+        pidfd = self._spawned.open_shell(self._shell_pid)
+        if pidfd is None:
+            raise SandboxError("a sandbox's shell ended as it began")
+        return pidfd
+
+    async def interrupt_shell(self) -> None:
+        """For the shell: Ctrl-C."""
+        await self.exec(f"kill -INT -{self._shell_pid}")
+
+    async def kill_all(self) -> None:
+        """Kill every process of the sandbox but its session, whatever it is doing. Files stay. Raises SandboxError."""
+        result = await self.exec("kill -KILL -1; exit 0")  # spares PID 1 and the shell that asks
+        if result.timed_out:
+            raise self._died()
+
+    async def snapshot(self, max_bytes: int = 64 << 20) -> bytes:
+        """A tar archive of /workspace and /tmp, as they are; unreadable files are left out. No process is stopped.
+
+        Raises OSError where it is larger than `max_bytes` or cannot be made.
+        """
+        tar = "exec tar --create --sparse --ignore-failed-read --file=- --directory=/ workspace tmp"
+        result = await self.exec(tar, output_bytes=max_bytes)
+        if result.truncated or result.exit_code not in (0, 1):  # 1: a file changed as it was read
+            reason = "too large" if result.truncated else result.stderr.decode(errors="replace").strip()[:200]
+            raise OSError(f"the sandbox's files cannot be read: {reason}")
+        return result.stdout
+
+    async def fork(self) -> Sandbox:
+        """A new sandbox with copies of this one's files in /workspace and /tmp; processes are not copied.
+
+        Raises OSError where the files cannot be read, SandboxError where no sandbox can be made.
+        """
+        made = await Sandbox.create({SNAPSHOT: await self.snapshot()}, self._limits)
+        try:
+            await made._succeed(f"tar --extract --file={SNAPSHOT} --directory=/ --no-same-owner --no-overwrite-dir")
+        except BaseException:
+            await made.close()
+            raise
+        return made
+
     async def write(self, path: str, data: bytes) -> None:
         """Put a file where commands may write (relative: in /workspace). Raises OSError where the sandbox refuses."""
         absolute = PurePosixPath(bubblewrap.check_path(path))
@@ -181,6 +275,8 @@ class Sandbox:
         await self._exited()
         if not self._released:
             self._released = True
+            if self._shell is not None:
+                self._shell.release()
             self._spawned.release()
             if self._init_pidfd >= 0:
                 os.close(self._init_pidfd)
@@ -209,8 +305,12 @@ class Sandbox:
 
     async def _run(self, script: bytes) -> int:
         """Send one command, return its exit status."""
+        return await self._request(b"%d\n%s\n" % (script.count(b"\n") + 1, script))
+
+    async def _request(self, body: bytes) -> int:
+        """Send the session a request, return its answer."""
         nonce = secrets.token_hex(16).encode()
-        message = b"%s\n%d\n%s\n" % (nonce, script.count(b"\n") + 1, script)
+        message = nonce + b"\n" + body
         try:
             await asyncio.get_running_loop().sock_sendall(self._spawned.control, message)
         except OSError as error:

@@ -27,7 +27,7 @@ from envs.interface import (
     Tool,
     ToolCall,
 )
-from envs.sandbox import Limits, Sandbox, SandboxPool
+from envs.sandbox import AnySandbox, Limits, SandboxPool
 from envs.shop.kinds import KINDS, Kind
 from envs.shop.problems import problem
 from envs.tools import ToolEpisode, ToolError, ToolSet, ToolTimeoutError
@@ -86,7 +86,7 @@ class ShopEpisode(ToolEpisode):
         super().__init__(task, TOOLS)
         self._pool = pool
         self._tool_timeout_s = tool_timeout_s
-        self._sandbox: Sandbox | None = None
+        self._sandbox: AnySandbox | None = None
         self._closed = False
 
     async def start(self) -> Sequence[Message]:
@@ -94,7 +94,7 @@ class ShopEpisode(ToolEpisode):
         await self._open()
         return self.task.prompt
 
-    async def _open(self) -> Sandbox:
+    async def _open(self) -> AnySandbox:
         if self._closed:
             raise EnvironmentFailureError("the episode is closed")
         self._sandbox = sandbox = await self._pool.acquire()
