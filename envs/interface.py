@@ -130,9 +130,13 @@ class Episode(ABC):
 
 
 class Environment(ABC):
-    """A family of tasks with tools. Shared by all episodes of a process, so stateless or locked."""
+    """A family of tasks with tools. Shared by all episodes of a process, so stateless or locked.
+
+    max_turns: how many turns an episode may need; what plays an episode allows so many unless told otherwise.
+    """
 
     name: str
+    max_turns: int = 8
 
     @property
     @abstractmethod

@@ -18,9 +18,10 @@ class Played:
     done: bool
 
 
-async def play(environment: Environment, task: Task, policy: ReferencePolicy, max_turns: int = 8) -> Played:
+async def play(environment: Environment, task: Task, policy: ReferencePolicy, max_turns: int | None = None) -> Played:
     """Let a policy act on a task until it is done or has had its turns; the episode is always closed.
 
+    max_turns: the environment's own by default.
     Raises what the episode raises: EnvironmentFailureError, SandboxError.
     """
     episode = environment.episode(task)
@@ -28,7 +29,7 @@ async def play(environment: Environment, task: Task, policy: ReferencePolicy, ma
     done = False
     try:
         messages: list[Message] = list(await episode.start())
-        for _ in range(max_turns):
+        for _ in range(environment.max_turns if max_turns is None else max_turns):
             action = policy.act(tuple(messages))
             calls += action.tool_calls
             observation = await episode.step(action)

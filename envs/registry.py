@@ -12,7 +12,10 @@ from typing import Any
 from envs.interface import Environment, EnvironmentOptionsError, UnknownEnvironmentError
 
 ENTRY_POINT_GROUP = "ergon.environments"
-BUILT_IN = {"shop": "envs.shop:ShopEnvironment"}
+BUILT_IN = {
+    "services": "envs.services:ServicesEnvironment",
+    "shop": "envs.shop:ShopEnvironment",
+}
 
 
 def known_environments() -> dict[str, str]:
