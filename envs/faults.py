@@ -37,7 +37,7 @@ PROFILES = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong with one call. keep: the share of a partial answer that arrives. delay_s: seconds it takes more."""
+    """What goes wrong with one call. keep: the share of a partial answer that arrives. delay_s: extra seconds."""
 
     kind: FaultKind = "none"
     status: int = 200

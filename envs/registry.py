@@ -13,6 +13,7 @@ from envs.interface import Environment, EnvironmentOptionsError, UnknownEnvironm
 
 ENTRY_POINT_GROUP = "ergon.environments"
 BUILT_IN = {
+    "memory": "envs.memory:MemoryEnvironment",
     "services": "envs.services:ServicesEnvironment",
     "shop": "envs.shop:ShopEnvironment",
 }

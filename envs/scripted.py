@@ -1,6 +1,7 @@
-"""Reference policies written as one generator: it yields calls, is sent the observations, and returns the final text.
+"""Reference policies written as one generator: it yields turns, is sent the observations, and returns the final text.
 
-One call a turn. It sees what a policy sees and nothing else; whatever it keeps between turns is in its local variables.
+A turn is one tool call, or a text without a call. The script sees what a policy sees and nothing else; what it keeps
+between turns is in its local variables.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TypeVar
 from envs.interface import Action, Message, ReferencePolicy, ToolCall
 
 T = TypeVar("T")
-Script = Generator[ToolCall, str, T]
+Script = Generator[ToolCall | str, str, T]
 
 
 class ScriptedPolicy(ReferencePolicy):
@@ -23,14 +24,16 @@ class ScriptedPolicy(ReferencePolicy):
 
     @abstractmethod
     def script(self, prompt: str) -> Script[str]:
-        """The episode: `text = yield ToolCall(...)`, and `return` the final answer. prompt: the first messages' text."""
+        """The episode: `text = yield ToolCall(...)`, and `return` the final answer. prompt: the first messages."""
 
     def act(self, messages: Sequence[Message]) -> Action:
         """Pass the last observation on and return what the script does next."""
         try:
             if self._running is None:
                 self._running = self.script("\n".join(message.content for message in messages))
-                return Action("", (next(self._running),))
-            return Action("", (self._running.send(messages[-1].content),))
+                turn = next(self._running)
+            else:
+                turn = self._running.send(messages[-1].content)
         except StopIteration as ended:
             return Action(ended.value)
+        return Action(turn) if isinstance(turn, str) else Action("", (turn,))

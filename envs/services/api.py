@@ -235,9 +235,9 @@ expires after a number of requests (401): get another one.
 Lists come in pages of {PAGE_SIZE}: add ?page=2 and so on up to the answer's `pages`; filters are added likewise
 (?page=2&owner=Eva).
 429: too many requests; wait for the seconds it names. 5xx: try again. After a 504 the request may have been carried out
-nevertheless: put an `idempotency_key` (any text of yours, one per intended change) into the body of every POST, PATCH
-and DELETE, and the same request with the same key is carried out once, however often it is sent. An answer that is shorter
-than its stated number of bytes was cut on its way: ask again."""
+nevertheless: put an `idempotency_key` (any text of yours, one per change) into the body of every POST, PATCH
+and DELETE, and the same request with the same key is carried out once, however often it is sent. An answer that is
+shorter than its stated number of bytes was cut on its way: ask again."""
 
 
 def document(service: str) -> str:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from envs.interface import ToolCall
 from envs.scripted import Script, ScriptedPolicy
 from envs.services.api import FIRST_HOUR
 
-Asking = Generator[ToolCall, str, Any]
+Asking = Script[Any]
 STATUS_LINE = re.compile(r"HTTP (\d+), (\d+) bytes\n(.*)", re.DOTALL)
 
 

@@ -234,8 +234,8 @@ def _refund(source: random.Random, rows: Rows) -> Plan | None:
     product = rows["products"][order["product_id"] - 1]
     return Plan(
         f"The customer {customer} has an open ticket about a broken order. Cancel the order that its subject names, "
-        "comment on the ticket with the text 'refunded N coins' where N is the order's quantity times the product's price, "
-        "and close the ticket.",
+        "comment on the ticket with the text 'refunded N coins' where N is the order's quantity times the product's "
+        "price, and close the ticket.",
         (
             ("orders", order["id"], {"status": "cancelled"}),
             ("products", product["id"], {"stock": product["stock"] + order["quantity"]}),
