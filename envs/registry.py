@@ -14,15 +14,18 @@ from envs.interface import Environment, EnvironmentOptionsError, UnknownEnvironm
 ENTRY_POINT_GROUP = "ergon.environments"
 BUILT_IN = {
     "memory": "envs.memory:MemoryEnvironment",
+    "reason": "envs.reason:ReasonEnvironment",
     "services": "envs.services:ServicesEnvironment",
     "shop": "envs.shop:ShopEnvironment",
 }
+# These need an optional extra of the same name.
+OPTIONAL = {"reasoning-gym": "envs.reason.gym:ReasoningGymEnvironment"}
 
 
 def known_environments() -> dict[str, str]:
     """Name -> `module:Class` of the built-in and the installed environments; built-in names cannot be taken over."""
     installed = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
-    return dict(sorted((installed | BUILT_IN).items()))
+    return dict(sorted((installed | OPTIONAL | BUILT_IN).items()))
 
 
 def create_environment(name: str, options: Mapping[str, Any] | None = None) -> Environment:
