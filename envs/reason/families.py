@@ -140,7 +140,8 @@ def _graph(source: random.Random, level: int) -> Question | None:
 
 
 def _shortest(neighbours: Mapping[str, Sequence[str]], start: str, end: str) -> tuple[str, ...] | None:
-    paths, seen = [(start,)], {start}
+    paths: list[tuple[str, ...]] = [(start,)]
+    seen = {start}
     for path in paths:  # grows while it is walked: breadth first
         if path[-1] == end:
             return path

@@ -45,14 +45,14 @@ class GymEpisode(ToolEpisode):
 
     async def grade(self) -> Reward:
         """1 where the data set's scorer says 1, else 0. Raises EnvironmentFailureError where it cannot be started."""
-        answer, secret = self._answer(), self.task.secret
+        answer, secret = self._given(), self.task.secret
         if answer is None:
             return Reward(0.0, {"correct": 0.0, "parsed": 0.0})
         score = await asyncio.to_thread(self._worker.score, self.task.kind, SEED, secret["entry"], answer)
         correct = float(score == 1.0)
         return Reward(correct, {"correct": correct, "parsed": 1.0})
 
-    def _answer(self) -> str | None:
+    def _given(self) -> str | None:
         if self.final_text is None or len(self.final_text) > MAX_ANSWER:
             return None
         if "<answer>" not in self.final_text:

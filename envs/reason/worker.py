@@ -80,6 +80,7 @@ class ScoringWorker:
                 return self._replaced(timed_out=True)
             if reply.get("nonce") != nonce:
                 return self._replaced(failed="it answered another request")
+            assert process.stdout is not None
             if select.select([process.stdout], [], [], 0)[0]:
                 return self._replaced(failed="it said more than was asked")
             return reply
