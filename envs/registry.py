@@ -19,7 +19,11 @@ BUILT_IN = {
     "shop": "envs.shop:ShopEnvironment",
 }
 # These need an optional extra of the same name.
-OPTIONAL = {"reasoning-gym": "envs.reason.gym:ReasoningGymEnvironment"}
+OPTIONAL = {
+    "gymnasium": "envs.adapters.gymnasium:GymnasiumEnvironment",
+    "mcp": "envs.adapters.mcp:McpEnvironment",
+    "reasoning-gym": "envs.reason.gym:ReasoningGymEnvironment",
+}
 
 
 def known_environments() -> dict[str, str]:
