@@ -20,6 +20,8 @@ from envs.interface import EnvironmentOptionsError, Message, Task
 from envs.services.api import document
 from envs.services.environment import ServicesEnvironment, ServicesEpisode, docs, grade, http, make_world, wait
 from envs.services.world import MAX_BODY, RealClock, World
+from envs.tools import ToolError
+from envs.tools.typed import ERROR_PREFIX
 
 DOCUMENTATION = "/docs/"
 
@@ -117,13 +119,19 @@ def mcp_server(episode: ServicesEpisode) -> Any:
         try:
             return document(service)
         except KeyError:
-            return f"error: no documentation of {service[:40]}"
+            return f"{ERROR_PREFIX}no documentation of {service[:40]}"
 
     def send_http(method: str, path: str, body: dict[str, Any] | None = None, token: str = "") -> str:
-        return http(episode, cast(Any, method), path, body, token)  # any method is answered
+        try:
+            return http(episode, cast(Any, method), path, body, token)  # any method is answered
+        except ToolError as error:
+            return f"{ERROR_PREFIX}{error}"
 
     def pass_time(seconds: int) -> str:
-        return wait(episode, seconds)
+        try:
+            return wait(episode, seconds)
+        except ToolError as error:
+            return f"{ERROR_PREFIX}{error}"
 
     for function, tool in ((read_docs, docs), (send_http, http), (pass_time, wait)):
         server.add_tool(function, name=tool.__name__, description=tool.__doc__)

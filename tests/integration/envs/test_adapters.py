@@ -180,31 +180,22 @@ def tasks_file(folder: Path, *tasks: dict[str, Any]) -> str:
     return str(path)
 
 
-async def test_a_server_of_times_is_a_set_of_tools(tmp_path: Path) -> None:
-    arguments = {"source_timezone": "UTC", "time": "12:00", "target_timezone": "Asia/Tokyo"}
-    task = {
-        "prompt": "What is the time in Tokyo at 12:00 UTC, as HH:MM?",
-        "answer": "21:00",
-    }
+async def test_a_server_of_times_is_a_set_of_tools() -> None:
     before = children()
-    environment = create_environment(
-        "mcp", {"command": [server("mcp-server-time"), "--local-timezone", "UTC"], "tasks": tasks_file(tmp_path, task)}
-    )
-    assert {tool.name for tool in environment.tools} == {"get_current_time", "convert_time"}
-    assert "source_timezone" in next(t for t in environment.tools if t.name == "convert_time").parameters["properties"]
-    episode = environment.episode(environment.task("train", 0))
-    await episode.start()
-    calls = (ToolCall("convert_time", arguments), ToolCall("convert_time", {"time": "noon"}), ToolCall("fly", {}))
-    right, wrong, unknown = [message.content for message in (await episode.step(Action("", calls))).messages]
-    assert "T21:00:00+09:00" in right
-    assert wrong.startswith("error: ")
-    assert unknown == "error: unknown tool fly; the tools are: get_current_time, convert_time"
-    assert (await episode.grade()).total == 0.0
-    await episode.step(Action("<answer>21:00</answer>"))
-    assert (await episode.grade()).total == 1.0
-    await episode.close()
-    await episode.close()
-    assert children() == before  # every episode's server has ended
+    running = McpServer([server("mcp-server-time"), "--local-timezone", "UTC"], timeout_s=30)
+    tools = {tool.name: tool for tool in await running.start()}
+    assert set(tools) == {"get_current_time", "convert_time"}
+    assert "source_timezone" in tools["convert_time"].parameters["properties"]
+    arguments = {"source_timezone": "UTC", "time": "12:00", "target_timezone": "Asia/Tokyo"}
+    right = await running.call("convert_time", arguments)
+    assert (right.error, "T21:00:00+09:00" in right.text) == (False, True)
+    wrong = await running.call("convert_time", {"time": "noon"})
+    assert (wrong.error, wrong.text[:7]) == (True, "error: ")
+    await running.close()
+    await running.close()
+    with pytest.raises(SandboxError, match="not running"):
+        await running.call("convert_time", arguments)
+    assert children() == before  # the server has ended
 
 
 async def test_a_server_of_git_sees_a_real_repository(tmp_path: Path) -> None:
@@ -219,20 +210,24 @@ async def test_a_server_of_git_sees_a_real_repository(tmp_path: Path) -> None:
     }
     environment = McpEnvironment([server("mcp-server-git"), "--repository", repository], tasks_file(tmp_path, task))
     asked = environment.task("heldout", 0)
-    played = await play(environment, asked, environment.reference(asked))
-    assert "On branch pear" in played.messages[2].content
-    assert played.reward.total == 1.0
+    episode, reference = environment.episode(asked), environment.reference(asked)
+    messages = list(await episode.start())
+    observation = await episode.step(reference.act(messages))
+    assert "On branch pear" in observation.messages[0].content
+    observation = await episode.step(Action("", (ToolCall("fly", {}),)))
+    assert observation.messages[0].content.startswith("error: unknown tool fly; the tools are: git_status")
+    assert (await episode.grade()).total == 0.0
+    assert (await episode.step(reference.act([*messages, *observation.messages]))).done
+    assert (await episode.grade()).total == 1.0
+    await episode.close()
+    await episode.close()
     with pytest.raises(ValueError, match="has 0 of the split 'train'"):
         environment.task("train", 0)
 
 
-async def test_a_server_that_does_not_start_or_ends_is_infrastructure(tmp_path: Path) -> None:
+async def test_a_server_that_does_not_start_is_infrastructure(tmp_path: Path) -> None:
     with pytest.raises(SandboxError, match="did not start"):
         McpEnvironment([sys.executable, "-c", "pass"], tasks_file(tmp_path, {"prompt": "p", "answer": "a"}))
-    running = McpServer([server("mcp-server-time")], timeout_s=10)
-    with pytest.raises(SandboxError, match="not running"):
-        await running.call("get_current_time", {})
-    await running.close()
 
 
 @pytest.mark.parametrize("line", ['{"prompt": "p"}', "[]", "{", '{"prompt": 1, "answer": "a"}'])

@@ -72,5 +72,9 @@ async def test_an_mcp_client_reaches_the_same_world() -> None:
         body = {"user": "agent", "password": task.secret["password"]}
         answer = await client.call_tool("http", {"method": "POST", "path": "/auth/token", "body": body})
         assert answer.content[0].text.startswith("HTTP 200")
+        refused = await client.call_tool("wait", {"seconds": 1000})
+        assert refused.content[0].text == "error: seconds must be 1 to 120"
+        unknown = await client.call_tool("docs", {"service": "weather"})
+        assert unknown.content[0].text == "error: no documentation of weather"
     assert (await episode.grade()).components == {"correct": 0.0, "finished": 0.0, "untouched": 1.0}
     await episode.close()
