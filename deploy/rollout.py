@@ -149,10 +149,10 @@ def policy_maker(environment: Environment, policy: str, model: str, temperature:
         from openai import AsyncOpenAI
     except ImportError as error:
         raise ErgonError("an endpoint needs the package openai: type `pip install ergon[endpoint]`") from error
-    key = os.environ.get("OPENAI_API_KEY", "none")
+    client = AsyncOpenAI(base_url=policy, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 
     def make(_task: Task) -> Acting:
-        return EndpointPolicy(AsyncOpenAI(base_url=policy, api_key=key), model, temperature, environment.tools)
+        return EndpointPolicy(client, model, temperature, environment.tools)
 
     return make
 

@@ -114,6 +114,10 @@ class ReasoningGymEnvironment(Environment):
         """Gives the right answer."""
         return Answering(f"<answer>{task.secret['answer']}</answer>")
 
+    async def prepare(self) -> None:
+        """Start the scoring process. Raises EnvironmentOptionsError without the package."""
+        await asyncio.to_thread(self._worker.start)
+
     async def close(self) -> None:
         """Kill the scoring process."""
         await asyncio.to_thread(self._worker.close)

@@ -36,6 +36,11 @@ class ScoringWorker:
         self._process: subprocess.Popen[bytes] | None = None
         self.num_replaced = 0
 
+    def start(self) -> None:
+        """Start the process now, which takes seconds, not with the first request. Raises EnvironmentOptionsError."""
+        with self._lock:
+            self._process = self._process or self._start()
+
     def entry(self, dataset: str, seed: int, index: int) -> tuple[str, str]:
         """Question and answer of one entry. Raises EnvironmentFailureError."""
         reply = self._ask({"what": "entry", "dataset": dataset, "seed": seed, "index": index, "size": index + 1})

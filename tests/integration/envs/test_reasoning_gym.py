@@ -73,6 +73,7 @@ def test_a_scorer_that_hangs_is_stopped_and_the_next_answer_is_scored() -> None:
 @needs_package
 async def test_sound_data_sets_are_solved_by_the_reference_and_by_no_constant() -> None:
     environment = ReasoningGymEnvironment()
+    await environment.prepare()
     for index in range(len(SOUND)):
         task = environment.task("train" if index % 2 else "heldout", index)
         assert task.kind == SOUND[index]
