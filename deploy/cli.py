@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
 from broker.process.config import load_settings
 from broker.process.keys import make_keys
 from broker.process.lifecycle import ErgonError, run_main
 from broker.protocol.commands import MAX_ROWS
-from deploy import broker_admin
+from deploy import broker_admin, environments
 from deploy.export import export_run
+from deploy.play import play_in_terminal
+from deploy.rollout import Record, Rollout, as_table, policy_maker, roll_out, write_records
 from deploy.run import run_local
+from envs.interface import Environment
 from envs.registry import known_environments
 
 
@@ -52,7 +57,42 @@ def build_parser() -> argparse.ArgumentParser:
     env_commands = env.add_subparsers(dest="env_command", required=True)
     listing = env_commands.add_parser("list", help="the environments that can be named in a run's TOML")
     listing.set_defaults(act=_env_list)
+    _add_env_commands(env_commands)
     return parser
+
+
+def _add_env_commands(commands: Any) -> None:
+    show = commands.add_parser("show", help="an environment's options, tools and a task of it")
+    play = commands.add_parser("play", help="play an episode in the terminal, with the tools as commands")
+    rollout = commands.add_parser("rollout", help="let a policy play episodes: a table, and JSONL where asked for")
+    for parser in (show, play, rollout):
+        parser.add_argument("name", help="the environment: a name of `ergon env list`, or module:Class")
+        parser.add_argument(
+            "--option",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="an option of it, in JSON or as text",
+        )
+        parser.add_argument("--split", choices=("train", "heldout"), default="train", help="the tasks' split")
+        parser.add_argument("--index", type=int, default=0, metavar="NUMBER", help="the (first) task's index")
+    show.set_defaults(act=_env_show)
+    play.set_defaults(act=_env_play)
+    rollout.add_argument(
+        "--policy",
+        default="reference",
+        metavar="reference|URL",
+        help="who plays; the URL of an OpenAI-compatible endpoint",
+    )
+    rollout.add_argument("--model", default="", help="the endpoint's model")
+    rollout.add_argument("--temperature", type=float, default=1.0, help="the endpoint's sampling temperature")
+    rollout.add_argument("--episodes", type=int, default=20, metavar="NUMBER", help="so many tasks, one episode each")
+    rollout.add_argument("--concurrency", type=int, default=4, metavar="NUMBER", help="so many episodes at once")
+    rollout.add_argument("--max-turns", type=int, default=None, metavar="NUMBER", help="not the environment's own")
+    rollout.add_argument(
+        "--output", type=Path, default=None, metavar="FILE", help="write the episodes, one JSON a line"
+    )
+    rollout.set_defaults(act=_env_rollout)
 
 
 def _add_broker(broker: argparse.ArgumentParser) -> None:
@@ -118,6 +158,34 @@ def _keys_make(arguments: argparse.Namespace) -> None:
 def _env_list(_arguments: argparse.Namespace) -> None:
     for name, summary in sorted(known_environments().items()):
         print(f"{name:16} {summary}")
+
+
+def _env_show(arguments: argparse.Namespace) -> None:
+    async def shown(environment: Environment) -> str:
+        return environments.described(environment, arguments.split, arguments.index)
+
+    print(environments.use(arguments.name, arguments.option, shown))
+
+
+def _env_play(arguments: argparse.Namespace) -> None:
+    async def played(environment: Environment) -> float:
+        task = environment.task(arguments.split, arguments.index)
+        return await play_in_terminal(environment, task, sys.stdin, sys.stdout)
+
+    environments.use(arguments.name, arguments.option, played)
+
+
+def _env_rollout(arguments: argparse.Namespace) -> None:
+    plan = Rollout(arguments.split, arguments.index, arguments.episodes, arguments.concurrency, arguments.max_turns)
+
+    async def rolled_out(environment: Environment) -> list[Record]:
+        policy = policy_maker(environment, arguments.policy, arguments.model, arguments.temperature)
+        return await roll_out(environment, plan, policy)
+
+    records = environments.use(arguments.name, arguments.option, rolled_out)
+    if arguments.output is not None:
+        write_records(arguments.output, records)
+    print(as_table(records))
 
 
 def main() -> None:

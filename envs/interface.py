@@ -175,11 +175,13 @@ class SelfDrivenEpisode(ABC):
 class Environment(ABC):
     """A family of tasks with tools. Shared by all episodes of a process, so stateless or locked.
 
-    self_driven: its episodes are of the second kind, SelfDrivenEpisode, and need an endpoint.
+    self_driven: its episodes are of the second kind, SelfDrivenEpisode, and need an endpoint. max_turns: how many turns
+    an episode may need; what plays an episode allows so many unless told otherwise.
     """
 
     name: str
     self_driven: bool = False
+    max_turns: int = 8
 
     @property
     @abstractmethod

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from envs.interface import Environment, Episode, ErgonEnvError, Message, ReferencePolicy, Reward, Task, ToolCall
+from envs.interface import Action, Environment, Episode, ErgonEnvError, Message, Reward, Task, ToolCall
+
+
+class Acting(Protocol):
+    """A reference policy, or anything else that acts like one, at once or after a while."""
+
+    def act(self, messages: Sequence[Message], /) -> Action | Awaitable[Action]:
+        """The next action."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +28,10 @@ class Played:
     done: bool
 
 
-async def play(environment: Environment, task: Task, policy: ReferencePolicy, max_turns: int = 8) -> Played:
+async def play(environment: Environment, task: Task, policy: Acting, max_turns: int | None = None) -> Played:
     """Let a policy act on a task until it is done or has had its turns; the episode is always closed.
 
+    max_turns: the environment's own by default.
     Raises what the episode raises: EnvironmentFailureError, SandboxError. Raises ErgonEnvError for a self-driven one.
     """
     episode = environment.episode(task)
@@ -30,8 +41,9 @@ async def play(environment: Environment, task: Task, policy: ReferencePolicy, ma
     done = False
     try:
         messages: list[Message] = list(await episode.start())
-        for _ in range(max_turns):
-            action = policy.act(tuple(messages))
+        for _ in range(environment.max_turns if max_turns is None else max_turns):
+            answer = policy.act(tuple(messages))
+            action = await answer if inspect.isawaitable(answer) else answer
             calls += action.tool_calls
             observation = await episode.step(action)
             said = Message("assistant", action.text)

@@ -14,17 +14,26 @@ from envs.interface import Environment, EnvironmentOptionsError, UnknownEnvironm
 ENTRY_POINT_GROUP = "ergon.environments"
 BUILT_IN = {
     "code": "envs.code:CodeEnvironment",
+    "memory": "envs.memory:MemoryEnvironment",
     "program": "envs.program.folder:FolderEnvironment",
+    "reason": "envs.reason:ReasonEnvironment",
+    "services": "envs.services:ServicesEnvironment",
     "shop": "envs.shop:ShopEnvironment",
     "signposts": "envs.signposts:SignpostsEnvironment",
     "terminal": "envs.terminal:TerminalEnvironment",
+}
+# These need an optional extra of the same name.
+OPTIONAL = {
+    "gymnasium": "envs.adapters.gymnasium:GymnasiumEnvironment",
+    "mcp": "envs.adapters.mcp:McpEnvironment",
+    "reasoning-gym": "envs.reason.gym:ReasoningGymEnvironment",
 }
 
 
 def known_environments() -> dict[str, str]:
     """Name -> `module:Class` of the built-in and the installed environments; built-in names cannot be taken over."""
     installed = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
-    return dict(sorted((installed | BUILT_IN).items()))
+    return dict(sorted((installed | OPTIONAL | BUILT_IN).items()))
 
 
 def create_environment(name: str, options: Mapping[str, Any] | None = None) -> Environment:

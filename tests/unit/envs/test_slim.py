@@ -18,6 +18,14 @@ def test_the_package_alone_imports_nothing_else() -> None:
     assert not modules_after("import envs, envs.interface, envs.registry") & (HEAVY | {"pydantic"})
 
 
-def test_an_environment_pulls_in_nothing_heavy() -> None:
-    statement = "from envs.registry import create_environment; create_environment('shop').task('train', 0)"
-    assert not modules_after(statement) & HEAVY
+OPTIONAL = {"gymnasium", "mcp", "reasoning_gym", "openai", "aiohttp"}
+
+
+def test_an_environment_pulls_in_nothing_heavy_nor_optional() -> None:
+    statement = "from envs.registry import BUILT_IN, create_environment as c; [c(n).task('train', 0) for n in BUILT_IN]"
+    assert not modules_after(statement) & (HEAVY | OPTIONAL)
+
+
+def test_adapters_import_what_they_adapt_only_when_used() -> None:
+    statement = "import envs.adapters.gymnasium, envs.adapters.mcp, envs.reason.gym, envs.services.serve, deploy.cli"
+    assert not modules_after(statement) & OPTIONAL
