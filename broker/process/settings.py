@@ -127,6 +127,9 @@ class ActorSection(Section):
     once where it is 0, the process ends, for its supervisor to start it again."""
     engine_reset_s: float = Field(default=300.0, gt=0)
     """An engine that lived this long may be restarted `engine_restarts` times again."""
+    router_replay: bool = False
+    """Record the experts that each token was routed to, for the trainer to route it alike. Refused with the reason:
+    no engine and model of this release can be had with it."""
     staging: Path = Path("/dev/shm")
     """Where the actor keeps one copy of the weights, which deltas are applied to and the engine adopts from;
     memory-backed is fastest."""
