@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 POLL_S = 0.2
 HEALTH_POLL_S = 1.0
+END_LIMIT_S = 5.0  # after a drain, for what was cut short: episodes close, leases are given back
 LOOK_S = 0.5  # between two looks at the engine's load
 INCREASE = 0.125  # of the engine's batch, in episodes, from one look to the next
 
@@ -116,14 +117,17 @@ class Actor:
                 await self._drain()
         finally:
             self._ended = True
-            tasks = [stopping, *self._slots, *services]
+            tasks = {stopping, *self._slots, *services}
             for task in tasks:
                 task.cancel()
-            self._failed.cancel()
-            results = await asyncio.gather(*tasks, self._failed, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
+            _, late = await asyncio.wait(tasks, timeout=END_LIMIT_S)
+            if late:
+                # Their leases are given back with the connection.
+                logger.error("tasks that do not end are left behind number=%d", len(late))
+        ended = {self._failed, *(tasks - late)}
+        for each in ended:
+            if each.done() and not each.cancelled() and (error := each.exception()) is not None:
+                raise error
 
     def _fill(self) -> None:
         """As many slots as the window allows. One that is beyond it is not interrupted: it is not replaced."""
@@ -160,6 +164,10 @@ class Actor:
         except asyncio.CancelledError:
             await self._give_back(ticket, "drain" if self._draining else "infra_failure", "the actor stopped")
             raise
+        except Exception as error:
+            # A fault of our own in one episode is no reason to lose the others.
+            logger.exception("episode failed ticket=%s", ticket.ticket_id)
+            await self._give_back(ticket, "infra_failure", f"{type(error).__name__}: {error}")
         else:
             if trajectory is not None:
                 await self._send(trajectory)

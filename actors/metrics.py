@@ -42,6 +42,12 @@ tool_seconds = Histogram(
 running_episodes = Gauge("ergon_actor_running_episodes", "Episodes being run")
 admitted_episodes = Gauge("ergon_actor_admitted_episodes", "Episodes that may run at once, by the load of the engine")
 waiting_for_version = Gauge("ergon_actor_waiting_for_version", "Leased tickets that wait for a newer policy version")
+engine_restarts = Counter("ergon_actor_engine_restarts", "Engines that died, by what followed", ["result"])
+engine_restart_seconds = Histogram(
+    "ergon_actor_engine_restart_seconds",
+    "From an engine's death until another one is there, which then adopts a version",
+    buckets=SECONDS,
+)
 policy_lineage = Gauge("ergon_actor_policy_lineage", "Lineage of the policy version being served")
 policy_version = Gauge("ergon_actor_policy_version", "Policy version being served")
 adoptions = Counter("ergon_actor_adoptions", "Attempts to adopt a policy version, by result", ["result"])

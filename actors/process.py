@@ -17,6 +17,7 @@ from actors.actor import POLL_S, Actor
 from actors.checkpoint import checkpoint_shapes
 from actors.gateway.server import Gateway
 from actors.renderer import Renderer
+from actors.restarting import RestartingEngine
 from actors.vllm_engine import VllmEngine
 from actors.weights import WeightAdopter
 from broker.client import ActorClient
@@ -26,40 +27,57 @@ from broker.process.metrics import Health, start_metrics
 from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.errors import ProtocolError
+from broker.protocol.trajectory import PolicyVersion
 from broker.weights.subscriber import WeightSubscriber
 from envs.interface import Environment, ErgonEnvError
 from envs.registry import create_environment
+from envs.timeouts import within
 from envs.tools import ToolRunner
 
 logger = logging.getLogger(__name__)
 
+CLOSE_LIMIT_S = 5.0
 
-class _Status:
+
+class Status:
     """What the health endpoint may read from its own thread."""
 
-    def __init__(self) -> None:
-        self.engine: VllmEngine | None = None
+    def __init__(self, max_staleness: int) -> None:
+        self._max_staleness = max_staleness
+        self.engine: RestartingEngine | None = None
         self.weights: WeightAdopter | None = None
 
     def health(self) -> Health:
-        """Ready only when the engine serves a version that came over the weight channel."""
+        """Ready only while the engine serves a version that came over the weight channel and is not too old: what it
+        samples now, the learner would use."""
         engine, weights = self.engine, self.weights
-        adopted = weights.adopted if weights is not None else None
+        adopted, newest = (weights.adopted, weights.newest) if weights is not None else (None, None)
         alive = engine is not None and engine.dead is None
-        return Health(alive and adopted is not None, {"engine_alive": alive, "policy_version": adopted})
+        ok = alive and adopted is not None and self._is_current(adopted, newest)
+        return Health(ok, {"engine_alive": alive, "policy_version": adopted, "newest_version": newest})
+
+    def _is_current(self, adopted: PolicyVersion, newest: PolicyVersion | None) -> bool:
+        if newest is None:
+            return True
+        return adopted.lineage == newest.lineage and newest.version - adopted.version <= self._max_staleness
 
 
 def run_actor(settings: Settings, index: int) -> None:
     """Run actor number `index` until SIGTERM. Raises ErgonError for what the user can mend, EngineDeadError."""
     stop = install_stop()
-    status = _Status()
+    status = Status(settings.learner.max_staleness)
     server = start_metrics(settings.metrics.host, settings.metrics.actor_port + index, status.health)
     try:
         model = Path(settings.model.path).expanduser()
         checkpoint_shapes(model)  # a bad path is told before anything slow starts
         renderer = Renderer.load(model, settings.model.tool_format)
         environments = make_environments(settings)
-        status.engine = VllmEngine.start(model, settings.actor, seed=(settings.run.seed * 1009 + index) % 2**31)
+        seed = (settings.run.seed * 1009 + index) % 2**31
+        status.engine = RestartingEngine(
+            lambda: VllmEngine.start(model, settings.actor, seed),
+            settings.actor.engine_restarts,
+            settings.actor.engine_reset_s,
+        )
         try:
             asyncio.run(_serve(settings, index, stop, status, status.engine, renderer, environments))
         finally:
@@ -84,8 +102,8 @@ async def _serve(
     settings: Settings,
     index: int,
     stop: threading.Event,
-    status: _Status,
-    engine: VllmEngine,
+    status: Status,
+    engine: RestartingEngine,
     renderer: Renderer,
     environments: Mapping[str, Environment],
 ) -> None:
@@ -116,9 +134,10 @@ async def _serve(
             ToolRunner(limits.tool_timeout_s, limits.tool_processes, num_threads=limits.max_episodes)
         )
         for environment in environments.values():
-            stack.push_async_callback(environment.close)
+            stack.push_async_callback(_closed, environment)
         stack.push_async_callback(engine.close)
         weights = WeightAdopter(engine, subscriber, settings.actor.staging / f"ergon-{run_id}-actor-{index}")
+        engine.on_death = weights.forget
         stack.push_async_callback(weights.close)
         stack.push_async_callback(client.close)
         status.weights = weights
@@ -156,6 +175,14 @@ async def _prepared(environment: Environment) -> None:
         await environment.prepare()
     except ErgonEnvError as error:
         raise ErgonError(f"environment {environment.name!r}: {error}") from error
+
+
+async def _closed(environment: Environment) -> None:
+    """Close the environment, but do not let it hold the end of the process."""
+    try:
+        await within(environment.close(), CLOSE_LIMIT_S)
+    except Exception:
+        logger.exception("environment could not be closed environment=%s", environment.name)
 
 
 async def _connected(client: ActorClient, stop: threading.Event) -> bool:

@@ -51,6 +51,8 @@ class VllmEngine:
         """
         shapes = checkpoint_shapes(model)
         cpu = is_cpu_build()
+        if settings.router_replay:
+            raise refusal_of_router_replay(model, shapes, cpu)
         os.environ.update(environment(settings.threads, cpu, settings.tensor_parallel))
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -174,6 +176,20 @@ class VllmEngine:
         self._dead = self._dead or reason
         logger.error("engine died reason=%r", self._dead)
         return EngineDeadError(self._dead)
+
+
+def refusal_of_router_replay(model: Path, shapes: Shapes, cpu: bool) -> ErgonError:
+    """Why the experts that each token was routed to are not recorded for this model on this engine.
+
+    vLLM 0.32 gives them (`CompletionOutput.routed_experts`) from its second model runner only, which needs a GPU.
+    """
+    if not any(".experts." in name for name in shapes):
+        reason = f"model.path = {model} has no experts among which tokens are routed"
+    elif cpu:
+        reason = "vLLM's CPU build does not tell which experts a token was routed to"
+    else:
+        reason = "trajectories do not carry the experts that vLLM tells of"
+    return ErgonError(f"actor.router_replay = true cannot be had: {reason}; set it to false")
 
 
 def _sample(output: Any) -> Sample:

@@ -85,6 +85,15 @@ class WeightAdopter:
         """The version being served, None before the first adoption."""
         return self._adopted
 
+    @property
+    def newest(self) -> PolicyVersion | None:
+        """The newest version announced; may be asked from any thread."""
+        return self._subscriber.latest()
+
+    def forget(self) -> None:
+        """The engine has lost what it had adopted: the newest version is adopted again, and nothing waits for less."""
+        self._adopted = self._seen = None
+
     async def at_least(self, version: PolicyVersion) -> None:
         """Return once the engine serves an announced version that is not older than this one."""
         if self._adopted is not None and self._adopted >= version:

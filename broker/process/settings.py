@@ -33,6 +33,10 @@ def weight_at(weight: Weight, step: int) -> float:
     return before[1]
 
 
+GIVE_BACK_S = 8.0
+"""Seconds that an actor needs between the end of its drain and its own end, at most, while its machine is busy."""
+
+
 class RunSection(Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     """Name of the run and of its folder; also the run id on the wire."""
@@ -122,6 +126,14 @@ class ActorSection(Section):
     adopt_drain_s: float = Field(default=30.0, gt=0)
     """Seconds that `drain` waits for turns in flight; where they take longer, turns start again under the old version
     and the update is tried again later."""
+    engine_restarts: int = Field(default=3, ge=0)
+    """Times in a row that an engine which died is started again within its process, which keeps its leases; then, or at
+    once where it is 0, the process ends, for its supervisor to start it again."""
+    engine_reset_s: float = Field(default=300.0, gt=0)
+    """An engine that lived this long may be restarted `engine_restarts` times again."""
+    router_replay: bool = False
+    """Record the experts that each token was routed to, for the trainer to route it alike. Refused with the reason:
+    no engine and model of this release can be had with it."""
     staging: Path = Path("/dev/shm")
     """Where the actor keeps one copy of the weights, which deltas are applied to and the engine adopts from;
     memory-backed is fastest."""
@@ -303,6 +315,15 @@ class Settings(Section):
             largest = max((budget for budget in section.token_budgets if budget is not None), default=0)
             _leaves_room("eval.budgets", largest, thinking, info.data.get("sampling"))
         return section
+
+    @model_validator(mode="after")
+    def _check_grace(self) -> Settings:
+        if self.actor.drain_s + GIVE_BACK_S > self.supervisor.grace_s:
+            raise ValueError(
+                f"actor.drain_s = {self.actor.drain_s:g} leaves less than {GIVE_BACK_S:g} s of supervisor.grace_s = "
+                f"{self.supervisor.grace_s:g} to give back what is not finished; lower the one or raise the other"
+            )
+        return self
 
     @property
     def run_dir(self) -> Path:

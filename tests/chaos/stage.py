@@ -145,7 +145,7 @@ class Stage:
             metrics=MetricsSection(broker_port=ports[7], relay_port=ports[8]),
             security=SecuritySection(mode="curve" if curve else "none", keys=directory.resolve() / name / "keys"),
             supervisor=SupervisorSection(
-                restart_backoff_s=0.05, restart_max_backoff_s=0.1, restart_reset_s=0.001, grace_s=5
+                restart_backoff_s=0.05, restart_max_backoff_s=0.1, restart_reset_s=0.001, grace_s=9
             ),
         )
         self.run_dir = self.settings.run_dir

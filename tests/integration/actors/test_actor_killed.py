@@ -1,16 +1,18 @@
 """An actor with a real engine that dies in each phase of an adoption, under the real supervisor, episodes in flight.
 
 Each successor begins with the newest version, every ticket becomes one trajectory, and no token names a version that
-was not published.
+was not published. Where only the engine dies, its successor lives in the same process.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+import time
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from broker.client import LearnerClient
@@ -21,10 +23,11 @@ from broker.weights.publisher import WeightPublisher
 from deploy.local import Child, Supervisor
 from tests.chaos.orders import DIRECTORY, ITSELF, Order
 from tests.integration.actors.doomed_actor import PLACE
-from tests.integration.actors.test_actor_process import settings_for, ticket
+from tests.integration.actors.test_actor_process import get, settings_for, ticket
 from tests.tiny_model import make_tiny_model
 
-PHASES = ("fetching", "preparing", "paused", "switched", "broken")
+PHASES = ("fetching", "preparing", "paused", "switched", "broken", "engine")
+SURVIVED = ("broken", "engine")  # where the engine dies, the actor does not
 NUM_TICKETS = 6  # of each batch
 LONG = Sampling(max_turn_tokens=120, max_episode_tokens=200, max_turns=2)
 
@@ -70,6 +73,22 @@ def batch(name: str, version: PolicyVersion) -> list[Ticket]:
     return [msgspec.structs.replace(each, sampling=LONG) for each in tickets]
 
 
+def metrics_of(settings: Settings) -> str:
+    return get(settings.metrics.actor_port, "/metrics")[1]
+
+
+def kill_engine(actor: Child, settings: Settings) -> None:
+    """Kill the engine's processes while it samples."""
+    assert actor.process is not None
+    while f"ergon_actor_running_episodes {NUM_TICKETS}.0" not in metrics_of(settings):
+        time.sleep(0.01)
+    children = psutil.Process(actor.process.pid).children(recursive=True)
+    engine = [each for each in children if "resource_tracker" not in " ".join(each.cmdline())]
+    assert engine
+    for process in engine:
+        process.kill()
+
+
 @pytest.mark.timeout(400)
 def test_an_actor_that_dies_in_any_phase_of_an_adoption_loses_and_doubles_nothing(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model")
@@ -105,12 +124,15 @@ def test_an_actor_that_dies_in_any_phase_of_an_adoption_loses_and_doubles_nothin
         for number, phase in enumerate(PHASES, start=1):
             order, new = Order(run_dir, PLACE, phase), PolicyVersion(learner.lineage, number)
             learner.issue(batch(f"{phase}-before", old))
-            order.place(ITSELF)
+            if phase == "engine":
+                kill_engine(actor, settings)
+            else:
+                order.place(ITSELF)
             publisher.publish(new)
             learner.issue(batch(f"{phase}-after", new))
             receive(2 * NUM_TICKETS)
             assert not order.outstanding, f"the actor was never {phase}"
-            assert actor.num_restarts == number, actor.tail(60)
+            assert actor.num_restarts == min(number, len(PHASES) - len(SURVIVED)), actor.tail(60)
             for trajectory in received[-2 * NUM_TICKETS :]:
                 versions = {run[:2] for run in trajectory.segments[0].version_runs}
                 assert versions <= {tuple(old), tuple(new)}
@@ -120,6 +142,7 @@ def test_an_actor_that_dies_in_any_phase_of_an_adoption_loses_and_doubles_nothin
         assert len(set(ids)) == len(ids) == NUM_TICKETS * (1 + 2 * len(PHASES))
         assert "was cancelled" not in actor.log.read_text()
         assert "injected into reload_whole" in actor.log.read_text()
+        assert 'ergon_actor_engine_restarts_total{result="restarted"} 2.0' in metrics_of(settings)
     finally:
         ended.set()
         supervising.join()

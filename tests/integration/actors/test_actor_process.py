@@ -180,6 +180,7 @@ def test_tickets_become_trajectories_and_a_stop_gives_the_rest_back(
     [
         ([], "model.path = "),
         (["environments.0.name=chess"], "environment 'chess' does not exist"),
+        (["actor.router_replay=true"], "actor.router_replay = true cannot be had: model.path = "),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(tmp_path: Path, changes: list[str], sentence: str) -> None:

@@ -13,7 +13,7 @@ from actors.weights import WeightAdopter
 from broker.process.settings import ActorSection
 from broker.protocol.trajectory import Mode, Outcome, PolicyVersion, TaskRef, Ticket, Trajectory
 from envs.interface import Action, SandboxError
-from tests.unit.actors.support import ScriptedEngine, WordEnvironment, make_renderer, make_ticket
+from tests.unit.actors.support import ScriptedEngine, WordEnvironment, WordEpisode, make_renderer, make_ticket
 
 RENDERER = make_renderer()
 
@@ -259,3 +259,48 @@ async def test_no_ticket_is_asked_for_beyond_the_window(monkeypatch: pytest.Monk
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_what_does_not_let_itself_be_ended_does_not_hold_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.actor.END_LIMIT_S", 0.05)
+    rig = Rig([make_ticket("stuck")], ["<hang>"], drain_s=0.0)
+    rig.gate.opened.set()
+    released = asyncio.Event()
+    monkeypatch.setattr(rig.environment.__class__, "episode", lambda self, task: _Stuck(self, task, released))
+    task = rig.start()
+    await rig.engine.hanging.wait()
+    rig.stop.set()
+    await asyncio.wait_for(task, 5)
+    assert rig.client.released == []  # the connection's end gives it back
+    released.set()
+    await rig.client.until(lambda: len(rig.client.released) == 1)
+
+
+class _Stuck(WordEpisode):
+    """Closes late."""
+
+    def __init__(self, environment: WordEnvironment, task: Any, released: asyncio.Event) -> None:
+        super().__init__(environment, task)
+        self._released = released
+
+    async def close(self) -> None:
+        await self._released.wait()
+        await super().close()
+
+
+async def test_a_fault_of_our_own_in_one_episode_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig([make_ticket("odd"), make_ticket("good")], ["w3"] * 2, max_episodes=1)
+    rig.gate.opened.set()
+    run = rig.actor._episode
+
+    async def faulty(ticket: Ticket) -> Trajectory:
+        if ticket.ticket_id == "odd":
+            raise IndexError("a bug")
+        return await run(ticket)
+
+    monkeypatch.setattr(rig.actor, "_episode", faulty)
+    task = rig.start()
+    await rig.client.until(lambda: len(rig.client.sent) == 1)
+    assert rig.client.released == [("odd", "infra_failure", "IndexError: a bug")]
+    rig.stop.set()
+    await asyncio.wait_for(task, 5)

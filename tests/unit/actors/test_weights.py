@@ -117,6 +117,20 @@ async def test_adopts_what_is_announced_and_opens_the_gate(
         assert engine.digests == ["01", "00"]  # of the manifests
 
 
+async def test_what_a_new_engine_has_lost_is_adopted_again_before_anything_waits_less(
+    tmp_path: Path, engine: ScriptedEngine, subscriber: ScriptedSubscriber
+) -> None:
+    subscriber.announced.put(V1)
+    async with adopting(tmp_path, subscriber, engine) as (adopter, _):
+        await asyncio.wait_for(adopter.at_least(V1), 5)
+        subscriber.announced.put(V2)
+        await asyncio.wait_for(adopter.at_least(V2), 5)
+        adopter.forget()
+        assert (adopter.adopted, adopter.newest) == (None, V2)
+        await asyncio.wait_for(adopter.at_least(V1), 5)
+        assert engine.adopted == [V1, V2, V2]
+
+
 async def test_a_version_superseded_while_it_is_fetched_is_skipped(
     tmp_path: Path, engine: ScriptedEngine, subscriber: ScriptedSubscriber
 ) -> None:
