@@ -102,7 +102,8 @@ def rename(draw: random.Random, level: int) -> Problem:
     """Give files of one ending another one, in folders from level 2 on."""
     old, new = draw.sample(("txt", "md", "log", "dat", "bak"), 2)
     folders = ["docs"] if level == 1 else [f"docs/{name}" for name in _names(draw, level)]
-    files, wanted = {}, {}
+    files: dict[str, bytes] = {}
+    wanted: dict[str, str | None] = {}
     for folder in folders:
         for place, name in enumerate(_names(draw, 4)):
             data = f"{_name(draw)}\n"
@@ -142,7 +143,8 @@ def remove_large(draw: random.Random, level: int) -> Problem:
 def replace_setting(draw: random.Random, level: int) -> Problem:
     """Change one value in several configuration files, whole words only."""
     old, new = _names(draw, 2)
-    files, wanted = {}, {}
+    files: dict[str, bytes] = {}
+    wanted: dict[str, str | None] = {}
     for place, name in enumerate(_names(draw, 2 + level)):
         lines = [f"{key} = {draw.choice((f'{draw.choice(WORDS)}', f'{old}x'))}" for key in _names(draw, 2 * level)]
         if place != 1:
