@@ -17,15 +17,16 @@ import numpy.typing as npt
 
 from broker.process.lifecycle import ErgonError
 from broker.process.security import OPEN, Security
-from broker.protocol import weights
+from broker.protocol import delta_loops, weights
 from broker.protocol.deltas import DeltaEncoder
+from broker.protocol.hashes import Leaves
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import DTYPES, Buffer, Bytes, Manifest, TensorSpec, flat
 from broker.weights import metrics
 from broker.weights.chain import Payload, pays
 from broker.weights.server import WeightServer
 from broker.weights.store import Draft, OutOfBudgetError, WeightStore
-from broker.weights.threads import coding_run
+from broker.weights.threads import coding_run, coding_start
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ class WeightPublisher:
             bind_endpoint, run_id, self._store, heartbeat_s=heartbeat_s, liveness=liveness, security=security
         )
         self.endpoint = self._server.endpoint
+        if not delta_loops.compiled:
+            logger.warning("deltas are made by numpy, at half the speed reason=installed without a C compiler")
 
     @property
     def newest(self) -> PolicyVersion | None:
@@ -119,7 +122,8 @@ class WeightPublisher:
         """Compare with the version before, copy, hash, switch, announce. `layout` is (name, dtype as in torch, shape).
 
         `read(name)` gives a tensor's contiguous little-endian bytes. It is called once for each, in the order of the
-        snapshot, and its result is let go of before the next; the bytes may change once this returns. `changed(name)`,
+        snapshot; the bytes may change once this returns, and their memory is let go of when they are compared, which is
+        not more than some blocks later. `changed(name)`,
         where it is given, is asked first wherever the version before is still there to be changed: what it knows of the
         difference to that version is taken as all of it, and `read` is asked where it knows nothing.
 
@@ -142,9 +146,10 @@ class WeightPublisher:
             raise ErgonError(str(error)) from error
         try:
             based = continues and draft.base is not None
-            diff = _fill(draft, specs, read, changed if based else None, encode=based)
+            leaves = Leaves(flat(draft.data)) if based else None
+            diff = _fill(draft, specs, read, changed if based else None, leaves)
             manifest = weights.describe(
-                self._run_id, version, specs, draft.data, self._chunk_bytes, time.time(), coding_run()
+                self._run_id, version, specs, draft.data, self._chunk_bytes, time.time(), coding_run(), leaves
             )
             delta = None
             if diff is not None and draft.base is not None:
@@ -177,25 +182,37 @@ def _continues(base: Manifest | None, version: PolicyVersion, specs: tuple[Tenso
     return base is not None and base.version.lineage == version.lineage and base.tensors == specs
 
 
-def _fill(draft: Draft, specs: Sequence[TensorSpec], read: Read, changed: Changed | None, encode: bool) -> _Diff | None:
-    """Make the draft the new snapshot, tensor by tensor; what changed, where that is asked for and pays."""
+def _fill(
+    draft: Draft, specs: Sequence[TensorSpec], read: Read, changed: Changed | None, leaves: Leaves | None
+) -> _Diff | None:
+    """Make the draft the new snapshot, tensor by tensor; what changed, where `leaves` is given, which asks for that and
+    takes the hashes of what was compared, and where it pays."""
     started = time.monotonic()
-    encoder = DeltaEncoder(specs, coding_run()) if encode else None
-    for spec in specs:
-        target = draft.data[spec.offset : spec.offset + spec.num_bytes]
-        changes = changed(spec.name) if changed is not None else None
-        if changes is None:
-            source = np.frombuffer(_source(spec, read(spec.name)), np.uint8)
-        else:
-            source = _after(spec, target, changes)
-        if encoder is None:
-            target[:] = source
-        else:
-            encoder.add(target, source)
-            if not pays(encoder.num_bytes, draft.data.size):
-                encoder = None
-        del source  # before the next one is read
-    payload = encoder.finish() if encoder is not None else None
+    encoder = (
+        DeltaEncoder(specs, coding_start(), lambda block: leaves.hash(block.offset, block.offset + block.num_bytes))
+        if leaves is not None
+        else None
+    )
+    try:
+        for spec in specs:
+            target = draft.data[spec.offset : spec.offset + spec.num_bytes]
+            changes = changed(spec.name) if changed is not None else None
+            if changes is None:
+                source = np.frombuffer(_source(spec, read(spec.name)), np.uint8)
+            else:
+                source = _after(spec, target, changes)
+            if encoder is None:
+                target[:] = source
+            else:
+                encoder.add(target, source)
+                if not pays(encoder.num_bytes, draft.data.size):
+                    encoder.abandon()
+                    encoder = None
+            del source  # before the next one is read
+        payload = encoder.finish() if encoder is not None else None
+    finally:
+        if encoder is not None:
+            encoder.wait()  # whatever failed, nobody writes to the draft any more
     metrics.diff_seconds.observe(time.monotonic() - started)
     if encoder is None or payload is None or not pays(payload.size, draft.data.size):
         return None
