@@ -19,7 +19,7 @@ import numpy as np
 
 from broker.protocol.delta_loops import Piece, add, find
 from broker.protocol.delta_records import Block, Blocks, Content, Record, open_record, pack, read_records, repack
-from broker.protocol.hashes import Run, Start, at_once
+from broker.protocol.hashes import Leaves, Run, Start, at_once
 from broker.protocol.weights import Buffer, Bytes, TensorSpec, flat
 
 MAX_BEGUN: Final = 16  # blocks that are compared, or wait for it, at a time: what is new in them must be held
@@ -27,22 +27,35 @@ BATCH_BYTES: Final = 128 << 10  # of opened records in one piece of work
 KEPT_BYTES: Final = 4 << 20  # of opened records between checking and applying; what is beyond is opened twice
 
 Done = Callable[[Block], None]
+OfRecord = Callable[[bytes], None]
 
 
-def nothing_more(_: Block) -> None:
-    """What is to be done with a block that is up to date, by default."""
+def nothing_more(_: Block | bytes) -> None:
+    """What is to be done with a block that is up to date, and with a record, by default."""
+
+
+def hash_block(leaves: Leaves, block: Block) -> None:
+    """What is to be done with a block that is up to date, for the hash of the whole."""
+    leaves.hash(block.offset, block.offset + block.num_bytes)
 
 
 class DeltaEncoder:
     """Collects the changes of one version of a snapshot of these tensors, tensor by tensor, in their order.
 
     Blocks are compared as soon as they are complete, several at a time where `start` is that of threads; `done` is then
-    called with each, by the same thread, while its bytes are still near the core.
+    called with each, by the same thread, while its bytes are still near the core, and `made` with each record, in the
+    order of the payload, by the caller's thread.
     """
 
-    def __init__(self, tensors: Sequence[TensorSpec], start: Start = at_once, done: Done = nothing_more) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[TensorSpec],
+        start: Start = at_once,
+        done: Done = nothing_more,
+        made: OfRecord = nothing_more,
+    ) -> None:
         self._tensors, self._blocks = tensors, Blocks(tensors)
-        self._start, self._done = start, done
+        self._start, self._done, self._made = start, done, made
         self._num_given = 0  # tensors
         self._pieces: list[Piece] = []  # of the block that is not complete yet
         self._block: Block | None = None  # that one
@@ -110,12 +123,14 @@ class DeltaEncoder:
 
         self._pieces = []
         self._begun.append(self._start(work, block))
-        if len(self._begun) >= MAX_BEGUN:
+        while self._begun and (self._begun[0].done() or len(self._begun) >= MAX_BEGUN):
             self._keep()
 
     def _keep(self) -> None:
         record = self._begun.popleft().result()
-        self._records.append(record.data)
+        if record.data:
+            self._records.append(record.data)
+            self._made(record.data)
         self.num_bytes += len(record.data)
         self.num_changed += record.num_changed
 

@@ -19,8 +19,8 @@ def kind(parent: object) -> str:
 # Every process.
 compiled_loops = Gauge(
     "ergon_weights_compiled_loops",
-    "1 where the inner loops of deltas are the compiled ones; 0 where the package was installed without a C compiler, and "
-    "numpy does the same at half the speed.",
+    "1 where the inner loops of deltas are the compiled ones; 0 where the package was installed without a C compiler, "
+    "and numpy does the same at half the speed.",
 )
 compiled_loops.set(delta_loops.compiled)
 

@@ -12,8 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from broker.protocol.delta_records import Block
-from broker.protocol.deltas import apply_delta
+from broker.protocol.deltas import apply_delta, hash_block
 from broker.protocol.errors import ProtocolError
 from broker.protocol.hashes import Leaves
 from broker.protocol.trajectory import PolicyVersion
@@ -81,12 +80,8 @@ class DeltaBuffer:
         Raises DeltaRefusedError."""
         self.data.setflags(write=False)
         leaves = Leaves(flat(target))
-
-        def hash_block(block: Block) -> None:
-            leaves.hash(block.offset, block.offset + block.num_bytes)
-
         try:
-            apply_delta(self.data, self.manifest.tensors, target, coding_run(), hash_block)
+            apply_delta(self.data, self.manifest.tensors, target, coding_run(), lambda block: hash_block(leaves, block))
         except ProtocolError as error:
             raise DeltaRefusedError(f"the delta to {_text(self.manifest)} is malformed: {error.message}") from error
         return leaves
