@@ -80,4 +80,4 @@ lock: $(READY) ## rewrite requirements.lock from the virtual environment
 	@deploy/lock.sh $(VENV) > requirements.lock.tmp && mv requirements.lock.tmp requirements.lock
 
 clean: ## remove what was built, not the runs
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info broker/protocol/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

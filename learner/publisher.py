@@ -16,7 +16,8 @@ from broker.process.keys import Identity
 from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion
-from broker.weights.publisher import Changes, WeightPublisher
+from broker.weights.filling import Changes
+from broker.weights.publisher import WeightPublisher
 from learner.engine import TrainEngine
 
 

@@ -17,33 +17,19 @@ import struct
 import threading
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import zstandard
 
+from broker.protocol.delta_loops import PASS, Planes, measure
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.weights import DTYPES, Buffer, Bytes, TensorSpec, flat
 
 HEADER: Final = struct.Struct("<IIII")
 BLOCK_BYTES: Final = 4 << 20  # smaller ones cost more time and bytes, larger ones memory where much changed
-ELEMENT: Final[dict[int, np.dtype[Any]]] = {
-    1: np.dtype("<u1"),
-    2: np.dtype("<u2"),
-    4: np.dtype("<u4"),
-    8: np.dtype("<u8"),
-}
-PASS: Final = 0xFFFF  # the gap that names no element
-WINDOW_LOG, HASH_LOG, MIN_MATCH = (
-    17,
-    6,
-    7,
-)  # of zstd: what it is to find here are uneven counts of bytes, not repetition
-
-Elements = npt.NDArray[Any]  # the bits of elements: an unsigned type of 1, 2, 4 or 8 bytes
-Positions = npt.NDArray[np.int64]  # ascending places of elements in their block
-Gaps = npt.NDArray[np.uint16]
+# Of zstd: what it is to find here are uneven counts of bytes, not repetition.
+WINDOW_LOG, HASH_LOG, MIN_MATCH = 17, 6, 7
 
 
 class Block(NamedTuple):
@@ -100,10 +86,10 @@ class Record(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What a record holds, checked."""
+    """What a record holds, checked: the planes of the gaps, and those of the differences, each one behind the other."""
 
-    gaps: Gaps
-    zigzag: Elements
+    gaps: Bytes
+    values: Bytes
 
 
 class _Zstd(threading.local):
@@ -125,18 +111,17 @@ class _Zstd(threading.local):
 _zstd = _Zstd()
 
 
-def pack(block: int, positions: Positions, differences: Elements) -> bytes:
-    """The record of these elements, at least one: their places in the block, ascending, and what is added to each."""
-    gaps = _gaps(positions)
-    frame = _zstd.writer.compressobj(size=gaps.nbytes + differences.nbytes)
+def pack(block: int, found: Planes) -> bytes:
+    """The record of what was found in this block."""
+    num_bytes = sum(plane.size for plane in found.planes)
+    frame = _zstd.writer.compressobj(size=num_bytes)
     parts: list[bytes] = []
-    for numbers in (gaps, _zigzag(differences)):
-        for shift in range(0, 8 * numbers.itemsize, 8):
-            parts.append(frame.compress((numbers >> shift).astype(np.uint8).data))
-            parts.append(frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))  # so each plane is under a code of its own
+    for plane in found.planes:
+        parts.append(frame.compress(plane.data))
+        parts.append(frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))  # so each plane is under a code of its own
     parts.append(frame.flush(zstandard.COMPRESSOBJ_FLUSH_FINISH))
     packed = b"".join(parts)
-    return HEADER.pack(block, differences.size, gaps.size, len(packed)) + packed
+    return HEADER.pack(block, found.num_values, found.num_gaps, len(packed)) + packed
 
 
 def repack(record: Record) -> bytes:
@@ -170,9 +155,9 @@ def read_records(payload: Buffer, blocks: Blocks) -> list[Record]:
 
 
 def open_record(record: Record) -> Content:
-    """The numbers of a record, checked: its gaps lead to as many elements as it says, all of them in the block.
+    """What a record holds, checked: its gaps lead to as many elements as it says, all of them in the block.
 
-    Raises ProtocolError. `unpack` of what it returns cannot fail.
+    Raises ProtocolError.
     """
     try:
         content = np.frombuffer(_zstd.reader.decompress(record.packed, allow_extra_data=False), np.uint8)
@@ -181,76 +166,21 @@ def open_record(record: Record) -> Content:
     if content.size != record.num_bytes:
         raise _bad(f"block {record.block.number} decompresses to {content.size} bytes; allowed: {record.num_bytes}")
     split = 2 * record.num_gaps
-    gaps = _join(content[:split], 2)
+    gaps = content[:split]
     _check_gaps(record, gaps)
-    return Content(gaps, _join(content[split:], record.block.itemsize))
+    return Content(gaps, content[split:])
 
 
-def unpack(content: Content) -> tuple[Positions, Elements]:
-    """Places in the block and differences, in memory of their own. Takes some 20 bytes a change."""
-    gaps = content.gaps
-    positions = gaps.astype(np.int64)
-    if gaps.size == content.zigzag.size:
-        positions += 1
-        np.cumsum(positions, out=positions)
-    else:
-        named = gaps != PASS
-        positions += named
-        positions = np.cumsum(positions)[named]
-    positions -= 1
-    return positions, _unzigzag(content.zigzag)
-
-
-def _gaps(positions: Positions) -> Gaps:
-    """The gaps that lead to these places, the first from the block's start."""
-    distances = np.empty_like(positions)
-    distances[0] = positions[0]
-    np.subtract(positions[1:], positions[:-1], out=distances[1:])
-    distances[1:] -= 1
-    if positions[-1] < PASS or distances.max() < PASS:
-        return distances.astype("<u2")
-    passes, rest = np.divmod(distances, PASS)
-    gaps = np.full(positions.size + int(passes.sum()), PASS, "<u2")
-    gaps[np.arange(positions.size) + passes.cumsum()] = rest
-    return gaps
-
-
-def _check_gaps(record: Record, gaps: Gaps) -> None:
-    num_named = int(np.count_nonzero(gaps != PASS))
-    if gaps[-1] == PASS:
+def _check_gaps(record: Record, gaps: Bytes) -> None:
+    if gaps[record.num_gaps - 1] == gaps[-1] == PASS & 0xFF:
         raise _bad(
             f"block {record.block.number} ends with a gap that names no element; allowed: a changed element at the end"
         )
+    num_named, end = measure(gaps)
     if num_named != record.num_values:
         raise _bad(f"block {record.block.number} has gaps for {num_named} elements; allowed: {record.num_values}")
-    last = int(gaps.sum(dtype=np.int64)) + num_named - 1
-    if last >= record.block.num_elements:
-        raise _bad(f"block {record.block.number} changes element {last}; allowed: below {record.block.num_elements}")
-
-
-def _zigzag(differences: Elements) -> Elements:
-    """Small numbers for small steps up and down."""
-    signed = differences.view(f"<i{differences.itemsize}")
-    zigzag: Elements = ((signed << 1) ^ (signed >> (8 * differences.itemsize - 1))).view(differences.dtype)
-    return zigzag
-
-
-def _unzigzag(zigzag: Elements) -> Elements:
-    """The differences that these numbers stand for."""
-    differences: Elements = zigzag & 1
-    np.negative(differences, out=differences)
-    differences ^= zigzag >> 1
-    return differences
-
-
-def _join(planes: Bytes, itemsize: int) -> Elements:
-    """The numbers whose bytes lie in planes."""
-    first, *others = planes.reshape(itemsize, -1)[::-1]
-    numbers: Elements = first.astype(ELEMENT[itemsize])
-    for plane in others:
-        numbers <<= 8
-        numbers |= plane
-    return numbers
+    if end > record.block.num_elements:
+        raise _bad(f"block {record.block.number} changes element {end - 1}; allowed: below {record.block.num_elements}")
 
 
 def _check_counts(record: Record) -> None:

@@ -1,5 +1,5 @@
 """Lossless differences between two versions of a snapshot: making, applying, folding them. Pure: no socket, no file, no
-thread of its own, though it lets its caller's threads do what is independent (`Run`), with the same result.
+thread of its own, though it lets its caller's threads do what is independent (`Run`, `Start`), with the same result.
 
 A payload is the records (`delta_records.py`) of the blocks that changed, ascending, and nothing else; no byte at all
 says that nothing changed. A record adds to the bits of elements, so a payload gives its version only on exactly the
@@ -10,59 +10,67 @@ to, and what came of it is for the receiver to verify, by the total hash.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from broker.protocol.delta_records import (
-    ELEMENT,
-    Block,
-    Blocks,
-    Content,
-    Elements,
-    Positions,
-    Record,
-    open_record,
-    pack,
-    read_records,
-    repack,
-    unpack,
-)
-from broker.protocol.hashes import Run
+from broker.protocol.delta_loops import Piece, add, find
+from broker.protocol.delta_records import Block, Blocks, Content, Record, open_record, pack, read_records, repack
+from broker.protocol.hashes import Leaves, Run, Start, at_once
 from broker.protocol.weights import Buffer, Bytes, TensorSpec, flat
 
-WORD: Final = np.dtype("<u8")
-SCAN_BYTES: Final = 1 << 20  # of either version: both stay near the core from comparing to copying
-SHARED_BYTES: Final = 16 << 20  # of a tensor: from there on threads share its blocks
+MAX_BEGUN: Final = 16  # blocks that are compared, or wait for it, at a time: what is new in them must be held
 BATCH_BYTES: Final = 128 << 10  # of opened records in one piece of work
 KEPT_BYTES: Final = 4 << 20  # of opened records between checking and applying; what is beyond is opened twice
+
+Done = Callable[[Block], None]
+OfRecord = Callable[[bytes], None]
+
+
+def nothing_more(_: Block | bytes) -> None:
+    """What is to be done with a block that is up to date, and with a record, by default."""
+
+
+def hash_block(leaves: Leaves, block: Block) -> None:
+    """What is to be done with a block that is up to date, for the hash of the whole."""
+    leaves.hash(block.offset, block.offset + block.num_bytes)
 
 
 class DeltaEncoder:
     """Collects the changes of one version of a snapshot of these tensors, tensor by tensor, in their order.
 
-    Where `run` is that of threads, they share the blocks of a large tensor. Small ones are not worth their trouble: in
-    Python threads hand over to each other after every operation, which takes longer than operations on a little do.
+    Blocks are compared as soon as they are complete, several at a time where `start` is that of threads; `done` is then
+    called with each, by the same thread, while its bytes are still near the core, and `made` with each record, in the
+    order of the payload, by the caller's thread.
     """
 
-    def __init__(self, tensors: Sequence[TensorSpec], run: Run = map) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[TensorSpec],
+        start: Start = at_once,
+        done: Done = nothing_more,
+        made: OfRecord = nothing_more,
+    ) -> None:
         self._tensors, self._blocks = tensors, Blocks(tensors)
-        self._run = run
+        self._start, self._done, self._made = start, done, made
         self._num_given = 0  # tensors
-        self._block: Block | None = None  # which several tensors share
-        self._found: list[_Found] = []  # in it
+        self._pieces: list[Piece] = []  # of the block that is not complete yet
+        self._block: Block | None = None  # that one
+        self._begun: deque[Future[_Packed]] = deque()
         self._records: list[bytes] = []
         self.num_bytes = 0  # of the records so far: the caller stops when a delta no longer pays
         self.num_changed = 0  # elements in them
 
     def add(self, base: Bytes, new: Buffer) -> None:
-        """Keep what changed in the next tensor from `base` to `new`, and make `base` equal to `new`.
+        """Keep what changed in the next tensor from `base` to `new`, and make `base` equal to `new`, before long.
 
-        base: the tensor's bytes in the copy last published, writable. new: as many contiguous bytes, which may change
-        once this returns. Beside the packed records it takes some 20 bytes for each change in a block. Raises
-        ValueError where the arguments do not fit the tensor, before anything is written.
+        base: the tensor's bytes in the copy last published, writable. new: as many contiguous bytes, which must not
+        change before `finish` or `abandon`. Beside the packed records it takes at most the memory of twice a block for
+        each thread, and holds on to what is new in MAX_BEGUN blocks. Raises ValueError where the arguments do not fit
+        the tensor, before anything is written.
         """
         if self._num_given >= len(self._tensors):
             raise ValueError(f"there are {len(self._tensors)} tensors, and all of them were given")
@@ -72,64 +80,77 @@ class DeltaEncoder:
         if not base.size == fresh.size == spec.num_bytes:
             raise ValueError(f"tensor {spec.name!r}: {base.size} and {fresh.size} bytes; allowed: {spec.num_bytes}")
         self._num_given += 1
-        pieces = list(self._pieces(spec, base, fresh))
-        run = self._run if base.size >= SHARED_BYTES else map
-        for piece, (found, record) in zip(pieces, run(_encode, pieces), strict=True):
-            if piece.block != self._block:
-                self._end_block()
-                self._block = piece.block
-            self._found += found
-            self._keep(record)
+        at = 0
+        while at < spec.num_bytes:
+            block = self._blocks.around(spec.offset + at)
+            place = spec.offset + at - block.offset
+            end = min(at + block.num_bytes - place, spec.num_bytes)
+            self._block = block
+            self._pieces.append(Piece(place, base[at:end], fresh[at:end]))
+            if place + end - at == block.num_bytes:
+                self._begin()
+            at = end
 
     def finish(self) -> Bytes:
         """The payload: one read-only uint8 array, empty where nothing changed. No tensor can be added after that."""
-        self._num_given = len(self._tensors)
-        self._end_block()
+        self._complete()
         return np.frombuffer(b"".join(self._records), np.uint8)
 
-    def _pieces(self, spec: TensorSpec, base: Bytes, new: Bytes) -> Iterator[_Piece]:
-        start = 0
-        while start < spec.num_bytes:
-            block = self._blocks.around(spec.offset + start)
-            place = spec.offset + start - block.offset
-            end = min(start + block.num_bytes - place, spec.num_bytes)
-            yield _Piece(block, place, base[start:end], new[start:end])
-            start = end
+    def abandon(self) -> None:
+        """Give up the payload, and make the bases of all that was added equal to what is new nevertheless."""
+        self._complete()
 
-    def _end_block(self) -> None:
-        if self._block is not None:
-            self._keep(_pack(self._block, self._found))
-            self._found = []
+    def wait(self) -> None:
+        """Return when nothing is at work any more, be it finished or failed."""
+        wait(self._begun)
 
-    def _keep(self, record: _Packed) -> None:
-        self._records.append(record.data)
+    def _complete(self) -> None:
+        self._num_given = len(self._tensors)
+        if self._pieces:
+            self._begin()
+        while self._begun:
+            self._keep()
+
+    def _begin(self) -> None:
+        assert self._block is not None
+        block, pieces, done = self._block, self._pieces, self._done
+
+        def work(block: Block) -> _Packed:
+            found = find(pieces, block.itemsize, block.num_elements)
+            record = _Packed(pack(block.number, found), found.num_values) if found is not None else _Packed(b"", 0)
+            done(block)
+            return record
+
+        self._pieces = []
+        self._begun.append(self._start(work, block))
+        while self._begun and (self._begun[0].done() or len(self._begun) >= MAX_BEGUN):
+            self._keep()
+
+    def _keep(self) -> None:
+        record = self._begun.popleft().result()
+        if record.data:
+            self._records.append(record.data)
+            self._made(record.data)
         self.num_bytes += len(record.data)
         self.num_changed += record.num_changed
 
 
-class _Piece(NamedTuple):
-    """What one tensor has of a block, as it was published and as it is now. `place` counts bytes in the block."""
+class _Packed(NamedTuple):
+    """A record, empty where nothing changed."""
 
-    block: Block
-    place: int
-    base: Bytes
-    new: Bytes
+    data: bytes
+    num_changed: int
 
 
-class _Found(NamedTuple):
-    """What differed in a part of a block, in words or in elements: where, counted in them, and both bits."""
-
-    places: Positions
-    before: Elements
-    after: Elements
-
-
-def apply_delta(payload: Buffer, tensors: Sequence[TensorSpec], target: Bytes, run: Run = map) -> int:
+def apply_delta(
+    payload: Buffer, tensors: Sequence[TensorSpec], target: Bytes, run: Run = map, done: Done = nothing_more
+) -> int:
     """Change `target`, the writable uint8 snapshot of exactly these tensors that the delta was made from.
 
     Everything is checked before the first byte is written. Applied to anything else, or once more, it gives other
-    bytes than it should, which only their hash tells. Returns the number of elements changed. Raises ProtocolError for
-    a payload that is malformed or does not fit the tensors, ValueError for a target that is no such snapshot.
+    bytes than it should, which only their hash tells; `done` is called with each block that was written. Returns the
+    number of elements changed. Raises ProtocolError for a payload that is malformed or does not fit the tensors,
+    ValueError for a target that is no such snapshot.
     """
     num_bytes = tensors[-1].offset + tensors[-1].num_bytes
     if target.dtype != np.uint8 or target.shape != (num_bytes,) or not target.flags.writeable:
@@ -153,11 +174,9 @@ def apply_delta(payload: Buffer, tensors: Sequence[TensorSpec], target: Bytes, r
         contents = opened[number] or [open_record(record) for record in batches[number]]
         opened[number] = None
         for record, content in zip(batches[number], contents, strict=True):
-            positions, differences = unpack(content)
-            start, end = record.block.offset, record.block.offset + record.block.num_bytes
-            elements = target[start:end].view(ELEMENT[record.block.itemsize])
-            differences += elements.take(positions)
-            elements[positions] = differences
+            block = record.block
+            add(target[block.offset : block.offset + block.num_bytes], block.itemsize, *content)
+            done(block)
 
     for _ in run(write, range(len(batches))):
         pass
@@ -167,8 +186,8 @@ def apply_delta(payload: Buffer, tensors: Sequence[TensorSpec], target: Bytes, r
 def fold(payloads: Sequence[Buffer], tensors: Sequence[TensorSpec], run: Run = map) -> Bytes:
     """One payload with the effect of these applied in order. What was changed and changed back is not in it.
 
-    The memory is that of one block in all payloads for each thread, and of the result. Raises ProtocolError as
-    `apply_delta` does.
+    The memory is that of two blocks, and of one in all payloads, for each thread, and of the result. Raises
+    ProtocolError as `apply_delta` does.
     """
     blocks, by_block = Blocks(tensors), dict[int, list[Record]]()
     for payload in payloads:
@@ -183,13 +202,11 @@ def _fold_one(records: Sequence[Record]) -> bytes:
     contents = [open_record(record) for record in records]
     if len(records) == 1:
         return repack(records[0])
-    sums = np.zeros(block.num_elements, ELEMENT[block.itemsize])
+    sums = np.zeros(block.num_bytes, np.uint8)
     for content in contents:
-        positions, differences = unpack(content)
-        differences += sums.take(positions)
-        sums[positions] = differences
-    positions = np.flatnonzero(sums != 0)
-    return pack(block.number, positions, sums.take(positions)) if positions.size else b""
+        add(sums, block.itemsize, *content)
+    found = find([Piece(0, np.zeros(block.num_bytes, np.uint8), sums)], block.itemsize, block.num_elements)
+    return pack(block.number, found) if found is not None else b""
 
 
 def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
@@ -204,58 +221,3 @@ def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
             batch, num_bytes = [], 0
     if batch:
         yield batch
-
-
-class _Packed(NamedTuple):
-    """A record, empty where nothing changed."""
-
-    data: bytes
-    num_changed: int
-
-
-def _encode(piece: _Piece) -> tuple[list[_Found], _Packed]:
-    """What differs in a piece, packed where it is all of its block. Its base equals what is new afterwards."""
-    found = _compare(piece)
-    if piece.base.size == piece.block.num_bytes:
-        return [], _pack(piece.block, found)
-    return found, _Packed(b"", 0)
-
-
-def _compare(piece: _Piece) -> list[_Found]:
-    """Most words of eight bytes are the same, so words are compared wherever they are aligned."""
-    addresses = piece.place | piece.base.size | piece.base.ctypes.data | piece.new.ctypes.data
-    unit = ELEMENT[piece.block.itemsize] if addresses % WORD.itemsize else WORD
-    found = []
-    for start in range(0, piece.base.size, SCAN_BYTES):
-        base, new = (side[start : start + SCAN_BYTES].view(unit) for side in (piece.base, piece.new))
-        places = np.flatnonzero(base != new)
-        if places.size:
-            before, after = base.take(places), new.take(places)
-            base[places] = after
-            places += (piece.place + start) // unit.itemsize
-            found.append(_Found(places, before, after))
-    return found
-
-
-def _pack(block: Block, found: Sequence[_Found]) -> _Packed:
-    if not found:
-        return _Packed(b"", 0)
-    element = ELEMENT[block.itemsize]
-    parts = [
-        _changed_elements(list(alike), element)
-        for _, alike in itertools.groupby(found, lambda each: each.before.itemsize)
-    ]
-    positions, differences = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return _Packed(pack(block.number, positions, differences), positions.size)
-
-
-def _changed_elements(found: Sequence[_Found], element: np.dtype[Any]) -> tuple[Positions, Elements]:
-    """Places and differences of the elements that changed in words, or elements, that did."""
-    places, before, after = (np.concatenate(column) for column in zip(*found, strict=True))
-    differences: Elements = after.view(element) - before.view(element)
-    changed = np.flatnonzero(differences != 0)
-    shift = (after.itemsize // element.itemsize).bit_length() - 1
-    positions = places.take(changed >> shift)
-    positions <<= shift
-    positions += changed & (1 << shift) - 1
-    return positions, differences.take(changed)

@@ -8,6 +8,7 @@ digests of a snapshot's chunks follow from those of its leaves. It finds damage,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Final, Protocol, TypeVar
 
 import xxhash
@@ -27,6 +28,24 @@ class Run(Protocol):
         ...
 
 
+class Start(Protocol):
+    """Begins a piece of work, whose result or failure the future will have."""
+
+    def __call__(self, work: Callable[[T], R], item: T, /) -> Future[R]:
+        """Does not wait for others."""
+        ...
+
+
+def at_once(work: Callable[[T], R], item: T, /) -> Future[R]:
+    """A Start without threads: it is done before this returns."""
+    future: Future[R] = Future()
+    try:
+        future.set_result(work(item))
+    except Exception as error:  # noqa: BLE001  whatever it was, who asks for the result gets it
+        future.set_exception(error)
+    return future
+
+
 def digest(data: memoryview, run: Run = map) -> bytes:
     """The digest of a one-dimensional view of bytes."""
     if data.nbytes <= LEAF_BYTES:
@@ -39,6 +58,37 @@ def leaves(data: memoryview, run: Run = map) -> list[bytes]:
     step = RUN_LEAVES * LEAF_BYTES
     pieces = (data[start : start + step] for start in range(0, data.nbytes, step))
     return [leaf for some in run(_leaves, pieces) for leaf in some]
+
+
+class Leaves:
+    """The digests of the leaves of some bytes, hashed range by range as these come to be what they shall be."""
+
+    def __init__(self, data: memoryview) -> None:
+        """data: one-dimensional, referred to."""
+        self._data = data
+        self._digests: list[bytes | None] = [None] * -(-data.nbytes // LEAF_BYTES)
+
+    def hash(self, start: int, end: int) -> None:
+        """Hash the leaves that lie wholly within these bytes, which must not change any more. Threads may hash
+        different ranges side by side."""
+        last = len(self._digests) if end == self._data.nbytes else end // LEAF_BYTES
+        for index in range(-(-start // LEAF_BYTES), last):
+            self._digests[index] = self._digest(index)
+
+    def finish(self, run: Run = map) -> list[bytes]:
+        """All of them, in order; those that are missing are hashed now."""
+        missing = [index for index, digest in enumerate(self._digests) if digest is None]
+        pieces = [missing[i : i + RUN_LEAVES] for i in range(0, len(missing), RUN_LEAVES)]
+        for piece, digests in zip(pieces, run(self._all, pieces), strict=True):
+            for index, digest in zip(piece, digests, strict=True):
+                self._digests[index] = digest
+        return [digest for digest in self._digests if digest is not None]
+
+    def _all(self, indices: Sequence[int]) -> list[bytes]:
+        return [self._digest(index) for index in indices]
+
+    def _digest(self, index: int) -> bytes:
+        return xxhash.xxh3_128_digest(self._data[index * LEAF_BYTES : (index + 1) * LEAF_BYTES])
 
 
 def join(digests: Sequence[bytes]) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, ClassVar, Final
+from typing import Annotated, ClassVar, Final, NamedTuple
 
 import numpy as np
 from msgspec import Meta
@@ -30,7 +30,7 @@ from broker.protocol.weights import (
 )
 
 FROM_RECEIVER: Final = ("HELLO", "HEARTBEAT", "WATCH", "MANIFEST", "CHUNK")
-FROM_SERVER: Final = ("WELCOME", "HEARTBEAT", "ANNOUNCE", "PUSH", "MANIFEST_REPLY", "CHUNK_REPLY", "ERROR")
+FROM_SERVER: Final = ("WELCOME", "HEARTBEAT", "ANNOUNCE", "PUSH_PART", "PUSH", "MANIFEST_REPLY", "CHUNK_REPLY", "ERROR")
 
 Pair = tuple[Integer, Integer]  # a policy version: its numbers may be larger here than on the experience channel
 
@@ -64,7 +64,8 @@ class Welcome(Body, frozen=True, kw_only=True):
 
 class Watch(Body, frozen=True, kw_only=True):
     """Announce the newest version to me, now and at every change; `have` is the version I hold whole. `push_bytes`:
-    the next one may come as one PUSH of a payload of at most so many bytes; 0: only announced."""
+    the next one may come as one PUSH, with what goes before it, of a payload of at most so many bytes; 0: only
+    announced."""
 
     COMMAND: ClassVar[str] = "WATCH"
     have: Pair | None
@@ -111,11 +112,22 @@ class ManifestReply(OfVersion, frozen=True, kw_only=True):
     created_at: Seconds
 
 
+class PushPart(OfVersion, frozen=True, kw_only=True):
+    """Ahead of a PUSH, while its payload is still being made: some bytes of that, |u1 of one dimension, which begin at
+    `start`. See `read_part`."""
+
+    COMMAND: ClassVar[str] = "PUSH_PART"
+    parent: Pair
+    start: Integer
+
+
 class Push(ManifestReply, frozen=True, kw_only=True):
     """Instead of the first ANNOUNCE: the newest version as a delta to what the receiver holds, unasked. Its arrays are
-    those of MANIFEST_REPLY and the whole payload, |u1 [payload_bytes]. See `read_push`."""
+    those of MANIFEST_REPLY and the payload but for its first `sent_bytes`, which were in PUSH_PARTs. See `read_push`.
+    """
 
     COMMAND: ClassVar[str] = "PUSH"
+    sent_bytes: Integer
 
 
 class ChunkRequest(OfVersion, frozen=True, kw_only=True):
@@ -144,6 +156,23 @@ class Chunk:
     data: Bytes
 
 
+class Part(NamedTuple):
+    """Some bytes of the payload of a delta that is being made, from byte `start` on. Nothing is verified."""
+
+    version: PolicyVersion
+    parent: PolicyVersion
+    start: int
+    data: Bytes
+
+
+class Pushed(NamedTuple):
+    """What a PUSH carries: the payload from byte `sent_bytes` on. The bytes are not verified."""
+
+    manifest: Manifest
+    sent_bytes: int
+    rest: Bytes
+
+
 def version_text(version: PolicyVersion) -> str:
     """LINEAGE.VERSION, the `about` of a NOT_FOUND."""
     return f"{version.lineage}.{version.version}"
@@ -169,13 +198,21 @@ def manifest_reply(manifest: Manifest) -> Message:
     return _described(ManifestReply, manifest)
 
 
-def push(manifest: Manifest, payload: Bytes) -> Message:
-    """The PUSH of a delta; its bytes are referenced, not copied."""
-    return _described(Push, manifest, payload)
+def push(manifest: Manifest, payload: Bytes, sent_bytes: int = 0) -> Message:
+    """The PUSH of a delta, the first bytes of which were sent in parts; the rest is referenced, not copied."""
+    return _described(Push, manifest, payload[sent_bytes:], sent_bytes=sent_bytes)
 
 
-def _described(kind: type[ManifestReply], manifest: Manifest, *more: Bytes) -> Message:
+def push_part(part: Part) -> Message:
+    """The PUSH_PART of some bytes, referenced, not copied."""
+    version = part.version
+    body = PushPart(lineage=version.lineage, version=version.version, parent=part.parent, start=part.start)
+    return body.pack((part.data,))
+
+
+def _described(kind: type[ManifestReply], manifest: Manifest, *more: Bytes, **fields: int) -> Message:
     body = kind(
+        **fields,
         run_id=manifest.run_id,
         lineage=manifest.version.lineage,
         version=manifest.version.version,
@@ -210,16 +247,27 @@ def read_manifest(message: Message) -> Manifest:
     return _manifest(body, hashes)
 
 
-def read_push(message: Message) -> tuple[Manifest, Bytes]:
-    """The manifest in a PUSH, as `read_manifest` gives it, and the payload, which is not verified; it is a delta's."""
+def read_push(message: Message) -> Pushed:
+    """What a PUSH carries; its manifest is one as `read_manifest` gives it, of a delta."""
     body = parse_body(message, Push)
-    hashes, payload = _bytes_arrays(message, 2, 1)
+    hashes, rest = _bytes_arrays(message, 2, 1)
     manifest = _manifest(body, hashes)
     if manifest.parent is None:
         raise _bad(body, "parent is null; allowed: an older version of the same lineage")
-    if payload.size != manifest.payload_bytes:
-        raise _bad(body, f"a payload of {payload.size} bytes; allowed: payload_bytes, {manifest.payload_bytes}")
-    return manifest, payload
+    if body.sent_bytes + rest.size != manifest.payload_bytes:
+        raise _bad(
+            body,
+            f"a payload of {rest.size} bytes behind sent_bytes, {body.sent_bytes}; allowed: payload_bytes, "
+            f"{manifest.payload_bytes}, in all",
+        )
+    return Pushed(manifest, body.sent_bytes, rest)
+
+
+def read_part(message: Message) -> Part:
+    """What a PUSH_PART carries."""
+    body = parse_body(message, PushPart)
+    (data,) = _bytes_arrays(message, 1)
+    return Part(body.policy_version, PolicyVersion(*body.parent), body.start, data)
 
 
 def _manifest(body: ManifestReply, hashes: Bytes) -> Manifest:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from broker.protocol import hashes
-from broker.protocol.hashes import LEAF_BYTES, Run
+from broker.protocol.hashes import LEAF_BYTES, Leaves, Run
 from broker.protocol.trajectory import PolicyVersion
 
 HASH_BYTES = 16
@@ -147,17 +147,18 @@ def describe(
     chunk_bytes: int,
     created_at: float,
     run: Run = map,
+    leaves: Leaves | None = None,
 ) -> Manifest:
     """The manifest of a complete snapshot (uint8, one dimension) as an anchor, with the hashes of its chunks and of
-    the whole. Every byte is read once where chunks are whole leaves, else twice."""
-    leaves = hashes.leaves(flat(snapshot), run)
+    the whole. Every byte is read once where chunks are whole leaves, else twice; what `leaves` has hashed is not."""
+    digests = (leaves or Leaves(flat(snapshot))).finish(run)
     starts = range(0, snapshot.size, chunk_bytes)
     if chunk_bytes % LEAF_BYTES:
         chunk_hashes = [digest(snapshot[start : start + chunk_bytes]) for start in starts]
     else:
         step = chunk_bytes // LEAF_BYTES
-        chunk_hashes = [hashes.join(leaves[i : i + step]) for i in range(0, len(leaves), step)]
-    total = hashes.join(leaves)
+        chunk_hashes = [hashes.join(digests[i : i + step]) for i in range(0, len(digests), step)]
+    total = hashes.join(digests)
     return Manifest(run_id, version, None, tensors, snapshot.size, chunk_bytes, tuple(chunk_hashes), total, created_at)
 
 

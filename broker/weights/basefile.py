@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from broker.process.lifecycle import ErgonError
+from broker.protocol.hashes import join
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Buffer, Bytes, Manifest, digest, flat, safetensors_header
 from broker.weights import metrics
@@ -84,8 +85,8 @@ class BaseFile:
             started = time.monotonic()
             self._held = None
             self._pwrite(bytes(self._data_offset), 0)
-            self._delta.apply_to(data)
-            self._delta.verify(digest(data, coding_run()))
+            leaves = self._delta.apply_to(data)
+            self._delta.verify(join(leaves.finish(coding_run())))
             metrics.apply_seconds.observe(time.monotonic() - started)
         # Read back what the file holds: the hash then covers the writing, too.
         elif digest(data, coding_run()) != manifest.total_hash:

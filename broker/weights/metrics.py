@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from broker.protocol import delta_loops
+
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
 
 ANCHOR, DELTA = "anchor", "delta"  # values of the label `kind`
@@ -13,6 +15,14 @@ def kind(parent: object) -> str:
     """The label of a payload with this parent."""
     return ANCHOR if parent is None else DELTA
 
+
+# Every process.
+compiled_loops = Gauge(
+    "ergon_weights_compiled_loops",
+    "1 where the inner loops of deltas are the compiled ones; 0 where the package was installed without a C compiler, "
+    "and numpy does the same at half the speed.",
+)
+compiled_loops.set(delta_loops.compiled)
 
 # The publisher, in the learner.
 publish_seconds = Histogram(

@@ -67,6 +67,7 @@ class Peer:
     watching: bool = False
     have: Pair | None = None
     push_bytes: int = 0  # the largest payload it would take unasked; 0 from a push until its next WATCH
+    parts: tuple[Key, int] | None = None  # the delta that parts were sent of, and how many of its bytes
     told: PolicyVersion | None = None  # the version announced or pushed to it last, on this connection
     fetching: Key | None = None
     requested_at: float = 0.0

@@ -8,38 +8,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from broker.process.lifecycle import ErgonError
 from broker.process.security import OPEN, Security
-from broker.protocol import weights
-from broker.protocol.deltas import DeltaEncoder
+from broker.protocol import delta_loops, weights
+from broker.protocol.deltas import OfRecord, nothing_more
+from broker.protocol.hashes import Leaves
 from broker.protocol.trajectory import PolicyVersion
-from broker.protocol.weights import DTYPES, Buffer, Bytes, Manifest, TensorSpec, flat
+from broker.protocol.weight_messages import Part
+from broker.protocol.weights import DTYPES, Buffer, Manifest, flat
 from broker.weights import metrics
-from broker.weights.chain import Payload, pays
+from broker.weights.chain import Payload
+from broker.weights.filling import Changed, Diff, Read, continues_base, fill, source_of
+from broker.weights.pushing import Ahead
 from broker.weights.server import WeightServer
-from broker.weights.store import Draft, OutOfBudgetError, WeightStore
+from broker.weights.store import OutOfBudgetError, WeightStore
 from broker.weights.threads import coding_run
 
 logger = logging.getLogger(__name__)
 
-Read = Callable[[str], Buffer]
-
-
-class Changes(NamedTuple):
-    """What changed in a tensor: positions (int64) of elements, and their new bits as unsigned integers of that size."""
-
-    positions: npt.NDArray[np.int64]
-    elements: npt.NDArray[Any]
-
-
-Changed = Callable[[str], Changes | None]
+PART_BYTES = 128 << 10  # of a delta that is sent while it is made: a millisecond of a link of 1 Gbit/s
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +70,14 @@ class WeightPublisher:
         self._chunk_bytes = chunk_bytes
         self._patience_s = 2 * heartbeat_s * liveness  # by then a peer that reads nothing is gone, and its memory free
         self._last: PolicyVersion | None = None  # announced, whether or not it is still served
+        self._delta_bytes = 0  # of its payload as a delta; 0: there was none
         self._store = WeightStore(max_bytes, max_delta_bytes)
         self._server = WeightServer(
             bind_endpoint, run_id, self._store, heartbeat_s=heartbeat_s, liveness=liveness, security=security
         )
         self.endpoint = self._server.endpoint
+        if not delta_loops.compiled:
+            logger.warning("deltas are made by numpy, at half the speed reason=installed without a C compiler")
 
     @property
     def newest(self) -> PolicyVersion | None:
@@ -106,7 +101,7 @@ class WeightPublisher:
         sources = {name: data for name, _, _, data in given}
         layout = [(name, dtype, tuple(shape)) for name, dtype, shape, _ in given]
         for spec in weights.lay_out(layout):
-            _source(spec, sources[spec.name])
+            source_of(spec, sources[spec.name])
         return self.publish_from(version, layout, sources.__getitem__)
 
     def publish_from(
@@ -119,7 +114,8 @@ class WeightPublisher:
         """Compare with the version before, copy, hash, switch, announce. `layout` is (name, dtype as in torch, shape).
 
         `read(name)` gives a tensor's contiguous little-endian bytes. It is called once for each, in the order of the
-        snapshot, and its result is let go of before the next; the bytes may change once this returns. `changed(name)`,
+        snapshot; the bytes may change once this returns, and their memory is let go of when they are compared, which is
+        not more than some blocks later. `changed(name)`,
         where it is given, is asked first wherever the version before is still there to be changed: what it knows of the
         difference to that version is taken as all of it, and `read` is asked where it knows nothing.
 
@@ -133,7 +129,7 @@ class WeightPublisher:
         if self._last is not None and version <= self._last:
             raise ValueError(f"version {tuple(version)} is not newer than {tuple(self._last)}, which was published")
         specs = weights.lay_out((name, dtype, tuple(shape)) for name, dtype, shape in layout)
-        continues = _continues(self._store.newest, version, specs)
+        continues = continues_base(self._store.newest, version, specs)
         try:
             draft = self._store.begin(
                 specs[-1].offset + specs[-1].num_bytes, timeout_s=self._patience_s, copy=continues
@@ -142,96 +138,52 @@ class WeightPublisher:
             raise ErgonError(str(error)) from error
         try:
             based = continues and draft.base is not None
-            diff = _fill(draft, specs, read, changed if based else None, encode=based)
+            leaves = Leaves(flat(draft.data)) if based else None
+            parts = self._parts(version, draft.base.version) if based and draft.base is not None else nothing_more
+            diff = fill(draft, specs, read, changed if based else None, leaves, parts)
             manifest = weights.describe(
-                self._run_id, version, specs, draft.data, self._chunk_bytes, time.time(), coding_run()
+                self._run_id, version, specs, draft.data, self._chunk_bytes, time.time(), coding_run(), leaves
             )
             delta = None
             if diff is not None and draft.base is not None:
                 delta = Payload(weights.describe_delta(manifest, draft.base.version, diff.payload), diff.payload)
         except BaseException:
             self._store.abort(draft)
+            self._server.push_part(None)
             self._server.announce()
             raise
         self._store.commit(draft, manifest, delta)
         self._last = version
+        self._delta_bytes = delta.data.size if delta is not None else 0
         self._server.announce()
         stats = _stats(manifest, diff, time.monotonic() - started)
         _observe(stats)
         logger.info("published version=%s %s", tuple(version), stats)
         return stats
 
+    def _parts(self, version: PolicyVersion, parent: PolicyVersion) -> OfRecord:
+        """What to do with the records of a delta as they are made: send them ahead, where the delta is likely to be as
+        small as the one before."""
+        if not self._delta_bytes:
+            return nothing_more
+        expected_bytes, made, num_sent = self._delta_bytes + self._delta_bytes // 4, bytearray(), 0
+
+        def send(record: bytes) -> None:
+            nonlocal made, num_sent
+            made += record
+            if len(made) >= PART_BYTES:
+                part = Part(version, parent, num_sent, np.frombuffer(made, np.uint8))
+                self._server.push_part(Ahead(part, expected_bytes))
+                made, num_sent = bytearray(), num_sent + len(made)
+
+        return send
+
     def close(self) -> None:
         """Stop serving. Idempotent."""
         self._server.close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Diff:
-    payload: Bytes
-    num_changed: int
-
-
-def _continues(base: Manifest | None, version: PolicyVersion, specs: tuple[TensorSpec, ...]) -> bool:
-    """Whether a delta to `base` can be made."""
-    return base is not None and base.version.lineage == version.lineage and base.tensors == specs
-
-
-def _fill(draft: Draft, specs: Sequence[TensorSpec], read: Read, changed: Changed | None, encode: bool) -> _Diff | None:
-    """Make the draft the new snapshot, tensor by tensor; what changed, where that is asked for and pays."""
-    started = time.monotonic()
-    encoder = DeltaEncoder(specs, coding_run()) if encode else None
-    for spec in specs:
-        target = draft.data[spec.offset : spec.offset + spec.num_bytes]
-        changes = changed(spec.name) if changed is not None else None
-        if changes is None:
-            source = np.frombuffer(_source(spec, read(spec.name)), np.uint8)
-        else:
-            source = _after(spec, target, changes)
-        if encoder is None:
-            target[:] = source
-        else:
-            encoder.add(target, source)
-            if not pays(encoder.num_bytes, draft.data.size):
-                encoder = None
-        del source  # before the next one is read
-    payload = encoder.finish() if encoder is not None else None
-    metrics.diff_seconds.observe(time.monotonic() - started)
-    if encoder is None or payload is None or not pays(payload.size, draft.data.size):
-        return None
-    return _Diff(payload, encoder.num_changed)
-
-
-def _after(spec: TensorSpec, before: Bytes, changes: Changes) -> Bytes:
-    """The bytes of a tensor after these changes. Raises ValueError where they do not fit its description."""
-    positions, elements = changes
-    size = DTYPES[spec.dtype][1]
-    num_elements = spec.num_bytes // size
-    outside = positions.size and not 0 <= int(positions.min()) <= int(positions.max()) < num_elements
-    if elements.dtype != np.dtype(f"u{size}") or elements.shape != positions.shape or outside:
-        raise ValueError(
-            f"tensor {spec.name!r}: {elements.size} changes of {elements.dtype} at {positions.size} positions; due are "
-            f"as many of both, unsigned integers of {size} bytes, within {num_elements} elements"
-        )
-    after = before.copy()
-    after.view(elements.dtype)[positions] = elements
-    return after
-
-
-def _source(spec: TensorSpec, data: Buffer) -> memoryview:
-    """The bytes given for a tensor. Raises ValueError where they do not fit its description."""
-    try:
-        source = flat(data)
-    except TypeError as error:
-        raise ValueError(f"tensor {spec.name!r} is not contiguous; make it so before publishing") from error
-    if source.nbytes != spec.num_bytes:
-        raise ValueError(
-            f"tensor {spec.name!r} has {source.nbytes} bytes; {spec.dtype} {list(spec.shape)} has {spec.num_bytes}"
-        )
-    return source
-
-
-def _stats(manifest: Manifest, diff: _Diff | None, seconds: float) -> PublishStats:
+def _stats(manifest: Manifest, diff: Diff | None, seconds: float) -> PublishStats:
     num_elements = sum(spec.num_bytes // DTYPES[spec.dtype][1] for spec in manifest.tensors)
     return PublishStats(
         num_bytes=manifest.total_bytes,

@@ -21,9 +21,11 @@ from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.errors import ProtocolError
 from broker.protocol.trajectory import PolicyVersion
+from broker.protocol.weight_messages import Part
 from broker.weights import metrics
 from broker.weights.chain import Payload
 from broker.weights.fetch import WeightsSupersededError
+from broker.weights.pushing import Ahead
 from broker.weights.server import WeightServer
 from broker.weights.sinks import WeightsCorruptError
 from broker.weights.store import OutOfBudgetError, WeightStore
@@ -40,6 +42,12 @@ def push_on(server: WeightServer, delta: Payload) -> None:
     """Let `server` push this delta, which has just arrived, if its chunks are right."""
     if all(delta.manifest.chunk_fits(index, delta.chunk(index)) for index in range(delta.manifest.num_chunks)):
         server.push_ahead(delta)
+
+
+def pass_on(server: WeightServer, part: Part) -> None:
+    """Let `server` pass on these bytes of a delta that is still being made, whatever they are: where they are not
+    right, the push that says what they had to be is never passed on."""
+    server.push_part(Ahead(part, part.start + part.data.size))
 
 
 class Relay:
@@ -128,6 +136,7 @@ def serve_relay(settings: Settings) -> None:
         heartbeat_s=weights.heartbeat_s,
         liveness=weights.liveness,
         on_push=partial(push_on, server),
+        on_part=partial(pass_on, server),
         on_failure=lambda _error: stop.set(),
         security=security,
         server=Identity(settings.security.upstream),

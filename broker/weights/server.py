@@ -3,8 +3,8 @@
 Serves what the `WeightStore` holds and decides nothing about it except which payloads are still being fetched. Folds of
 deltas are made in a thread of their own (`folding.py`); who asks for one waits until it is there. A peer that reads
 slowly fills its own queue, its further requests wait (bounded), and nobody else notices. Data goes out on request, but
-for one small delta at a time to each peer that asked for that in advance (`_push`). The socket and its peers are in
-`peers.py`.
+for one small delta at a time to each peer that asked for that in advance (`pushing.py`). The socket and its peers are
+in `peers.py`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from broker.protocol.commands import Heartbeat, error_message, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
-from broker.protocol.weights import MAX_CHUNK_BYTES, Manifest
+from broker.protocol.weights import Manifest
 from broker.weights import metrics
 from broker.weights.chain import FoldJob, Payload
 from broker.weights.folding import Folder
 from broker.weights.peers import MAX_REQUEST_BYTES, Peer, Peers, Request
+from broker.weights.pushing import Ahead, Pusher, PushMessages
 from broker.weights.store import WeightStore
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,10 @@ class WeightServer:
         self._refusals = Throttle()
         self.failure: Exception | None = None  # why the thread ended by itself; its owner must not go on without it
         self._peers = Peers(endpoint, run_id, heartbeat_s * liveness, security)
+        self._pusher = Pusher(self._peers)
         self.endpoint = self._peers.endpoint
         self._ahead: deque[Payload] = deque(maxlen=1)  # to be pushed; only the newest is worth it
+        self._parts: deque[Ahead | None] = deque()
         self._wakeup = Wakeup()
         self._folder = Folder(store)
         self._thread = threading.Thread(target=self._run, name="weight-server", daemon=True)
@@ -75,6 +78,12 @@ class WeightServer:
     def push_ahead(self, delta: Payload) -> None:
         """Push this delta to who waits for it; the store need not hold what it leads to yet. Thread-safe."""
         self._ahead.append(delta)
+        self._wakeup.wake()
+
+    def push_part(self, ahead: Ahead | None) -> None:
+        """Send some bytes of a delta that is still being made to who would take it. Thread-safe. Parts come in order,
+        and behind them the push; or None, where nothing will come of it."""
+        self._parts.append(ahead)
         self._wakeup.wake()
 
     def close(self) -> None:
@@ -117,8 +126,10 @@ class WeightServer:
             ready = dict(poller.poll(int(pause_s * 1000) + 1))
             if self._wakeup.fileno() in ready:
                 self._wakeup.drain()
+                while self._parts:
+                    self._pusher.send_part(self._parts.popleft())
                 while self._ahead:
-                    self._push_all(self._ahead.popleft())
+                    self._pusher.push_to_all(self._ahead.popleft())
                 self._announce_all()
             if self._peers.socket in ready:
                 self._receive()
@@ -139,21 +150,21 @@ class WeightServer:
         self._announce_all()
 
     def _announce_all(self) -> None:
-        newest, pushes = self._store.newest, dict[PolicyVersion, Message]()
+        newest, made = self._store.newest, PushMessages()
         for routing, peer in self._peers.watching():
-            self._tell(routing, peer, newest, pushes)
+            self._tell(routing, peer, newest, made)
 
-    def _tell(self, routing: bytes, peer: Peer, newest: Manifest | None, pushes: dict[PolicyVersion, Message]) -> None:
+    def _tell(self, routing: bytes, peer: Peer, newest: Manifest | None, made: PushMessages) -> None:
         """Announce the newest version to a peer; by pushing it, where that is news to the peer, wanted and possible.
-        `pushes`: messages made so far, by parent."""
+        `made`: the pushes so far."""
         if newest is None:
             self._peers.send(routing, messages.Announce(newest=None, num_bytes=0).pack())
-        elif peer.told == newest.version or not self._push(routing, peer, newest.version, pushes):
+        elif peer.told == newest.version or not self._push(routing, peer, newest.version, made):
             message = messages.Announce(newest=newest.version, num_bytes=newest.total_bytes).pack()
             if self._peers.send(routing, message):
                 peer.told = newest.version
 
-    def _push(self, routing: bytes, peer: Peer, newest: PolicyVersion, pushes: dict[PolicyVersion, Message]) -> bool:
+    def _push(self, routing: bytes, peer: Peer, newest: PolicyVersion, made: PushMessages) -> bool:
         """Send the newest version as a delta to what the peer holds; whether there is one, and it was sent."""
         have = messages.policy_version(peer.have)
         if not peer.push_bytes or have is None or have >= newest:
@@ -162,33 +173,7 @@ class WeightServer:
         if delta is None:
             metrics.pushes_withheld.labels("behind").inc()
             return False
-        if have not in pushes:
-            pushes[have] = messages.push(delta.manifest, delta.data)
-        return self._send_push(routing, peer, delta, pushes[have])
-
-    def _push_all(self, delta: Payload) -> None:
-        """Send a delta that the store does not hold yet to who holds its parent."""
-        message = messages.push(delta.manifest, delta.data)
-        for routing, peer in self._peers.watching():
-            if peer.push_bytes and peer.have == delta.manifest.parent and peer.told != delta.version:
-                self._send_push(routing, peer, delta, message)
-
-    def _send_push(self, routing: bytes, peer: Peer, delta: Payload, message: Message) -> bool:
-        """Send it within the peer's credit, which is used up with it; whether that was done.
-
-        Never behind an answer that the peer still waits for, so that a peer has one push in its queue at most, and
-        nothing but announcements before it.
-        """
-        if delta.data.size > min(peer.push_bytes, MAX_CHUNK_BYTES):
-            metrics.pushes_withheld.labels("large").inc()
-            return False
-        if peer.fetching is not None or not self._peers.send(routing, message):
-            metrics.pushes_withheld.labels("busy").inc()
-            return False
-        peer.told, peer.push_bytes = delta.version, 0
-        metrics.pushes_sent.inc()
-        metrics.served_bytes.labels(metrics.DELTA).inc(delta.data.size)
-        return True
+        return self._pusher.push(routing, peer, delta, made)
 
     def _receive(self) -> None:
         for _ in range(MESSAGES_PER_TURN):
@@ -225,7 +210,7 @@ class WeightServer:
             watch = parse_body(message, messages.Watch)
             peer.watching, peer.have, peer.push_bytes, peer.fetching = True, watch.have, watch.push_bytes, None
             peer.waiting.clear()
-            self._tell(routing, peer, self._store.newest, {})
+            self._tell(routing, peer, self._store.newest, PushMessages())
         elif message.command == messages.ManifestRequest.COMMAND:
             manifest = parse_body(message, messages.ManifestRequest)
             have = messages.policy_version(manifest.have)

@@ -12,8 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from broker.protocol.deltas import apply_delta
+from broker.protocol.deltas import apply_delta, hash_block
 from broker.protocol.errors import ProtocolError
+from broker.protocol.hashes import Leaves
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Buffer, Bytes, Manifest, TensorSpec, describe, flat
 from broker.weights import metrics
@@ -74,13 +75,16 @@ class DeltaBuffer:
         start, end = self.manifest.chunk_range(index)
         self.data[start:end] = np.frombuffer(flat(data), np.uint8)
 
-    def apply_to(self, target: Bytes) -> None:
-        """Make `target`, the parent's snapshot, that of this version; `verify` is due. Raises DeltaRefusedError."""
+    def apply_to(self, target: Bytes) -> Leaves:
+        """Make `target`, the parent's snapshot, that of this version; `verify` is due. The hashes of what has changed.
+        Raises DeltaRefusedError."""
         self.data.setflags(write=False)
+        leaves = Leaves(flat(target))
         try:
-            apply_delta(self.data, self.manifest.tensors, target, coding_run())
+            apply_delta(self.data, self.manifest.tensors, target, coding_run(), lambda block: hash_block(leaves, block))
         except ProtocolError as error:
             raise DeltaRefusedError(f"the delta to {_text(self.manifest)} is malformed: {error.message}") from error
+        return leaves
 
     def verify(self, total_hash: bytes) -> None:
         """Raise DeltaRefusedError unless this, the target's hash, is the version's."""
@@ -153,8 +157,7 @@ class StoreSink:
         draft = self._store.begin(delta.manifest.total_bytes, copy=True)
         started = time.monotonic()
         try:
-            delta.apply_to(draft.data)
-            made = describe_as(delta.manifest, draft.data)
+            made = describe_as(delta.manifest, draft.data, delta.apply_to(draft.data))
             delta.verify(made.total_hash)
         except BaseException:
             self._store.abort(draft)
@@ -163,8 +166,9 @@ class StoreSink:
         self._store.commit(draft, made, Payload(delta.manifest, delta.data))
 
 
-def describe_as(manifest: Manifest, snapshot: Bytes) -> Manifest:
-    """The manifest of these bytes as an anchor of the version that `manifest` names; only `total_hash` may differ."""
+def describe_as(manifest: Manifest, snapshot: Bytes, leaves: Leaves | None = None) -> Manifest:
+    """The manifest of these bytes as an anchor of the version that `manifest` names; only `total_hash` may differ.
+    leaves: of the snapshot, as far as they are hashed already."""
     return describe(
         manifest.run_id,
         manifest.version,
@@ -173,6 +177,7 @@ def describe_as(manifest: Manifest, snapshot: Bytes) -> Manifest:
         manifest.chunk_bytes,
         manifest.created_at,
         coding_run(),
+        leaves,
     )
 
 

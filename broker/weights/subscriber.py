@@ -42,7 +42,8 @@ class WeightSubscriber:
     """Knows the newest version announced at `endpoint` and fetches versions from there. Thread-safe.
 
     `on_announce(version)` is called from the connection's thread for each newer version, `on_push(delta)` before that
-    for one that came unasked, which is not verified; they must not block.
+    for one that came unasked, and `on_part(part)` for what came ahead of that, neither of which is verified; they must
+    not block.
     `on_failure(exc)` is called once if the server refuses this peer for good (another protocol or run, or its key).
     `server` is whose key the server must have, where `security` has keys. `push_bytes`: deltas up to this size may come
     with their announcement, and the newest one waits in memory until it is fetched; 0: all are asked for.
@@ -61,6 +62,7 @@ class WeightSubscriber:
         liveness: int = 15,
         on_announce: Callable[[PolicyVersion], None] | None = None,
         on_push: Callable[[Payload], None] | None = None,
+        on_part: Callable[[messages.Part], None] | None = None,
         on_failure: Callable[[Exception], None] | None = None,
         security: Security = OPEN,
         server: Identity = Identity.RELAY,
@@ -69,7 +71,8 @@ class WeightSubscriber:
         self._run_id = run_id
         self._credit = credit
         self._stall_s = heartbeat_s * liveness
-        self._on_announce, self._on_push, self._on_failure_given = on_announce, on_push, on_failure
+        self._on_announce, self._on_failure_given = on_announce, on_failure
+        self._on_push, self._on_part = on_push, on_part
         self._fetching = threading.Lock()  # one fetch at a time; the credit belongs to the connection
         self._changed = threading.Condition()
         self._latest: PolicyVersion | None = None  # newest ever announced
@@ -212,11 +215,16 @@ class WeightSubscriber:
     def _on_message(self, message: Message) -> None:
         if message.command == messages.Announce.COMMAND:
             self._on_newest(messages.policy_version(parse_body(message, messages.Announce).newest))
+        elif message.command == messages.PushPart.COMMAND:
+            part = messages.read_part(message)
+            if self._pushed.put_part(part) and self._on_part is not None:
+                self._on_part(part)
         elif message.command == messages.Push.COMMAND:
-            push = Payload(*messages.read_push(message))
-            if self._pushed.put(push) and self._on_push is not None:
-                self._on_push(push)
-            self._on_newest(push.version)
+            pushed = messages.read_push(message)
+            delta = self._pushed.put(pushed)
+            if delta is not None and self._on_push is not None:
+                self._on_push(delta)
+            self._on_newest(pushed.manifest.version)
         else:
             self._post(message)
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Final, TypeVar
 
-from broker.protocol.hashes import Run
+from broker.protocol.hashes import Run, Start, at_once
 
 MAX_THREADS: Final = 16  # beyond that the memory is what limits
 
@@ -20,6 +20,15 @@ def coding_run() -> Run:
     """What codes and hashes here: these threads, or the caller's own where the process has one core."""
     num_threads = min(len(os.sched_getaffinity(0)), MAX_THREADS)
     return _run if num_threads > 1 else map
+
+
+def coding_start() -> Start:
+    """The same, for pieces that come one after another."""
+    return _start if coding_run() is _run else at_once
+
+
+def _start(work: Callable[[T], R], item: T, /) -> Future[R]:
+    return _pool().submit(work, item)
 
 
 def _run(work: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:

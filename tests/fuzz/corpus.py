@@ -132,6 +132,7 @@ def weight(rng: random.Random, run_id: str, _role: Role) -> Message:
         lambda: weights.chunk_reply(version, have, 0, np.zeros(64, np.uint8)),
         lambda: _manifest(rng, run_id, version),
         lambda: weights.push(*_pushed(run_id, version)),
+        lambda: weights.push_part(weights.Part(version, version, rng.choice((0, 2**62)), np.zeros(64, np.uint8))),
     )
     return rng.choice(choices)()
 

@@ -18,7 +18,7 @@ import zstandard
 
 from broker.protocol.deltas import DeltaEncoder, apply_delta
 from broker.protocol.weights import DTYPES, Bytes, TensorSpec, digest
-from broker.weights.threads import coding_run
+from broker.weights.threads import coding_run, coding_start
 from tests.bench.weight_versions import read_snapshot
 from tests.bench.weightchannel.workers import State, Usage, median_usage, timed
 
@@ -86,7 +86,7 @@ def _one_step(specs: Sequence[TensorSpec], old: Bytes, new: Bytes) -> tuple[floa
     published, held, run = old.copy(), old.copy(), coding_run()
 
     def encode() -> tuple[int, Bytes]:
-        encoder = DeltaEncoder(specs, run)
+        encoder = DeltaEncoder(specs, coding_start())
         for spec in specs:
             part = slice(spec.offset, spec.offset + spec.num_bytes)
             encoder.add(published[part], new[part])

@@ -341,6 +341,6 @@ def test_a_push_that_is_cut_short_breaks_the_protocol_and_leaves_the_old_version
     actor, old = taking_pushes(learner, impatient)
     meddler.rule = times(1, "PUSH", cut_short)
     learner.publish(NUM_CHANGES)
-    with pytest.raises(ProtocolError, match=r"PUSH: a payload of \d+ bytes; allowed"):
+    with pytest.raises(ProtocolError, match=r"PUSH: a payload of \d+ bytes behind sent_bytes, 0; allowed"):
         actor.subscriber.wait_newer(old, 20)
     assert holds(actor.base, old, learner)

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import pytest
 from msgspec import msgpack
 
+from broker.protocol import deltas
 from broker.protocol import weight_messages as messages
 from broker.protocol.commands import ErrorBody, parse_body
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
+from broker.weights import publisher
 from broker.weights.chain import Payload
 from broker.weights.relay import push_on
 from broker.weights.server import WeightServer
@@ -20,6 +22,7 @@ from broker.weights.store import WeightStore
 from tests.integration.weights.ends import (
     HEARTBEAT_S,
     RUN,
+    SIZE,
     ActorAt,
     Learner,
     StartRelay,
@@ -77,15 +80,124 @@ def test_a_push_takes_the_place_of_the_announcement_once_for_each_watch(learner:
     second = learner.publish()
     while (message := raw.receive()).command == "ANNOUNCE":
         assert parse_body(message, messages.Announce).newest == first
-    manifest, payload = messages.read_push(message)
+    manifest, sent_bytes, payload = messages.read_push(message)
     assert (manifest.version, manifest.parent, manifest.run_id) == (second, first, RUN)
     delta = learner.store.delta(second, first)
-    assert (manifest, payload.tobytes()) == (delta.manifest, delta.data.tobytes())
+    assert (manifest, sent_bytes, payload.tobytes()) == (delta.manifest, 0, delta.data.tobytes())
     third = learner.publish()
     assert news(raw, third) == "ANNOUNCE"  # the credit is used up
     assert following(raw) == {"ANNOUNCE"}
     assert watch(raw, third).command == "ANNOUNCE"
     assert news(raw, learner.publish()) == "PUSH"
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every record of a delta is sent as soon as it is made."""
+    monkeypatch.setattr(publisher, "PART_BYTES", 1)
+
+
+def arriving(raw: RawPeer) -> tuple[list[messages.Part], messages.Pushed]:
+    """The parts of the next push, and that."""
+    parts = []
+    while True:
+        message = raw.receive()
+        if message.command == "PUSH_PART":
+            parts.append(messages.read_part(message))
+        elif message.command == "PUSH":
+            return parts, messages.read_push(message)
+        else:
+            assert message.command == "ANNOUNCE"
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_delta_is_sent_while_it_is_made_once_it_is_known_how_large_they_are(learner: Learner, raw: RawPeer) -> None:
+    parent = learner.publish()
+    for number in range(3):
+        watch(raw, parent)
+        version = learner.publish()
+        parts, pushed = arriving(raw)
+        delta = learner.store.delta(version, parent)
+        assert [part[:2] for part in parts] == [(version, parent)] * (2 if number else 0)  # two blocks have changes
+        starts = [sum(part.data.size for part in parts[:i]) for i in range(len(parts) + 1)]
+        assert [*(part.start for part in parts), pushed.sent_bytes] == starts
+        assert pushed.manifest == delta.manifest
+        joined = b"".join(data.tobytes() for data in (*(part.data for part in parts), pushed.rest))
+        assert joined == delta.data.tobytes()
+        parent = version
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_parts_go_only_to_whom_the_push_will_go(learner: Learner, raw: RawPeer) -> None:
+    """Not to one that takes less than the delta before had, nor to one that is behind; a push is a whole for those."""
+    old = learner.publish()
+    parent = learner.publish()
+    size = learner.store.delta(parent, old).data.size
+    for have, push_bytes in ((parent, size), (parent, 0), (None, ENOUGH), (old, ENOUGH)):
+        while watch(raw, have, push_bytes).command == "PUSH":
+            pass
+        version = learner.publish()
+        while (message := raw.receive()).command == "ANNOUNCE":
+            if parse_body(message, messages.Announce).newest == version:
+                break
+        if message.command == "PUSH":  # of a delta that is no larger than allowed after all
+            pushed = messages.read_push(message)
+            assert (pushed.sent_bytes, pushed.rest.size) == (0, pushed.manifest.payload_bytes)
+        assert message.command in ("ANNOUNCE", "PUSH")
+        old, parent = parent, version
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_what_was_sent_of_a_version_that_failed_is_not_taken_for_a_part_of_another(
+    learner: Learner, raw: RawPeer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deltas, "MAX_BEGUN", 1)  # so that nothing is read before what was read is compared
+    learner.publish()
+    have = learner.publish()
+    contents = learner.contents[have]
+    layout = [(name, dtype, shape) for name, dtype, shape, _ in contents]
+
+    def fail(name: str) -> bytes:
+        if name == layout[0][0]:
+            raise MemoryError
+        return bytes(SIZE // 2)  # all of this block changed
+
+    watch(raw, have)
+    with pytest.raises(MemoryError):
+        learner.publisher.publish_from(PolicyVersion(have.lineage, have.version + 1), layout, fail)
+    assert messages.read_part(raw.expect("PUSH_PART")).start == 0
+    anchor = learner.publish()  # the memory of the former version is gone with the attempt
+    assert news(raw, anchor) == "ANNOUNCE"
+    assert (anchor.version, watch(raw, anchor).command) == (have.version + 1, "ANNOUNCE")
+    learner.publish()
+    assert arriving(raw)[1].manifest.parent == anchor
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_receiver_and_those_behind_its_relay_take_what_came_in_parts(
+    start_relay: StartRelay, actor_at: ActorAt
+) -> None:
+    port = free_port()
+    relay = start_relay(port)
+    learner = Learner(port)
+    try:
+        learner.publish()
+        actors = [actor_at(learner.publisher.endpoint), actor_at(relay.endpoint)]
+        for actor in actors:
+            actor.follow(learner)
+        taken, chunks = total(RECEIVED, outcome="taken"), total("ergon_weights_served_chunks_total")
+        failures = total("ergon_weights_verify_failures_total")
+        for _ in range(4):
+            relay.wait_serving(learner.version)
+            threading.Event().wait(2 * HEARTBEAT_S)  # until everybody's WATCH should have arrived
+            parent = learner.version
+            learner.publish()
+            assert [actor.follow(learner) for actor in actors] == [parent] * 2
+        assert total(RECEIVED, outcome="taken") >= taken + 6
+        assert total("ergon_weights_served_chunks_total") <= chunks + 2
+        assert total("ergon_weights_verify_failures_total") == failures
+    finally:
+        learner.publisher.close()
 
 
 def test_what_was_announced_is_not_pushed(learner: Learner, raw: RawPeer) -> None:
@@ -253,7 +365,7 @@ def test_a_relay_passes_a_push_on_before_it_has_applied_it(learner: Learner, dam
                 push_on(server, Payload(delta.manifest, data))
             else:
                 push_on(server, delta)
-                manifest, payload = messages.read_push(raw.expect("PUSH"))
+                manifest, _, payload = messages.read_push(raw.expect("PUSH"))
                 assert (manifest, payload.tobytes()) == (delta.manifest, delta.data.tobytes())
             draft = store.begin(base.data.size, copy=True)
             draft.data[:] = learner.store.base.data

@@ -12,7 +12,9 @@ from broker.protocol.delta_records import HEADER
 from broker.protocol.deltas import apply_delta, fold
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.weights import Bytes
-from tests.unit.weights.delta_samples import NUM_BYTES, SPECS, applied, encode, read_records
+from tests.unit.weights.delta_samples import NUM_BYTES, SPECS, applied, encode, loops, read_records
+
+__all__ = ["loops"]
 
 OLD = np.random.default_rng(1).integers(0, 256, NUM_BYTES, np.uint8)
 

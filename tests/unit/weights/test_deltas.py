@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -12,12 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.protocol import delta_records, deltas
-from broker.protocol.delta_records import BLOCK_BYTES, ELEMENT, PASS, Blocks, pack
+from broker.protocol import delta_loops, delta_records, deltas
+from broker.protocol.delta_loops import ELEMENT, PASS, Piece, Planes, find
+from broker.protocol.delta_records import BLOCK_BYTES, Block, Blocks, pack
 from broker.protocol.deltas import DeltaEncoder, apply_delta, fold
-from broker.protocol.hashes import Run
 from broker.protocol.weights import DTYPES, Bytes, digest, lay_out
-from tests.unit.weights.delta_samples import NUM_BYTES, SPECS, applied, encode, itemsize_of, read_records
+from tests.unit.weights.delta_samples import NUM_BYTES, SPECS, applied, encode, itemsize_of, loops, read_records
+
+__all__ = ["loops"]
 
 # Quiet and signalling NaNs with payloads, infinities, both zeros, the smallest and largest numbers.
 BITS = {
@@ -140,15 +143,15 @@ def test_steps_that_wrap_around_add_up() -> None:
 
 
 @pytest.fixture(scope="module")
-def threads() -> Iterator[Run]:
+def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(4) as pool:
-        yield pool.map
+        yield pool
 
 
-def test_threads_make_the_same_bytes(threads: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_make_the_same_bytes(threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks and tensors, small ones among them; opened records beyond the limit are opened again."""
     monkeypatch.setattr(deltas, "KEPT_BYTES", 100_000)
-    monkeypatch.setattr(deltas, "SHARED_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(deltas, "MAX_BEGUN", 2)
     size = BLOCK_BYTES // 2
     specs = lay_out([("a", "bfloat16", (5 * size + 3,)), ("b", "bfloat16", (7,)), ("c", "bfloat16", (size,))])
     rng = np.random.default_rng(3)
@@ -158,30 +161,92 @@ def test_threads_make_the_same_bytes(threads: Run, monkeypatch: pytest.MonkeyPat
     new[rng.integers(0, old.size, 90_000)] -= 1
     payloads = [encode(old, mid, specs), encode(mid, new, specs)]
     assert [p.tobytes() for p in payloads] == [
-        encode(*pair, specs, threads).tobytes() for pair in ((old, mid), (mid, new))
+        encode(*pair, specs, threads.submit).tobytes() for pair in ((old, mid), (mid, new))
     ]
     target = old.copy()
     for payload, version in zip(payloads, (mid, new), strict=True):
-        apply_delta(payload, specs, target, threads)
+        apply_delta(payload, specs, target, threads.map)
         assert np.array_equal(target, version)
-    assert fold(payloads, specs, threads).tobytes() == fold(payloads, specs).tobytes()
+    assert fold(payloads, specs, threads.map).tobytes() == fold(payloads, specs).tobytes()
 
 
-def test_the_base_is_up_to_date_and_the_new_bytes_are_free_as_soon_as_a_tensor_is_added() -> None:
-    """The block it lies in is not complete yet, and what comes behind it is not aligned to words."""
-    specs = lay_out([("a", "uint8", (100,)), ("b", "uint8", (101,)), ("c", "uint8", (64,))])
-    old = np.zeros(265, np.uint8)
-    base, encoder = old.copy(), DeltaEncoder(specs)
-    for number, spec in enumerate(specs, 1):
-        new, part = np.full(spec.num_bytes, number, np.uint8), slice(spec.offset, spec.offset + spec.num_bytes)
-        encoder.add(base[part], new)
-        assert np.array_equal(base[part], new)
-        new[:] = 0
+@given(snapshots(2), st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_both_kinds_of_loops_find_the_same_in_pieces_of_any_alignment(versions: list[Bytes], seed: int) -> None:
+    """And leave the same behind. Here one block has all the bytes, and their tensors are pieces of any size."""
+    rng, block_bytes = np.random.default_rng(seed), NUM_BYTES // 8 * 8
+    for itemsize in ELEMENT:
+        cuts = np.unique(rng.integers(0, block_bytes // itemsize, 5)) * itemsize
+        found: list[tuple[int, int, bytes, bytes]] = []
+        for library in (delta_loops._load(), None):
+            # At any address: the base and what is new begin where they like.
+            old, new = (np.pad(version, (at, 0))[at:] for at, version in zip((1, 3), versions, strict=True))
+            parts = itertools.pairwise([0, *cuts.tolist(), block_bytes])
+            pieces = [Piece(start, old[start:end], new[start:end]) for start, end in parts if start < end]
+            with mock.patch.object(delta_loops, "_library", library):
+                planes = find(pieces, itemsize, block_bytes // itemsize) or Planes(0, 0, ())
+                content = b"".join(plane.tobytes() for plane in planes.planes)
+            found.append((planes.num_gaps, planes.num_values, content, old[:block_bytes].tobytes()))
+            assert np.array_equal(old[:block_bytes], new[:block_bytes])
+        assert found[0] == found[1]
+
+
+def test_each_block_is_done_once_it_is_up_to_date_and_all_of_them_are() -> None:
+    specs = lay_out([("a", "bfloat16", (BLOCK_BYTES,)), ("b", "uint8", (11,)), ("c", "uint8", (5,))])
+    old = np.zeros(specs[-1].offset + specs[-1].num_bytes, np.uint8)
+    new = old.copy()
+    new[[5, BLOCK_BYTES + 1, -1]] = 1
+    base, target, seen = old.copy(), old.copy(), list[Block]()
+
+    def done(block: Block) -> None:
+        part = slice(block.offset, block.offset + block.num_bytes)
+        assert np.array_equal(base[part], new[part])
+        seen.append(block)
+
+    encoder = DeltaEncoder(specs, done=done)
+    for spec in specs:
+        encoder.add(base[spec.offset :][: spec.num_bytes], new[spec.offset :][: spec.num_bytes])
     payload = encoder.finish()
-    assert encoder.num_changed == 265
-    assert np.array_equal(applied(payload, old, specs), base)
+    assert [block.number for block in seen] == [0, 1, 2]
+    applied_to: list[int] = []
+    apply_delta(payload, specs, target, done=lambda block: applied_to.append(block.number))
+    assert applied_to == [0, 1, 2]
+    assert np.array_equal(target, new)
+
+
+def test_an_encoder_that_is_abandoned_has_brought_its_bases_up_to_date() -> None:
+    """The block that the tensor lies in is not complete yet, and what comes behind it is not aligned to words."""
+    specs = lay_out([("a", "uint8", (100,)), ("b", "uint8", (101,)), ("c", "uint8", (64,))])
+    base, new = np.zeros(265, np.uint8), np.arange(265, dtype=np.uint8)
+    encoder = DeltaEncoder(specs)
+    for spec in specs[:2]:
+        part = slice(spec.offset, spec.offset + spec.num_bytes)
+        encoder.add(base[part], new[part])
+    encoder.abandon()
+    assert np.array_equal(base[:201], new[:201])
+    assert not base[201:].any()
     with pytest.raises(ValueError, match="all of them were given"):
-        encoder.add(base[:64], new)
+        encoder.add(base[201:], new[201:])
+
+
+def test_a_block_that_fails_is_said_and_nothing_is_left_at_work(threads: ThreadPoolExecutor) -> None:
+    specs = lay_out([("a", "uint8", (3 * BLOCK_BYTES,))])
+    new = np.ones(specs[0].num_bytes, np.uint8)
+    failed, ended = threading.Event(), list[int]()
+
+    def done(block: Block) -> None:
+        if block.number == 0:
+            failed.set()
+            raise MemoryError
+        assert failed.wait(30)
+        ended.append(block.number)
+
+    encoder = DeltaEncoder(specs, threads.submit, done)
+    encoder.add(np.zeros_like(new), new)
+    with pytest.raises(MemoryError):
+        encoder.finish()
+    encoder.wait()
+    assert sorted(ended) == [1, 2]
 
 
 def test_nothing_changed_is_an_empty_payload_and_folds_away() -> None:
@@ -264,6 +329,6 @@ def test_a_target_that_is_no_such_snapshot_is_refused() -> None:
 
 def test_a_difference_of_nothing_is_harmless_and_folds_away() -> None:
     specs = lay_out([("w", "uint8", (6,))])
-    nothing = pack(0, np.array([1, 3]), np.zeros(2, np.uint8))
+    nothing = pack(0, Planes(2, 2, [np.array(plane, np.uint8) for plane in ((1, 1), (0, 0), (0, 0))]))
     assert not applied(nothing, np.zeros(6, np.uint8), specs).any()
     assert fold([nothing, nothing], specs).size == 0

@@ -13,7 +13,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.protocol.hashes import LEAF_BYTES, Hasher
+from broker.protocol.hashes import LEAF_BYTES, Hasher, Leaves
 from broker.protocol.weights import DTYPES, describe, digest, lay_out, safetensors_header
 from tests.unit.weights.samples import CHUNK, VERSION, snapshot
 
@@ -38,6 +38,19 @@ def test_a_hash_is_the_same_whole_by_threads_and_piece_by_piece(num_bytes: int) 
         hasher.update(memoryview(raw)[start : start + size])
         start += size
     assert hasher.digest() == hasher.digest() == expected
+
+
+def test_leaves_that_were_hashed_on_the_way_are_not_hashed_again_and_the_others_are() -> None:
+    data = np.random.default_rng(0).integers(0, 256, 5 * LEAF_BYTES + 11, np.uint8)
+    expected = [xxhash.xxh3_128_digest(data[start : start + LEAF_BYTES]) for start in range(0, data.size, LEAF_BYTES)]
+    leaves = Leaves(data.data)
+    leaves.hash(LEAF_BYTES - 1, 3 * LEAF_BYTES + 5)  # leaves 1 and 2 lie within
+    leaves.hash(5 * LEAF_BYTES, data.size)  # and the last, short one
+    data[LEAF_BYTES : 3 * LEAF_BYTES] ^= 1
+    data[5 * LEAF_BYTES :] ^= 1
+    assert leaves.finish() == expected
+    data[:] = 0
+    assert leaves.finish() == expected
 
 
 @pytest.mark.parametrize("chunk_bytes", [2 * LEAF_BYTES, LEAF_BYTES, LEAF_BYTES // 2, 3 * LEAF_BYTES + 7])

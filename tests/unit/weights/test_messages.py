@@ -24,6 +24,9 @@ NUMBERS = [
     ("MANIFEST_REPLY", "payload_bytes"),
     ("PUSH", "version"),
     ("PUSH", "payload_bytes"),
+    ("PUSH", "sent_bytes"),
+    ("PUSH_PART", "version"),
+    ("PUSH_PART", "start"),
     ("CHUNK", "lineage"),
     ("CHUNK", "version"),
     ("CHUNK", "index"),
@@ -65,12 +68,21 @@ def test_the_largest_numbers_round_trip() -> None:
 
 
 def test_push_round_trip() -> None:
-    manifest, payload = messages.read_push(over_the_wire(GOOD["PUSH"]))
-    assert (manifest, payload.tobytes()) == (PUSHED, PAYLOAD.tobytes())
+    for sent_bytes in (0, 3000, PAYLOAD.size):
+        manifest, sent, rest = messages.read_push(over_the_wire(messages.push(PUSHED, PAYLOAD, sent_bytes)))
+        assert (manifest, sent, rest.tobytes()) == (PUSHED, sent_bytes, PAYLOAD[sent_bytes:].tobytes())
     assert manifest.num_chunks > 1
     empty = describe_delta(MANIFEST, OLDER, np.zeros(0, np.uint8))
-    manifest, payload = messages.read_push(over_the_wire(messages.push(empty, np.zeros(0, np.uint8))))
-    assert (manifest, payload.size) == (empty, 0)
+    manifest, sent, rest = messages.read_push(over_the_wire(messages.push(empty, np.zeros(0, np.uint8))))
+    assert (manifest, sent, rest.size) == (empty, 0, 0)
+
+
+def test_the_parts_of_a_push_round_trip() -> None:
+    part = messages.read_part(over_the_wire(GOOD["PUSH_PART"]))
+    assert (part[:3], part.data.tobytes()) == ((VERSION, OLDER, 1000), PAYLOAD[1000:3000].tobytes())
+    assert {type(part.version), type(part.parent)} == {PolicyVersion}
+    refuse(Message("PUSH_PART", GOOD["PUSH_PART"].body, (PAYLOAD.reshape(1, -1),)), "one \\|u1 of 1 dimensions is due")
+    refuse(with_key("PUSH_PART", "parent", None), "parent")
 
 
 @pytest.mark.parametrize(
@@ -82,12 +94,12 @@ def test_push_round_trip() -> None:
         ((*GOOD["PUSH"].arrays, PAYLOAD), "carries 3 arrays"),
         ((GOOD["PUSH"].arrays[0], PAYLOAD.reshape(1, -1)), "carries 2 arrays"),
         ((GOOD["PUSH"].arrays[0], PAYLOAD.view(np.int8)), "carries 2 arrays"),
-        ((GOOD["PUSH"].arrays[0], PAYLOAD[:-1]), f"a payload of {PAYLOAD.size - 1} bytes; allowed"),
-        ((GOOD["PUSH"].arrays[0], PAYLOAD[:0]), "a payload of 0 bytes"),
-        ((GOOD["PUSH"].arrays[0][1:], PAYLOAD), "chunk hashes of shape"),
+        ((GOOD["PUSH"].arrays[0], PAYLOAD[3001:]), f"a payload of {PAYLOAD.size - 3001} bytes behind .*3000; allowed"),
+        ((GOOD["PUSH"].arrays[0], PAYLOAD), f"a payload of {PAYLOAD.size} bytes"),
+        ((GOOD["PUSH"].arrays[0][1:], PAYLOAD[3000:]), "chunk hashes of shape"),
     ],
 )
-def test_a_push_carries_its_whole_payload(arrays: tuple[np.ndarray, ...], words: str) -> None:
+def test_a_push_carries_all_of_its_payload_that_was_not_sent_before(arrays: tuple[np.ndarray, ...], words: str) -> None:
     refuse(Message("PUSH", GOOD["PUSH"].body, arrays), words)
 
 
@@ -124,7 +136,8 @@ def test_small_messages_round_trip() -> None:
 def test_what_is_on_the_wire_is_what_the_protocol_page_says() -> None:
     assert body_of(GOOD["WATCH"]) == {"have": [3, 17], "push_bytes": 65_536}
     assert body_of(messages.Watch(have=None, push_bytes=0).pack()) == {"have": None, "push_bytes": 0}
-    assert body_of(GOOD["PUSH"]) == body_of(messages.manifest_reply(PUSHED))
+    assert body_of(GOOD["PUSH"]) == body_of(messages.manifest_reply(PUSHED)) | {"sent_bytes": 3000}
+    assert body_of(GOOD["PUSH_PART"]) == {"lineage": 3, "version": 17, "parent": [3, 12], "start": 1000}
     assert body_of(GOOD["MANIFEST"]) == {"lineage": 3, "version": 17, "have": [3, 12]}
     assert body_of(GOOD["CHUNK"]) == {"lineage": 3, "version": 17, "parent": [3, 12], "index": 7}
     assert body_of(GOOD["CHUNK_REPLY"]) == {"lineage": 3, "version": 17, "parent": [3, 12], "index": 7}
@@ -194,6 +207,7 @@ def test_numbers_are_integers_within_bounds(command: str, key: str, value: objec
         ("MANIFEST", "have"),
         ("MANIFEST_REPLY", "parent"),
         ("PUSH", "parent"),
+        ("PUSH_PART", "parent"),
         ("CHUNK", "parent"),
         ("CHUNK_REPLY", "parent"),
     ],

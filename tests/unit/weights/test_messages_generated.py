@@ -74,7 +74,7 @@ def test_any_values_are_read_or_refused(command: str, data: st.DataObject) -> No
         field = getattr(value, key)
         if key in ("have", "newest", "parent"):
             assert within(messages.policy_version(field))
-        elif key in ("lineage", "version", "index", "num_bytes", "push_bytes"):
+        elif key in ("lineage", "version", "index", "num_bytes", "push_bytes", "start", "sent_bytes"):
             assert type(field) is int
             assert 0 <= field <= MAX_INT
 
@@ -93,10 +93,9 @@ def test_damaged_frames_raise_nothing_but_protocol_errors(command: str, data: st
         value = READERS[command](frames.decode([bytes(part) for part in parts]))
     except ProtocolError:
         return
-    if isinstance(value, tuple):
-        manifest, payload = value
-        assert payload.size == manifest.payload_bytes
-        assert manifest.parent is not None
+    if isinstance(value, messages.Pushed):
+        assert value.sent_bytes + value.rest.size == value.manifest.payload_bytes
+        assert value.manifest.parent is not None
     if isinstance(value, Manifest):
         assert value.total_bytes > 0
 

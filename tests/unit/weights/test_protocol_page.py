@@ -42,6 +42,7 @@ def test_keys() -> None:
         messages.manifest_request(VERSION, None),
         messages.chunk_request(VERSION, None, 0),
         messages.chunk_reply(VERSION, None, 0, data),
+        messages.push_part(messages.Part(VERSION, VERSION, 0, data)),
         messages.Welcome(run_id="run", heartbeat_s=1.0, liveness=15).pack(),
     ):
         keys = rows()[message.command][1] - ({*messages.Role} if message.command == "HELLO" else set())
@@ -50,7 +51,8 @@ def test_keys() -> None:
     keys = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE))))
     assert keys == msgpack.decode(messages.manifest_reply(manifest).body).keys()
     assert all(f"`{word}`" in section or word in section for word in DTYPES)
-    assert keys == msgpack.decode(messages.push(manifest, data).body).keys()
+    assert keys | {"sent_bytes"} == msgpack.decode(messages.push(manifest, data).body).keys()
+    assert rows()["PUSH"][1] == {"sent_bytes"}
 
 
 def test_limits() -> None:

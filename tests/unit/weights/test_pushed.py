@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from broker.protocol import weight_messages as messages
 from broker.protocol.commands import parse_body
 from broker.protocol.errors import ProtocolError
 from broker.protocol.trajectory import PolicyVersion
+from broker.protocol.weight_messages import Part, Pushed
 from broker.protocol.weights import Manifest, describe, describe_delta, safetensors_header
 from broker.weights.basefile import BaseFile
 from broker.weights.chain import Payload
@@ -40,12 +42,12 @@ def delta(version: PolicyVersion = VERSION, num_changes: int = 100) -> Payload:
 def test_the_newest_is_kept_alone_and_taken_once() -> None:
     slot, older, newer = PushSlot(1 << 20), delta(VERSION), delta(NEWER)
     taken, dropped = outcomes()
-    assert slot.put(older)
-    assert slot.put(newer)
-    assert not slot.put(older)
-    assert not slot.put(newer)
+    assert slot.put(whole(older))
+    assert slot.put(whole(newer))
+    assert not slot.put(whole(older))
+    assert not slot.put(whole(newer))
     assert outcomes() == (taken, dropped + 3)
-    assert slot.take(NEWER, OLDER) is newer
+    assert slot.take(NEWER, OLDER).key == newer.key
     assert slot.take(NEWER, OLDER) is None
     assert outcomes() == (taken + 1, dropped + 3)
 
@@ -53,7 +55,7 @@ def test_the_newest_is_kept_alone_and_taken_once() -> None:
 @pytest.mark.parametrize(("version", "have"), [(VERSION, None), (VERSION, PolicyVersion(3, 11)), (NEWER, OLDER)])
 def test_what_does_not_fit_is_dropped(version: PolicyVersion, have: PolicyVersion | None) -> None:
     slot = PushSlot(1 << 20)
-    slot.put(delta())
+    slot.put(whole(delta()))
     taken, dropped = outcomes()
     assert slot.take(version, have) is None
     assert slot.take(VERSION, OLDER) is None
@@ -63,10 +65,68 @@ def test_what_does_not_fit_is_dropped(version: PolicyVersion, have: PolicyVersio
 def test_what_is_larger_than_allowed_is_dropped_and_what_is_held_stays() -> None:
     small, large = delta(VERSION), delta(NEWER, num_changes=3000)
     slot = PushSlot(small.data.size)
-    assert slot.put(small)
-    assert not slot.put(large)
-    assert slot.take(VERSION, OLDER) is small
-    assert not PushSlot(0).put(small)
+    assert slot.put(whole(small))
+    assert not slot.put(whole(large))
+    assert slot.take(VERSION, OLDER).key == small.key
+    assert not PushSlot(0).put(whole(small))
+
+
+CUTS = (0, 400, 1000, 1500)
+
+
+def parts(payload: Payload) -> list[Part]:
+    """The first 1500 bytes, in three parts."""
+    version, parent = payload.key
+    assert parent is not None
+    return [Part(version, parent, start, payload.data[start:end]) for start, end in itertools.pairwise(CUTS)]
+
+
+def test_what_came_in_parts_is_a_whole_with_the_push() -> None:
+    slot, pushed = PushSlot(1 << 20), delta(num_changes=3000)
+    taken, dropped = outcomes()
+    assert all(slot.put_part(part) for part in parts(pushed))
+    kept = slot.put(whole(pushed, 1500))
+    assert kept is not None
+    assert (kept.key, kept.data.tobytes()) == (pushed.key, pushed.data.tobytes())
+    assert slot.take(VERSION, OLDER) is kept
+    assert outcomes() == (taken + 1, dropped)
+    assert slot.put(whole(pushed, 1500)) is None  # the parts are used up
+
+
+@pytest.mark.parametrize("what", ["first lost", "one lost", "last lost", "twice", "another's", "another version's"])
+def test_a_push_whose_parts_are_not_all_there_is_dropped(what: str) -> None:
+    slot, pushed = PushSlot(1 << 20), delta(num_changes=3000)
+    sent = parts(pushed)
+    lost = {"first lost": 0, "one lost": 1, "last lost": 2}.get(what)
+    if lost is not None:
+        del sent[lost]
+    elif what == "twice":
+        sent.insert(2, sent[1])
+    elif what == "another's":
+        sent.insert(2, sent[1]._replace(parent=PolicyVersion(3, 11)))
+    else:
+        sent += parts(delta(NEWER, num_changes=3000))
+    kept = [slot.put_part(part) for part in sent]
+    assert all(kept) is (what in ("last lost", "another version's"))
+    taken, dropped = outcomes()
+    assert slot.put(whole(pushed, 1500)) is None
+    assert slot.take(VERSION, OLDER) is None
+    assert outcomes() == (taken, dropped + 1)
+    for part in parts(pushed):
+        slot.put_part(part)
+    assert slot.put(whole(pushed, 1500)) is not None  # and the next one has all it takes
+
+
+def test_parts_beyond_what_is_allowed_are_not_kept() -> None:
+    slot, pushed = PushSlot(1200), delta(num_changes=3000)
+    assert [slot.put_part(part) for part in parts(pushed)] == [True, True, False]
+    assert slot.put(whole(pushed, 1500)) is None
+    assert not PushSlot(0).put_part(parts(pushed)[0])
+
+
+def whole(payload: Payload, sent_bytes: int = 0) -> Pushed:
+    """A push of it, but for the bytes that were sent before."""
+    return Pushed(payload.manifest, sent_bytes, payload.data[sent_bytes:])
 
 
 class Case:

@@ -7,12 +7,16 @@ import threading
 
 import pytest
 
+from broker.protocol.hashes import at_once
 from broker.weights import threads
 
 
 def test_one_core_needs_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {3})
     assert threads.coding_run() is map
+    assert threads.coding_start() is at_once
+    done = threads.coding_start()(int, "x")
+    assert isinstance(done.exception(), ValueError)
 
 
 @pytest.fixture
@@ -29,6 +33,8 @@ def test_two_at_a_time_and_in_order(two_cores: None) -> None:
         return -item
 
     assert list(threads.coding_run()(work, range(6))) == [0, -1, -2, -3, -4, -5]
+    start = threads.coding_start()
+    assert [future.result() for future in [start(work, item) for item in range(6)]] == [0, -1, -2, -3, -4, -5]
 
 
 def test_a_failure_is_said_when_all_others_have_ended(two_cores: None) -> None:

@@ -16,6 +16,7 @@ from broker.protocol.commands import error_message, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
+from broker.protocol.weight_messages import Part, Pushed
 from broker.protocol.weights import DTYPES, describe_delta, lay_out, safetensors_header
 from broker.weights.basefile import BaseFile
 from broker.weights.chain import FoldJob, Payload
@@ -229,7 +230,10 @@ class Tree:
         data = delta.data.copy()
         if how % 4 == 0 and data.size:
             data[how * 31 % data.size] ^= 4
-        receiver.pushed.put(Payload(delta.manifest, data))
+        sent_bytes = how * 7 % (data.size + 1) if how % 5 == 1 else 0
+        if sent_bytes and how % 7:  # else it is lost
+            receiver.pushed.put_part(Part(delta.version, held, 0, data[:sent_bytes]))
+        receiver.pushed.put(Pushed(delta.manifest, sent_bytes, data[sent_bytes:]))
         if how % 3:
             self.poll(receiver)
 

@@ -25,7 +25,8 @@ GOOD = {
         messages.Announce(newest=VERSION, num_bytes=9).pack(),
         messages.manifest_request(VERSION, OLDER),
         messages.manifest_reply(MANIFEST),
-        messages.push(PUSHED, PAYLOAD),
+        messages.push_part(messages.Part(VERSION, OLDER, 1000, PAYLOAD[1000:3000])),
+        messages.push(PUSHED, PAYLOAD, 3000),
         messages.chunk_request(VERSION, OLDER, 7),
         messages.chunk_reply(VERSION, OLDER, 7, np.arange(5, dtype="u1")),
     )
@@ -45,6 +46,7 @@ BODIES: dict[str, type[Body]] = {
         messages.Announce,
         messages.ManifestRequest,
         messages.ManifestReply,
+        messages.PushPart,
         messages.Push,
         messages.ChunkRequest,
         messages.ChunkReply,
@@ -52,6 +54,7 @@ BODIES: dict[str, type[Body]] = {
 }
 READERS = {command: typed(body) for command, body in BODIES.items()} | {
     "MANIFEST_REPLY": messages.read_manifest,
+    "PUSH_PART": messages.read_part,
     "PUSH": messages.read_push,
     "CHUNK_REPLY": messages.read_chunk,
 }
