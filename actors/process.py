@@ -15,6 +15,7 @@ from pathlib import Path
 
 from actors.actor import POLL_S, Actor
 from actors.checkpoint import checkpoint_shapes
+from actors.engine import Engine
 from actors.gateway.server import Gateway
 from actors.renderer import Renderer
 from actors.restarting import RestartingEngine
@@ -154,7 +155,7 @@ async def _serve(
 async def _gateway(
     settings: Settings,
     index: int,
-    engine: VllmEngine,
+    engine: Engine,
     renderer: Renderer,
     environments: Mapping[str, Environment],
     stack: contextlib.AsyncExitStack,

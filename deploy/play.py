@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+from broker.process.lifecycle import ErgonError
 from deploy.environments import tool_line
 from envs.interface import Action, Environment, Episode, Message, Task, Tool, ToolCall
 
