@@ -51,7 +51,8 @@ class McpServer:
         """Start it; its tools."""
         ready: asyncio.Future[tuple[Tool, ...]] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._serve(ready))
-        await asyncio.wait([self._task, ready], timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [self._task, ready]
+        await asyncio.wait(either, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
         if not ready.done():
             why = self._task.exception() if self._task.done() else "it did not answer in time"
             await self.close()
@@ -64,7 +65,8 @@ class McpServer:
             raise SandboxError(f"the MCP server {self._command[0]} is not running")
         answer: asyncio.Future[ToolOutput] = asyncio.get_running_loop().create_future()
         self._pending.put_nowait((name, arguments, answer))
-        await asyncio.wait([self._task, answer], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [self._task, answer]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise SandboxError(f"the MCP server {self._command[0]} ended")
         return answer.result()
