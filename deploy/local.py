@@ -100,7 +100,6 @@ def ports_of(settings: Settings) -> Iterator[tuple[str, str, int]]:
     for index in range(settings.actor.count):
         yield f"metrics.actor_port + {index}", settings.metrics.host, settings.metrics.actor_port + index
         yield f"gateway.port + {index}", settings.gateway.host, settings.gateway.port + index
-        yield f"gateway.port + {index}", settings.gateway.host, settings.gateway.port + index
 
 
 def _free(host: str, port: int) -> bool:

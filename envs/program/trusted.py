@@ -22,6 +22,7 @@ from envs.program.program import TEXT_FILE, Bounds, Program, ProgramResult
 from envs.sandbox.bubblewrap import find_program
 from envs.sandbox.spawn import Output
 
+GONE_LIMIT_S = 1.0
 BASE_VARIABLES = ("PATH", "LANG", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
@@ -79,12 +80,22 @@ async def _run(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
+            await _gone(process.pid)
             stdout, stderr = (output.end(loop) for output in outputs)
         duration_s = time.monotonic() - began
         artifacts = await asyncio.to_thread(_artifacts, program, directory, bounds.output_bytes)
         killed = timed_out or flooded.is_set()
         truncated = any(output.truncated for output in outputs)
         return ProgramResult(None if killed else code, stdout, stderr, truncated, timed_out, duration_s, artifacts)
+
+
+async def _gone(group: int) -> None:
+    """Wait until a killed group is empty; not for ever, since one whose dead nobody buries never is."""
+    deadline = time.monotonic() + GONE_LIMIT_S
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            await asyncio.sleep(0.005)
 
 
 def _start(
