@@ -26,7 +26,7 @@ test: $(READY) ## unit, contract and integration tests
 # Agent frameworks and SDKs that are in no lock of ours, installed into CLIENTS, which the sandbox's user must be able to
 # enter.
 CLIENTS ?= /var/tmp/ergon-gateway-clients
-test-gateway-clients: $(READY)
+test-gateway-clients: $(READY) ## agents of other people's SDKs against the gateway; installs them
 	@tests/integration/gateway/clients/install.sh $(PYTHON) $(CLIENTS)
 	@ERGON_GATEWAY_CLIENTS=$(CLIENTS) $(PYTHON) -m pytest tests/integration/gateway/test_clients.py $(ARGS)
 
@@ -56,6 +56,8 @@ bench-learner: ## the trainer against plain PyTorch and TRL's GRPOTrainer: ARGS=
 
 bench-end-to-end: $(READY) ## the main job trained by Ergon and by TRL, wall-clock to the same reward: ARGS="--quick", "--seeds 0"
 	@$(PYTHON) -m tests.bench.end_to_end $(ARGS)
+
+bench-rollout: ## an actor with slow tools against none, and against a synchronous batch loop: ARGS="--quick"
 
 bench-envs: ## sandboxes, shells and every built-in environment at 1, 16 and 64 at once: ARGS="--quick", "--only sandbox,code"
 
