@@ -46,6 +46,7 @@ def test_a_window_is_sent_as_the_real_client_would(size: int, sizes: list[int]) 
         messages = client.take()
         assert sent == [plain(encode(message)) for message in messages]
         assert [len(unpack_trajectories(message)) for message in messages] == sizes
+        client.answered(real(job, index, token=index).ticket.ticket_id for index in indexes)
         thin.take_back(ACTOR)
 
 
