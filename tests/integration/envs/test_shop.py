@@ -16,6 +16,7 @@ from envs.play import Played, play
 from envs.sandbox import Sandbox, bubblewrap
 from envs.shop import ShopEnvironment
 from envs.shop.environment import ShopEpisode
+from envs.timeouts import OutOfTimeError, within
 from tests.integration.envs.policies import DEGENERATE
 from tests.integration.envs.support import children, kill_from_outside
 
@@ -163,6 +164,14 @@ async def test_a_tool_that_takes_too_long_is_an_error_and_the_next_call_works() 
     assert await ask(episode, "price", item=item) == str(episode.task.secret["prices"][item])
     await episode.close()
     await shop.close()
+
+
+async def test_a_call_that_is_given_up_costs_its_sandbox_and_the_episode_goes_on(shop: ShopEnvironment) -> None:
+    episode = await started(shop)
+    with pytest.raises(OutOfTimeError):
+        await within(episode.run("exec sleep 1000"), 0.2)
+    assert await ask(episode, "calc", expression="1+1") == "2"
+    await episode.close()
 
 
 async def test_a_sandbox_that_dies_is_infrastructure_not_a_zero(shop: ShopEnvironment) -> None:
