@@ -55,7 +55,7 @@ def run_actor(settings: Settings, index: int) -> None:
     try:
         model = Path(settings.model.path).expanduser()
         checkpoint_shapes(model)  # a bad path is told before anything slow starts
-        renderer = Renderer.load(model)
+        renderer = Renderer.load(model, settings.model.tool_format)
         environments = make_environments(settings)
         status.engine = VllmEngine.start(model, settings.actor, seed=(settings.run.seed * 1009 + index) % 2**31)
         try:

@@ -11,16 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import numpy as np
 
 from actors.engine import Engine, EngineDeadError, Sample
+from actors.record import Record
 from actors.renderer import REFERENCE_VERSION, Renderer
-from actors.tool_format import format_action, parse_action
-from broker.protocol.trajectory import Mode, Outcome, Segment, Ticket, Trajectory, TrajectoryHead, VersionRun
+from broker.protocol.trajectory import MAX_SEGMENTS, Mode, Outcome, Ticket, Trajectory, TrajectoryHead, VersionRun
 from envs.interface import (
     Action,
     Environment,
@@ -44,50 +43,6 @@ T = TypeVar("T")
 
 class InfraFailureError(Exception):
     """The episode could not be run through no fault of policy or environment; its ticket should be retried."""
-
-
-@dataclass(slots=True)
-class _Record:
-    """What an episode has produced so far: one growing token trace and its conversation."""
-
-    ids: list[int] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    runs: list[VersionRun] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
-    num_turns: int = 0
-    num_tool_calls: int = 0
-    num_malformed: int = 0
-    model_s: float = 0.0
-    tool_s: float = 0.0
-
-    @property
-    def num_sampled(self) -> int:
-        return sum(run.num_tokens for run in self.runs)
-
-    def add_context(self, ids: Sequence[int], messages: Sequence[Message]) -> None:
-        self.ids += ids
-        self.mask += [False] * len(ids)
-        self.logprobs += [0.0] * len(ids)
-        self.messages += messages
-
-    def add_sample(self, sample: Sample) -> None:
-        ids = sample.token_ids_N.tolist()
-        self.ids += ids
-        self.mask += [True] * len(ids)
-        self.logprobs += sample.logprobs_N.tolist()
-        for run in sample.version_runs:
-            if self.runs and self.runs[-1][:2] == run[:2]:
-                run = run._replace(num_tokens=run.num_tokens + self.runs.pop().num_tokens)
-            self.runs.append(run)
-
-    def segment(self) -> Segment:
-        return Segment(
-            np.asarray(self.ids, np.int32),
-            np.asarray(self.mask, np.bool_),
-            np.asarray(self.logprobs, np.float32),
-            tuple(self.runs),
-        )
 
 
 async def run_episode(
@@ -119,7 +74,7 @@ async def run_episode(
         actor_id=actor_id,
         finished_at=time.time(),
     )
-    return Trajectory(head, (record.segment(),))
+    return Trajectory(head, record.segments())
 
 
 class _Rollout:
@@ -134,7 +89,7 @@ class _Rollout:
         max_model_len: int,
         deadline: float,
     ) -> None:
-        self.record = _Record()
+        self.record = Record()
         self.kind = ""
         self._ticket = ticket
         self._environment = environment
@@ -180,20 +135,43 @@ class _Rollout:
         """Turn after turn until something ends the episode; says what."""
         try:
             first = await self._timed(episode.start())
-            self.record.add_context(self._renderer.open(first), first)
+            self.record.begin(self._renderer.open(first, self._environment.tools), first)
             while True:
                 outcome, observation = await self._turn(episode)
                 if outcome is not None:
                     return outcome
                 if self.record.num_turns == self._ticket.sampling.max_turns:
                     return Outcome.TRUNCATED_TURNS
-                self.record.add_context(self._renderer.observe(observation.messages), observation.messages)
+                if not self._take(observation):
+                    return Outcome.TRUNCATED_TOKENS
         except TimeoutError:
             if time.monotonic() < self._deadline:
                 raise  # the environment's own
             if not self.record.ids:
                 self.record.add_context(self._renderer.open(()), ())
             return Outcome.TIMEOUT
+
+    def _take(self, observation: Observation) -> bool:
+        """Append what answers a turn, or begin the segment that follows an edit of the history.
+
+        False where no turn would fit after it, or there are as many segments as a trajectory may have: then nothing is
+        taken, and the tokens so far stand as they are.
+        """
+        record, messages = self.record, observation.messages
+        if record.num_sampled >= self._ticket.sampling.max_episode_tokens:
+            return False
+        if observation.history is None:
+            added = self._renderer.observe(messages)
+            if len(record.ids) + len(added) >= self._max_model_len:
+                return False
+            record.add_context(added, messages)
+            return True
+        messages = (*observation.history, *messages)
+        opening = self._renderer.open(messages, self._environment.tools)
+        if len(opening) >= self._max_model_len or len(record.ended) + 1 >= MAX_SEGMENTS:
+            return False
+        record.begin(opening, messages)
+        return True
 
     async def _turn(self, episode: Episode) -> tuple[Outcome | None, Observation]:
         """One generation and what answers it; the outcome if the episode ends with it."""
@@ -214,7 +192,7 @@ class _Rollout:
         text = self._renderer.text(sample.token_ids_N.tolist())
         record.messages.append(Message("assistant", text))
         record.num_turns += 1
-        action = parse_action(text, self._environment.tools)
+        action = self._renderer.parse(text, self._environment.tools)
         if action.malformed is not None:
             record.num_malformed += 1
             return None, Observation((Message("tool", f"error: {action.malformed}"),))
@@ -225,7 +203,7 @@ class _Rollout:
     async def _sample(self, max_tokens: int) -> Sample:
         if self._reference is not None:
             action: Action = self._reference.act(tuple(self.record.messages))
-            return self._written(format_action(action, self._environment.tools), max_tokens)
+            return self._written(self._renderer.write(action, self._environment.tools), max_tokens)
         started = time.monotonic()
         try:
             return await self._generate(max_tokens)

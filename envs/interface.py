@@ -63,19 +63,29 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One turn of the policy: its text, the calls parsed from it, and why a call could not be parsed, if so."""
+    """One turn of the policy: its text, the calls parsed from it, and why a call could not be parsed, if so.
+
+    thinking: what it thought beforehand, which is neither an answer nor a call and is not in `text`.
+    """
 
     text: str
     tool_calls: tuple[ToolCall, ...] = ()
     malformed: str | None = None
+    thinking: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What answers a turn. `done` ends the episode."""
+    """What answers a turn. `done` ends the episode.
+
+    history: where the environment edits the conversation (clears the context, summarises it), what it is from here on,
+    the task's first messages included, in place of everything so far; `messages` follow it. The tokens so far are kept
+    and trained on as one segment of the trajectory, and the next turn begins another.
+    """
 
     messages: tuple[Message, ...] = ()
     done: bool = False
+    history: tuple[Message, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

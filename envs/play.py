@@ -9,7 +9,8 @@ from envs.interface import Environment, Message, ReferencePolicy, Reward, Task, 
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """What an episode came to: the conversation, all tool calls in order, the grade, and whether it ended by itself."""
+    """What an episode came to: the conversation as it stands at the end, all tool calls in order, the grade, and
+    whether it ended by itself."""
 
     messages: tuple[Message, ...]
     tool_calls: tuple[ToolCall, ...]
@@ -31,7 +32,9 @@ async def play(environment: Environment, task: Task, policy: ReferencePolicy, ma
             action = policy.act(tuple(messages))
             calls += action.tool_calls
             observation = await episode.step(action)
-            messages += [Message("assistant", action.text), *observation.messages]
+            said = Message("assistant", action.text)
+            messages = [*messages, said] if observation.history is None else list(observation.history)
+            messages += observation.messages
             done = observation.done
             if done:
                 break

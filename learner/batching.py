@@ -251,12 +251,15 @@ def _reward(trajectory: Trajectory, loss: LossSection) -> float:
 def train_sequences(
     trajectory: Trajectory, advantage: float, version: int, max_staleness: int
 ) -> tuple[list[TrainSequence], int]:
-    """The sequences of a trajectory that have a trained token, of equal share in it; and how many tokens were too
-    stale."""
+    """The sequences of a trajectory that have a trained token, one for each segment; and the number of stale tokens.
+
+    A sequence's share of the episode is that of its trained tokens, so that a token weighs what it would weigh if the
+    history had never been edited.
+    """
     made = [train_sequence(segment, advantage, version, max_staleness) for segment in trajectory.segments]
     num_stale = sum(int((s.staleness_T > max_staleness).sum()) for s in made)
-    made = [s for s in made if s.loss_mask_T[1:].any()]
-    return [replace(s, weight=1 / len(made)) for s in made], num_stale
+    counts = [np.count_nonzero(s.loss_mask_T[1:]) for s in made]
+    return [replace(s, weight=n / sum(counts)) for s, n in zip(made, counts, strict=True) if n], num_stale
 
 
 def train_sequence(segment: Segment, advantage: float, version: int, max_staleness: int) -> TrainSequence:

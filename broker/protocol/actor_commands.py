@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Final, Literal
 from msgspec import Meta
 
 from broker.protocol.common import MAX_IDS, MAX_TICKETS, Body, Ids, Text
-from broker.protocol.trajectory import Count, Facts, Name, Positive, Ticket, TrajectoryHead, VersionRun
+from broker.protocol.trajectory import MAX_SEGMENTS, Count, Facts, Name, Positive, Ticket, TrajectoryHead, VersionRun
 
 MAX_ITEMS: Final = 256  # trajectories in one message
 PARCEL_BYTES: Final = 1 << 20  # of arrays; what has more travels alone
@@ -42,7 +42,7 @@ class Item(Facts, frozen=True, kw_only=True):
     """What of a trajectory is not an array."""
 
     head: TrajectoryHead
-    segments: Annotated[tuple[SegmentHead, ...], Meta(min_length=1, max_length=1024)]
+    segments: Annotated[tuple[SegmentHead, ...], Meta(min_length=1, max_length=MAX_SEGMENTS)]
 
 
 class Offer(Body, frozen=True, kw_only=True):

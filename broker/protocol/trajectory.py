@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
 
+MAX_SEGMENTS = 1024  # of one trajectory
+
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 Positive = Annotated[int, Meta(ge=1, lt=2**53)]

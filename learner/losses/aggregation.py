@@ -22,11 +22,13 @@ def token_weights(sequences: Sequence[TrainSequence], aggregation: Aggregation) 
 
     `token`: 1 / sum of n_s. Every token counts alike, whatever its sequence's length (DAPO, arXiv 2503.14476).
     `sequence`: w_s / (n_s * sum of w). Every episode counts alike, the tokens of a long one less (GRPO, arXiv
-    2402.03300; GSPO, arXiv 2507.18071). `constant`: w_s / sum of w, which the objective divides by a constant number of
+    2402.03300; GSPO, arXiv 2507.18071). `constant`: 1 / sum of w, which the objective divides by a constant number of
     tokens. An episode's gradient is the sum over its tokens, as the policy gradient theorem has it, without a length's
     bias (Dr. GRPO, arXiv 2503.20783).
 
-    Sequences without a trained token enter no sum.
+    Sequences without a trained token enter no sum. The shares of an episode's segments add up to 1 and are as their
+    trained tokens, so by all three a token weighs the same into however many segments its episode was cut. What is
+    taken over a whole sequence (gspo's ratio, the guard) is taken over a segment: the tokens that one context led to.
     """
     counts_S = np.asarray([np.count_nonzero(s.loss_mask_T[1:]) for s in sequences], dtype=np.float64)
     shares_S = np.where(counts_S > 0, [s.weight for s in sequences], 0.0)
@@ -36,7 +38,7 @@ def token_weights(sequences: Sequence[TrainSequence], aggregation: Aggregation) 
         case "sequence":
             weights_S = shares_S / np.maximum(counts_S, 1.0) / _or_one(shares_S.sum())
         case "constant":
-            weights_S = shares_S / _or_one(shares_S.sum())
+            weights_S = (counts_S > 0) / _or_one(shares_S.sum())
     return [_spread(sequence, weight) for sequence, weight in zip(sequences, weights_S, strict=True)]
 
 

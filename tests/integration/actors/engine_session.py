@@ -2,7 +2,7 @@
 
 `python -m tests.integration.actors.engine_session MODEL WEIGHTS_DIR OUT PLAN`, where WEIGHTS_DIR holds 1.safetensors,
 2.safetensors, 3.safetensors and bad_*.safetensors, and PLAN is JSON: `settings` of [actor] and `scenes`, methods of
-AdoptionSession in their order. A process of its own, because vLLM changes torch in the process that imports it. At its
+EpisodeSession in their order. A process of its own, because vLLM changes torch in the process that imports it. At its
 end it waits for a line on stdin, still serving.
 """
 
@@ -42,9 +42,10 @@ def dump(prompt: list[int], sample: Sample) -> dict[str, Any]:
 
 
 class Session:
-    def __init__(self, engine: VllmEngine, renderer: Renderer, weights: Path) -> None:
+    def __init__(self, engine: VllmEngine, model: Path, weights: Path) -> None:
+        renderer = Renderer.load(model)
         self.engine = engine
-        self.weights = weights
+        self.model, self.weights = model, weights
         self.stop = renderer.stop_token_ids
         questions = [f"Eva buys {i} plates with a {i * i} coin discount. What is the bill?" for i in range(8)]
         self.prompts = [renderer.open([Message("user", text)]) for text in questions]
@@ -202,12 +203,13 @@ async def play(session: Session, scenes: list[str], out: Path) -> None:
 
 
 def main() -> None:
-    from tests.integration.actors.adoption_session import AdoptionSession, start_engine
+    from tests.integration.actors.adoption_session import start_engine
+    from tests.integration.actors.episode_session import EpisodeSession
 
     model, weights, out, plan = sys.argv[1:5]
     settings, scenes = json.loads(plan)["settings"], json.loads(plan)["scenes"]
     engine = start_engine(Path(model), settings)
-    session = AdoptionSession(engine, Renderer.load(Path(model)), Path(weights))
+    session = EpisodeSession(engine, Path(model), Path(weights))
     try:
         asyncio.run(play(session, scenes, Path(out)))
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import psutil
@@ -37,7 +39,7 @@ SCENES = (
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     dtype = request.param
-    scenes = [*SCENES, "killed"] if dtype == "bfloat16" else SCENES
+    scenes = [*SCENES, *{"float32": ("episodes", "prefix_caching", "parsers"), "bfloat16": ("killed",)}[dtype]]
     with play(tmp_path_factory.mktemp(dtype), dtype, scenes) as session:
         yield session
 
@@ -119,6 +121,73 @@ def test_a_request_that_cannot_be_served_does_not_end_the_engine(played: Played)
 def test_metrics_of_vllm_are_in_the_process_registry_and_the_environment_is_clean(played: Played) -> None:
     assert "vllm:generation_tokens" in played.seen["vllm_metrics"]
     assert played.seen["ld_preload"] is None
+
+
+def test_a_trajectory_is_what_the_engine_was_asked_and_answered_id_by_id(played: Played) -> None:
+    """Also across an update in flight, and where an environment edits its history."""
+    if played.dtype != "float32":
+        pytest.skip("played in the other session")
+    scene = played.seen["episodes"]
+    old, new = tuple(scene["before"]), tuple(scene["after"])
+    sampled = []
+    for episode in scene["episodes"]:
+        assert episode["outcome"] == "completed"
+        assert episode["segments"] == grown(episode)
+        assert tuple(episode["turns"][0]["runs"][0][:2]) == old
+        sampled += episode["turns"]
+    assert all(tuple(episode["turns"][-1]["runs"][-1][:2]) == new for episode in scene["episodes"][1::2])
+    assert len(sampled) >= 8 * 6
+    assert any(len(turn["runs"]) == 2 for turn in sampled)
+    played.assert_exact(sampled, {old, new}, TEMPERATURE)
+
+
+def test_turns_after_the_first_prefill_only_what_is_new(played: Played) -> None:
+    """By vLLM's own counters: all whole blocks of the former prompt and of what was sampled after it are found."""
+    if played.dtype != "float32":
+        pytest.skip("played in the other session")
+    episode = played.seen["prefix_caching"]
+    assert episode["segments"] == grown(episode)
+    block = episode["block_size"]
+    found = 0
+    for (before, turn), appended in zip(pairwise(episode["turns"]), episode["appended"][:-1], strict=True):
+        assert turn["cache"]["queries"] == len(turn["prompt"])
+        if not appended["edited"]:
+            # The last sampled token ends the turn, so that the engine has not computed anything from it.
+            known = len(before["prompt"]) + len(before["ids"]) - 1
+            assert turn["cache"]["hits"] >= known // block * block
+            assert len(turn["prompt"]) - turn["cache"]["hits"] < len(appended["ids"]) + block + 1
+            found += turn["cache"]["hits"]
+        print(f"prompt={len(turn['prompt'])} new={len(appended['ids'])} {turn['cache']} edited={appended['edited']}")
+    assert found > 0
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3"])
+def test_vllms_own_tool_parsers_read_what_the_formats_write(played: Played, name: str) -> None:
+    if played.dtype != "float32":
+        pytest.skip("played in the other session")
+    seen = played.seen["parsers"][name]
+    assert all(each["read"] == each["written"] for each in seen)
+    assert sum(len(each["written"]) for each in seen) > 80
+
+
+def grown(episode: dict[str, Any]) -> list[dict[str, Any]]:
+    """The segments that an episode's requests, answers and observations make, each appended to what there was."""
+    segments: list[dict[str, Any]] = []
+    asked = [{"edited": True, "ids": episode["opening"]}, *episode["appended"][:-1]]  # nothing follows the last answer
+    for turn, context in zip(episode["turns"], asked, strict=True):
+        if context["edited"]:
+            segments.append({"ids": [], "mask": [], "logprobs": [], "runs": []})
+        added, segment = context["ids"], segments[-1]
+        assert turn["prompt"] == segment["ids"] + added
+        segment["ids"] = turn["prompt"] + turn["ids"]
+        segment["mask"] += [False] * len(added) + [True] * len(turn["ids"])
+        segment["logprobs"] += [0.0] * len(added) + turn["logprobs"]
+        for run in turn["runs"]:
+            if segment["runs"] and segment["runs"][-1][:2] == run[:2]:
+                segment["runs"][-1] = [*run[:2], segment["runs"][-1][2] + run[2]]
+            else:
+                segment["runs"].append(run)
+    return segments
 
 
 def test_a_dead_engine_process_fails_every_request(played: Played) -> None:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from actors.renderer import END, START, Renderer
+from actors.formats.chatml import END, START
+from actors.renderer import Renderer
 from broker.process.lifecycle import ErgonError
 from envs.interface import Message
 from tests.tiny_model import TEMPLATE

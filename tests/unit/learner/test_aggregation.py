@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.process.loss_settings import LossSection
+from broker.protocol.trajectory import Segment, Trajectory, VersionRun
+from learner.batching import train_sequences
 from learner.engine import Aggregation, TokenBatch, TrainSequence
 from learner.losses.aggregation import token_weights
 from learner.losses.policy import policy_loss
 from learner.training.packing import MicroBatch, pack
+from tests.unit.learner.make import make_trajectory
 
 CONSTANT = 7
 
@@ -60,7 +63,7 @@ def naive(sequences: list[TrainSequence], losses: list[list[float]], aggregation
         case "sequence":
             return sum(sequence.weight * sum(values) / len(values) for sequence, values in trained) / shares
         case _:
-            return sum(sequence.weight * sum(values) / CONSTANT for sequence, values in trained) / shares
+            return sum(sum(values) / CONSTANT for _, values in trained) / shares
 
 
 def as_batch(micro: MicroBatch) -> TokenBatch:
@@ -101,14 +104,51 @@ def test_weights_belong_to_trained_tokens(sequences: list[TrainSequence], aggreg
         assert sum(float(weights_T.sum()) for weights_T in weights) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_an_episode_of_many_traces_counts_as_one() -> None:
-    """Four traces of a team against one of a loner: the same weight for both by sequence, four times by token."""
-    loner = make_sequence([False, True, True], 1.0, 1.0, 0)
-    team = [make_sequence([False, True, True], 1.0, 0.25, i) for i in range(4)]
-    by_sequence = [float(w.sum()) for w in token_weights([loner, *team], "sequence")]
+def test_an_episode_of_many_segments_counts_as_one() -> None:
+    """Four segments of one episode against one of another, all of two tokens."""
+    whole = make_sequence([False, True, True], 1.0, 1.0, 0)
+    cut = [make_sequence([False, True, True], 1.0, 0.25, i) for i in range(4)]
+    by_sequence = [float(w.sum()) for w in token_weights([whole, *cut], "sequence")]
     assert by_sequence == pytest.approx([0.5] + [0.125] * 4)
-    by_token = [float(w.sum()) for w in token_weights([loner, *team], "token")]
+    by_token = [float(w.sum()) for w in token_weights([whole, *cut], "token")]
     assert by_token == pytest.approx([0.2] * 5)
+    # The sum over an episode's tokens is the larger, the more tokens it has: a matter of its length, not of its cuts.
+    by_constant = [float(w.sum()) for w in token_weights([whole, *cut], "constant")]
+    assert by_constant == pytest.approx([1.0] * 5)
+
+
+EPISODES = st.lists(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=4), max_size=5)
+
+
+@settings(deadline=None)
+@given(episodes=EPISODES, aggregation=st.sampled_from(get_args(Aggregation)))
+def test_a_token_weighs_the_same_however_its_episode_is_cut(
+    episodes: list[list[list[bool]]], aggregation: Aggregation
+) -> None:
+    """Each episode as the segments into which its masks cut it, and as a single one of the same tokens."""
+
+    def weights(of: list[list[list[bool]]]) -> list[float]:
+        made = [s for masks in of for s in train_sequences(trajectory(masks), 1.0, 0, 8)[0]]
+        found = [float(w) for each in token_weights(made, aggregation) for w in each if w]
+        assert sum(s.weight for s in made) == pytest.approx(sum(any(map(any, masks)) for masks in of))
+        return found
+
+    whole = [[[trained for mask in masks for trained in mask]] for masks in episodes]
+    assert weights(episodes) == pytest.approx(weights(whole), rel=1e-5)
+
+
+def trajectory(masks: list[list[bool]]) -> Trajectory:
+    """Segments of a prompt token and these."""
+    segments = tuple(
+        Segment(
+            np.zeros(1 + len(mask), np.int32),
+            np.asarray([False, *mask]),
+            np.zeros(1 + len(mask), np.float32),
+            (VersionRun(1, 0, sum(mask)),) if any(mask) else (),
+        )
+        for mask in masks
+    )
+    return replace(make_trajectory(), segments=segments)
 
 
 @settings(deadline=None)

@@ -208,7 +208,7 @@ def test_soft_punishment_can_make_a_gradient_of_a_group_without_one() -> None:
     assert [s.advantage for s in batch.sequences] == [0.5, -0.5]
 
 
-def test_traces_of_an_episode_share_its_weight() -> None:
+def test_segments_of_an_episode_share_its_weight_by_their_trained_tokens() -> None:
     batcher = make_batcher(groups_per_step=1)
     stale = make_segment(versions=(0, 0, 0))
     fresh = [make_segment(versions=(7, 7, 7)), make_segment(sampled=(5, 6), versions=(7, 7))]
@@ -217,7 +217,7 @@ def test_traces_of_an_episode_share_its_weight() -> None:
     batcher.add(make_trajectory(make_ticket(0, 1), 0.0, segment=fresh[0]))
     batch = batcher.next(8)
     assert batch is not None
-    assert [s.weight for s in batch.sequences] == [0.5, 0.5, 1.0]
+    assert [s.weight for s in batch.sequences] == pytest.approx([3 / 5, 2 / 5, 1.0])
 
 
 def test_the_baseline_and_its_scale_are_chosen_in_the_settings() -> None:

@@ -4,32 +4,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.tool_format import format_action, format_call, parse_action
+from actors.formats.tagged import Tagged
 from envs.interface import Action, Tool, ToolCall
 from tests.unit.actors.support import ADD, LOOKUP
 
 PING = Tool("ping", "Say nothing.", {"type": "object", "properties": {}})
 TOOLS = (LOOKUP, ADD, PING)
+TAGGED = Tagged()
 
 
 def test_text_binds_to_the_single_string_parameter_verbatim() -> None:
-    action = parse_action("Let me see. <tool>look a  b\n c</tool>", TOOLS)
+    action = TAGGED.parse("Let me see. <tool>look a  b\n c</tool>", TOOLS)
     assert action.tool_calls == (ToolCall("look", {"word": "a  b\n c"}),)
     assert action.malformed is None
-    assert parse_action("<tool>look</tool>", TOOLS).tool_calls == (ToolCall("look", {"word": ""}),)
+    assert TAGGED.parse("<tool>look</tool>", TOOLS).tool_calls == (ToolCall("look", {"word": ""}),)
 
 
 def test_several_parameters_are_a_json_object() -> None:
-    assert parse_action('<tool>add {"a": 1, "b": -2}</tool>', TOOLS).tool_calls == (ToolCall("add", {"a": 1, "b": -2}),)
+    assert TAGGED.parse('<tool>add {"a": 1, "b": -2}</tool>', TOOLS).tool_calls == (ToolCall("add", {"a": 1, "b": -2}),)
 
 
 def test_several_calls_keep_their_order() -> None:
-    calls = parse_action("<tool>look x</tool>\n<tool>ping</tool><tool>look y</tool>", TOOLS).tool_calls
+    calls = TAGGED.parse("<tool>look x</tool>\n<tool>ping</tool><tool>look y</tool>", TOOLS).tool_calls
     assert [call.name for call in calls] == ["look", "ping", "look"]
 
 
 def test_a_turn_without_a_call_is_an_answer() -> None:
-    assert parse_action("<answer>1212</answer>", TOOLS) == Action("<answer>1212</answer>")
+    assert TAGGED.parse("<answer>1212</answer>", TOOLS) == Action("<answer>1212</answer>")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_a_turn_without_a_call_is_an_answer() -> None:
     ],
 )
 def test_malformed_calls_have_a_reason_and_run_nothing(text: str, reason: str) -> None:
-    action = parse_action(text, TOOLS)
+    action = TAGGED.parse(text, TOOLS)
     assert action.malformed is not None
     assert reason in action.malformed
     assert action.tool_calls == ()
@@ -62,7 +63,7 @@ def test_malformed_calls_have_a_reason_and_run_nothing(text: str, reason: str) -
 
 @given(st.text())
 def test_any_text_parses_to_something(text: str) -> None:
-    assert parse_action(text, TOOLS).text == text
+    assert TAGGED.parse(text, TOOLS).text == text
 
 
 @given(st.text(), st.integers(), st.integers())
@@ -70,13 +71,13 @@ def test_a_written_call_reads_back_or_is_refused(word: str, a: int, b: int) -> N
     calls = [ToolCall("add", {"a": a, "b": b}), ToolCall("ping", {})]
     if "<tool>" in word or "</tool>" in word:
         with pytest.raises(ValueError, match="cannot be written"):
-            format_call(ToolCall("look", {"word": word}), TOOLS)
+            TAGGED.write(Action("", (ToolCall("look", {"word": word}),)), TOOLS)
     else:
         calls.append(ToolCall("look", {"word": word}))
-    text = format_action(Action("", tuple(calls)), TOOLS)
-    assert parse_action(text, TOOLS).tool_calls == tuple(calls)
+    text = TAGGED.write(Action("", tuple(calls)), TOOLS)
+    assert TAGGED.parse(text, TOOLS).tool_calls == tuple(calls)
 
 
 def test_an_unknown_tool_cannot_be_written() -> None:
-    with pytest.raises(ValueError, match="not one of"):
-        format_call(ToolCall("find", {}), TOOLS)
+    with pytest.raises(ValueError, match="unknown tool find"):
+        TAGGED.write(Action("", (ToolCall("find", {}),)), TOOLS)
