@@ -199,8 +199,8 @@ class WeightsSection(Section):
     """Address of the relay."""
     relay_port: int = Field(default=7711, ge=1, le=65535)
     """Port of the relay, which actors pull from."""
-    chunk_bytes: int = Field(default=4 << 20, ge=4096, le=64 << 20)
-    """Bytes in one chunk."""
+    chunk_bytes: int = Field(default=1 << 20, ge=4096, le=64 << 20)
+    """Bytes in one chunk. A receiver of a snapshot holds up to `credit` of them beside it."""
     credit: int = Field(default=8, ge=1, le=256)
     """Chunks a receiver may have requested and not yet received."""
     push_mb: int = Field(default=16, ge=0, le=64)
@@ -210,7 +210,8 @@ class WeightsSection(Section):
     """Memory for snapshots in the learner's publisher and in each relay, MiB; two must fit, three are comfortable."""
     delta_mb: int = Field(default=1024, ge=0)
     """Memory for the deltas up to the newest version in the learner's publisher and in each relay, MiB, and as much
-    again for deltas made of several of them; the oldest are forgotten first, and who needs them gets the snapshot."""
+    again for deltas made of several of them, but a quarter of a snapshot at most; the oldest are forgotten first, and
+    who needs them gets the snapshot."""
     heartbeat_s: float = Field(default=1.0, gt=0)
     """Seconds between announcements of the newest version, and between polls for it."""
     liveness: int = Field(default=15, ge=2)

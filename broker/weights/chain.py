@@ -10,12 +10,15 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from broker.protocol.deltas import fold
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Bytes, Manifest, describe_delta
+
+KEPT_SHARE: Final = 4  # of the snapshot, deltas that are kept have one part in so many at most
 
 Key = tuple[PolicyVersion, PolicyVersion | None]  # of a payload: its version and its parent
 
@@ -66,9 +69,9 @@ class FoldJob:
 class DeltaChain:
     """Deltas of one lineage and layout, each the child of the one before, and the folds made of them.
 
-    `max_bytes` bounds the deltas, and again the folds: the oldest are forgotten first, of the folds only those that
-    nobody fetches. What was forgotten and is still on its way to a slow peer counts among the deltas until nothing
-    refers to it.
+    `max_bytes` bounds the deltas, and again the folds, and so does a KEPT_SHARE of the snapshot, but for the newest of
+    each: the oldest are forgotten first, of the folds only those that nobody fetches. What was forgotten and is still
+    on its way to a slow peer counts among the deltas until nothing refers to it.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -110,7 +113,11 @@ class DeltaChain:
         self._links.append(delta)
         for key in [key for key in self._folds if key not in in_use]:
             self._forget(self._folds.pop(key))
-        while self._links and self._link_bytes + self._forgotten_bytes() > self._max_bytes:
+        enough = delta.manifest.total_bytes // KEPT_SHARE
+        while self._links and (
+            self._link_bytes + self._forgotten_bytes() > self._max_bytes
+            or (len(self._links) > 1 and self._link_bytes > enough)
+        ):
             self._forget(self._links.pop(0))
 
     def add_fold(self, key: Key, made: Payload | None, in_use: Collection[Key]) -> None:
@@ -118,7 +125,7 @@ class DeltaChain:
         beside those being fetched: to forget one of these would only have it made again."""
         self._folds[key] = made
         for other in [other for other in self._folds if other != key and other not in in_use]:
-            if self._fold_bytes <= self._max_bytes:
+            if made is None or self._fold_bytes <= min(self._max_bytes, made.manifest.total_bytes // KEPT_SHARE):
                 return
             self._forget(self._folds.pop(other))
         if self._fold_bytes > self._max_bytes:

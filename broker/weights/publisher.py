@@ -59,7 +59,7 @@ class WeightPublisher:
         bind_endpoint: str,
         run_id: str,
         *,
-        chunk_bytes: int = 4 << 20,
+        chunk_bytes: int = 1 << 20,
         max_bytes: int = 8 << 30,
         max_delta_bytes: int = 1 << 30,
         heartbeat_s: float = 1.0,

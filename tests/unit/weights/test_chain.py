@@ -8,7 +8,7 @@ from broker.protocol import weight_messages as messages
 from broker.protocol.frames import Frame, encode
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Bytes, Manifest, describe, describe_delta, lay_out
-from broker.weights.chain import DeltaChain, FoldJob, Payload
+from broker.weights.chain import KEPT_SHARE, DeltaChain, FoldJob, Payload
 
 LAYOUT = lay_out([("w", "uint8", (100_000,))])
 SIZE = 1000
@@ -59,6 +59,28 @@ def test_what_is_forgotten_and_on_its_way_counts_until_it_is_gone() -> None:
     chain.append(link(6), ())
     chain.append(link(7), ())
     assert (held(chain), chain.num_bytes) == ([5, 6, 7], 3 * SIZE)
+
+
+def test_deltas_and_folds_have_a_share_of_the_snapshot_but_for_the_newest() -> None:
+    """What is beyond that costs more memory than it is likely to save; the newest is what everybody wants."""
+    share = 100_000 // KEPT_SHARE
+    deltas = DeltaChain(1 << 30)
+    for number in range(1, 40):
+        deltas.append(link(number, share // 3), ())
+    assert held(deltas) == [37, 38, 39]
+    deltas.append(link(40, 2 * share), ())
+    assert held(deltas) == []
+    assert deltas.held((version(40), version(39))) is not None
+    deltas = DeltaChain(1 << 30)
+    for number in range(1, 4):
+        deltas.append(link(number, 10), ())
+    for have, size in ((0, share // 2), (1, share // 2 + 1)):
+        deltas.add_fold((version(3), version(have)), link(9, size), ())
+    assert deltas.held((version(3), version(0))) is None
+    assert deltas.held((version(3), version(1))) is not None
+    deltas.add_fold((version(3), version(0)), link(9, 2 * share), {(version(3), version(1))})
+    assert deltas.held((version(3), version(0))) is not None
+    assert deltas.held((version(3), version(1))) is not None  # it is being fetched
 
 
 def test_one_payload_on_its_way_to_many_counts_once() -> None:
