@@ -172,7 +172,8 @@ class AdoptionSession(Session):
             await dead.generate(self.prompts[0], WARM, 5, (), "nobody")
         except EngineDeadError:
             seen["refuses"] = True
-        self.engine = VllmEngine(dead._llm, dead._adoption._shapes, ActorSection.model_validate(SETTINGS))
+        settings = ActorSection.model_validate(SETTINGS)
+        self.engine = VllmEngine(dead._llm, dead._meter, dead._adoption._shapes, settings)
         await self.engine._llm.resume_generation()
         return seen
 
