@@ -77,7 +77,7 @@ def test_only_budgets_above_0_have_a_rate() -> None:
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.99))
 def test_the_price_rises_above_the_target_and_falls_below_it(price: float, rate: float, target: float) -> None:
-    moved = next_price(price, rate, SoftSection(overrun_rate=target))
+    moved = next_price(price, rate, SoftSection(overrun_rate=target, price_bounds=(0.0, 1.0)))
     assert 0.0 <= moved <= 1.0
     assert (moved - price) * (rate - target) >= 0
     assert moved == pytest.approx(min(1.0, max(0.0, price + 0.2 * (rate - target))))

@@ -53,7 +53,7 @@ def test_nothing_is_budgeted_by_default() -> None:
         (["eval.budgets=[-1]"], "eval.budgets.0"),
         (['thinking.tags=["<a>", "<a>"]'], "two texts, neither of which is part of the other"),
         (['thinking.stop_phrase="</think>"'], "contains a tag"),
-        (["thinking.soft.price=2"], "it must lie between them"),
+        (["thinking.soft.price=20"], "it must lie between them"),
         (["thinking.soft.limit=1"], "greater than 1"),
     ],
 )
