@@ -1,10 +1,10 @@
 """`make bench-rollout`: how much of its tokens per second an actor keeps when its tools are slow, and some hang.
 
 A real vLLM (SmolLM2-135M, one thread on a CPU) and the real actor, its tickets from this process. Runs on one engine:
-tools that answer at once (before the others, and once more between them); that take 1 s; that take a log-normal time of mean 3 s and 99th percentile 30 s, and
-of which 2 % hang until they run into their time limit; and the last of these once more in the loop of a synchronous
-trainer (generate all, run all tools, generate all ...), with as many episodes as the actor had at once. What is
-measured is the steady state (`rollouts/sides.py` says what that is).
+tools that answer at once (before the others, and once more between them); that take 1 s; that take a log-normal time of
+mean 3 s and 99th percentile 30 s, and of which 2 % hang until they run into their time limit; and the last of these
+once more in the loop of a synchronous trainer (generate all, run all tools, generate all ...), with as many episodes as
+the actor had at once. What is measured is the steady state (`rollouts/sides.py` says what that is).
 
 Prints a Markdown report and, as its last line, JSON: `tool_efficiency` (tokens a second with the slow tools, as a share
 of those without), `vs_sync_loop` (times the synchronous loop's), `prefix_hit_rate` (by vLLM's counters, slow tools),
