@@ -97,7 +97,7 @@ class Actor:
         self._settings = settings
         self._thinking = thinking
         first, step = settings.max_num_seqs, max(1, round(settings.max_num_seqs * INCREASE))
-        self._window = Window(settings.min_episodes, settings.max_episodes, first, step, settings.max_queue_s)
+        self._window = Window(settings.min_episodes, settings.max_episodes, first, step, settings.max_queue)
         self._precedence = Precedence()
         self._num_sampling = 0  # running episodes that the policy samples
         self._draining = self._ended = False

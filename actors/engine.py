@@ -67,7 +67,9 @@ class EngineLoad:
     num_turns: int = 0
     """Requests that have ended."""
     queue_s: float = 0.0
-    """Seconds that those spent in the queue before their first step."""
+    """Seconds that those spent in the queue before their first step,"""
+    sampling_s: float = 0.0
+    """and from then on."""
     num_sampled: int = 0
     """Tokens."""
     num_prefix_tokens: int = 0

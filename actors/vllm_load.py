@@ -46,6 +46,7 @@ class LoadMeter:
                 "num_turns": load.num_turns + len(ended),
                 # One that is aborted in the queue was never taken out of it.
                 "queue_s": load.queue_s + sum(max(0.0, each.queued_time) for each in ended),
+                "sampling_s": load.sampling_s + sum(each.inference_time for each in ended if each.queued_time >= 0),
                 "num_sampled": load.num_sampled + iteration_stats.num_generation_tokens,
             }
         self.load = dataclasses.replace(load, **changes)

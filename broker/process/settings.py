@@ -105,9 +105,9 @@ class ActorSection(Section):
     """Episodes that one actor has at once, at most. Those whose tools are running need nothing of the engine, so an
     actor begins with `max_num_seqs` and takes more for as long as the engine's batch is not full; what the machine can
     hold of the environments' sandboxes is the bound to set here."""
-    max_queue_s: float = Field(default=5.0, gt=0)
-    """Mean seconds that turns wait in the engine's queue from which an actor takes fewer episodes, as it does when the
-    KV cache is too small for those it has."""
+    max_queue: float = Field(default=0.5, gt=0)
+    """Length of the engine's queue, in batches, from which an actor takes fewer episodes, as it does when the KV cache
+    is too small for those it has. Measured as the time that turns wait, as a share of the time they are sampled for."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Number format of the engine's weights and activations."""
     threads: int = Field(default=1, ge=1)

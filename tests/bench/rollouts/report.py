@@ -24,6 +24,28 @@ LABELS = {
 }
 
 
+def joined(first: Measured, second: Measured) -> Measured:
+    """Two windows of the same kind as one: sums, means, the worst, and of the groups the mean of the percentiles."""
+
+    def mean(name: str) -> float:
+        return float(getattr(first, name) + getattr(second, name)) / 2
+
+    groups = [one.group_s for one in (first, second) if one.group_s is not None]
+    return Measured(
+        seconds=first.seconds + second.seconds,
+        tokens=first.tokens + second.tokens,
+        turns=first.turns + second.turns,
+        **{name: mean(name) for name in ("episodes", "full", "cache", "prefix_hits", "queue_s", "actor_cpu")},
+        preemptions=first.preemptions + second.preemptions,
+        group_s=(sum(p50 for p50, _ in groups) / len(groups), sum(p90 for _, p90 in groups) / len(groups))
+        if groups
+        else None,
+        hung_s=first.hung_s + second.hung_s,
+        lag_s=max(first.lag_s, second.lag_s),
+        rss_mb=max(first.rss_mb, second.rss_mb),
+    )
+
+
 def summary(results: Results) -> dict[str, Any]:
     """The last line."""
     hung = results.none.hung_s + results.constant.hung_s + results.heavy.hung_s

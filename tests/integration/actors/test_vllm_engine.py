@@ -126,6 +126,7 @@ def test_the_load_adds_up_what_the_engine_did(played: Played) -> None:
     assert 0 < load["cache_use_steps"] < load["num_steps"]
     assert load["num_preemptions"] == 0
     assert 0 <= load["queue_s"] < 10
+    assert load["sampling_s"] > 0
     # The second time the same prompts are in the cache, but for the last block of each.
     assert 0 <= load["num_prefix_hits"] < load["num_prefix_tokens"]
 

@@ -12,7 +12,7 @@ from actors.engine import Sample
 from broker.protocol.trajectory import Sampling
 from tests.bench.rollouts.engines import TURN_TOKENS, GivenLengths, InRounds
 from tests.bench.rollouts.environment import CONSTANT, HANGS, HEAVY_TAILED, NO_TOOLS
-from tests.bench.rollouts.report import Results, markdown, summary
+from tests.bench.rollouts.report import Results, joined, markdown, summary
 from tests.bench.rollouts.sides import Measured
 from tests.unit.actors.support import ScriptedEngine, make_renderer
 
@@ -82,3 +82,9 @@ def test_the_last_line_has_every_key_and_the_table_a_row_for_each_run() -> None:
     }
     assert markdown(results, "two cores").count("\n| ") == 2 + 4
     assert summary(Results(*(measured(10) for _ in range(4))))["worst_hang_s"] is None
+
+
+def test_two_windows_are_one() -> None:
+    both = joined(measured(1000, (0.1,)), measured(3000)._replace(seconds=30.0, group_s=None, episodes=90.0))
+    assert (both.rate, both.turns, both.episodes, both.hung_s) == (100.0, 100, 80.0, (0.1,))
+    assert both.group_s == (11.0, 40.0)
