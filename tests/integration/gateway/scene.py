@@ -19,7 +19,8 @@ from actors.renderer import Renderer
 from broker.process.settings import GatewaySection
 from broker.protocol.trajectory import Mode, Sampling, TaskRef, Ticket
 
-SAMPLING = Sampling(temperature=0.8, max_turn_tokens=120, max_episode_tokens=3000, max_turns=20)
+LONG = 400  # tokens; what is to happen meanwhile happens long before they are sampled
+SAMPLING = Sampling(temperature=0.8, max_turn_tokens=LONG, max_episode_tokens=3000, max_turns=20)
 TOOL: Any = {
     "type": "function",
     "function": {
@@ -53,9 +54,10 @@ async def converse(
     try:
         async with AsyncOpenAI(base_url=endpoint.url, api_key=endpoint.key, max_retries=0) as client:
             seen = await _program(client, update)
-            hanging = asyncio.create_task(_say(client, [ask("What is the bill?")], 120))
+            hanging = asyncio.create_task(_say(client, [ask("What is the bill?")], LONG))
             while not unfinished():
                 await asyncio.sleep(0.01)
+            await _say(client, [ask("total")], 8)  # the other has sampled something by then, too
             hanging.cancel()
             await asyncio.gather(hanging, return_exceptions=True)
         await gateway.shut(session)
@@ -91,8 +93,8 @@ async def _program(client: AsyncOpenAI, update: Callable[[], Awaitable[object]])
     messages = [ask("Eva buys 17 plates.")]
     messages += heard(await _say(client, messages, 24))
     messages.append(ask("What is the bill?"))
-    flying = asyncio.create_task(_say(client, messages, 120))  # it goes on under the new weights
-    await _say_first(client, told)
+    flying = asyncio.create_task(_say(client, messages, LONG))  # it goes on under the new weights
+    heard(await _say(client, [ask("total")], 16))  # the long one has surely begun when this has been answered
     await update()
     messages += heard(await flying)
     messages.append(ask("coins"))
@@ -101,9 +103,3 @@ async def _program(client: AsyncOpenAI, update: Callable[[], Awaitable[object]])
     stream = await client.responses.create(model="m", input="price plate", max_output_tokens=12, stream=True)
     last = [event async for event in stream][-1]
     return {"told": told, "responses_status": last.response.status, "responses_text": last.response.output_text}
-
-
-async def _say_first(client: AsyncOpenAI, told: list[float]) -> None:
-    """A short call beside the long one, so that the long one has surely begun."""
-    answer = await _say(client, [ask("total")], 16)
-    told.extend(entry.logprob for entry in answer.choices[0].logprobs.content)
