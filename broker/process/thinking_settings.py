@@ -110,8 +110,8 @@ class SoftSection(Section):
     price_rate: float = Field(default=0.2, gt=0)
     """How far one step moves the price, for each unit that the share of overruns is above or below its target."""
     price_bounds: tuple[float, float] = (0.0, 10.0)
-    """The price never leaves these bounds. For an overrun of a few tokens to cost as much as a right answer earns, it may
-    have to be several times that reward."""
+    """The price never leaves these bounds. For an overrun of a few tokens to cost as much as a right answer earns, it
+    may have to be several times that reward."""
 
     @model_validator(mode="after")
     def _ordered(self) -> SoftSection:
