@@ -23,11 +23,15 @@ NO_TOOLS = ToolSet()
 
 
 class SignpostsEpisode(ToolEpisode):
-    """One walk."""
+    """One walk. closing: the tag that ends thinking, where whoever acts leaves its thinking in its answer."""
+
+    def __init__(self, task: Task, closing: str) -> None:
+        super().__init__(task, NO_TOOLS)
+        self._closing = closing
 
     async def grade(self) -> Reward:
         """1 where the final answer is `You are in TOWN.` with the right town, else 0."""
-        match = ANSWER.fullmatch((self.final_text or "").strip())
+        match = ANSWER.fullmatch((self.final_text or "").rpartition(self._closing)[2].strip())
         correct = float(match is not None and match[1] == self.task.secret["route"][-1])
         return Reward(correct, {"correct": correct})
 
@@ -87,7 +91,7 @@ class SignpostsEnvironment(Environment):
 
     def episode(self, task: Task) -> SignpostsEpisode:
         """A fresh attempt."""
-        return SignpostsEpisode(task, NO_TOOLS)
+        return SignpostsEpisode(task, self._tags[1])
 
     def reference(self, task: Task) -> ReferencePolicy:
         """Solves the task by thinking."""

@@ -28,9 +28,11 @@ NUM_TASKS = 200 if FULL else 12
 NUM_RESETS = 1000 if FULL else 12
 AT_ONCE = 64 if FULL else 8
 MAX_TURNS = 40
+# `program` needs a folder of tasks, and its episodes drive themselves: tests/integration/gateway.
+NAMES = sorted(set(BUILT_IN) - {"program"})
 
 
-@pytest_asyncio.fixture(params=sorted(BUILT_IN))
+@pytest_asyncio.fixture(params=NAMES)
 async def environment(request: pytest.FixtureRequest) -> AsyncIterator[Environment]:
     made = create_environment(request.param)
     await made.prepare()
@@ -81,7 +83,7 @@ def test_no_problem_is_in_two_splits_or_asked_twice(environment: Environment) ->
     assert min(len(train), len(heldout)) > 250
 
 
-@pytest.mark.parametrize("name", sorted(BUILT_IN))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_actions_give_the_same_episode_in_another_process(name: str) -> None:
     program = f"""
 import asyncio
