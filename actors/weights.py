@@ -23,8 +23,8 @@ from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Manifest
 from broker.weights.basefile import BaseFile
 from broker.weights.fetch import WeightsSupersededError
-from broker.weights.sinks import WeightsCorruptError
 from broker.weights.subscriber import WeightsTimeoutError
+from broker.weights.vouching import WeightsCorruptError
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
 from broker.weights.basefile import BaseFile
 from broker.weights.fetch import WeightsSupersededError
-from broker.weights.sinks import WeightsCorruptError
 from broker.weights.subscriber import WeightSubscriber
+from broker.weights.vouching import WeightsCorruptError
 from tests.integration.weights.ends import (
     HEARTBEAT_S,
     LIVENESS,

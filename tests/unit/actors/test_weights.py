@@ -15,8 +15,8 @@ from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Manifest
 from broker.weights.basefile import BaseFile
 from broker.weights.fetch import WeightsSupersededError
-from broker.weights.sinks import WeightsCorruptError
 from broker.weights.subscriber import WeightsTimeoutError
+from broker.weights.vouching import WeightsCorruptError
 from tests.unit.actors.support import ScriptedEngine, make_renderer
 
 V1, V2, V3 = PolicyVersion(1, 1), PolicyVersion(1, 2), PolicyVersion(2, 0)
