@@ -2,7 +2,7 @@
 
 Each successor begins with the newest version, every ticket becomes one trajectory, and no token names a version that
 was not published. An engine starts for each death, which takes most of the time: `make chaos` has all of them
-(ALL_PHASES in the environment), `make test` the one in the middle of the switch.
+(ERGON_ALL_PHASES in the environment), `make test` the one in the middle of the switch.
 """
 
 from __future__ import annotations
