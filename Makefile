@@ -70,6 +70,7 @@ fuzz: $(READY) ## a million hostile messages against live processes; ARGS="--mes
 	@$(PYTHON) -m tests.fuzz.broker $(ARGS)
 
 chaos: $(READY) ## the kill matrix: 200 faults on real processes, nothing lost, nothing twice: ARGS="--seed 1 --curve"
+	@ERGON_ALL_PHASES=1 $(PYTHON) -m pytest tests/integration/actors/test_actor_killed.py
 	@$(PYTHON) -m tests.chaos.matrix $(ARGS)
 
 chaos-real: $(READY) ## kill every process of a real vLLM and DeepSpeed run once

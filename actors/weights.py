@@ -23,8 +23,8 @@ from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Manifest
 from broker.weights.basefile import BaseFile
 from broker.weights.fetch import WeightsSupersededError
-from broker.weights.sinks import WeightsCorruptError
 from broker.weights.subscriber import WeightsTimeoutError
+from broker.weights.vouching import WeightsCorruptError
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ POLL_S = 0.5
 RETRY_S = 1.0
 MAX_RETRY_S = 30.0  # preparing costs seconds of the engine's time, so an engine that keeps failing is asked more rarely
 FETCH_TIMEOUT_S = 600.0
+MAX_SKIPPED = 2  # versions in a row: where they come faster than they can be fetched, one must be adopted all the same
 
 
 class Subscriber(Protocol):
@@ -66,7 +67,8 @@ class WeightAdopter:
         self._subscriber = subscriber
         self._adopted: PolicyVersion | None = None
         self._seen: PolicyVersion | None = None  # adopted or refused: only what is newer is worth a fetch
-        self._num_failed = 0  # adoptions in a row that the engine could not make
+        self._num_failed = 0  # in a row: adoptions that the engine could not make, and fetches that gave wrong bytes
+        self._num_skipped = 0  # in a row
         self._changed = asyncio.Condition()
         # Its own thread: environments may fill the loop's default pool, and adoption must not queue behind tools.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
@@ -134,7 +136,8 @@ class WeightAdopter:
                 fetched_s,
             )
             latest = self._subscriber.latest()
-            if latest is not None and latest > version:
+            if latest is not None and latest > version and self._num_skipped < MAX_SKIPPED:
+                self._num_skipped += 1
                 metrics.adoptions.labels("superseded").inc()
                 return True
             pause_s = await self._engine.adopt(version, self._base.path, manifest.total_hash.hex())
@@ -156,6 +159,7 @@ class WeightAdopter:
             logger.warning("weights not adopted version=%s reason=%s serving=%s", tuple(version), error, self._adopted)
             return False
         except (WeightsTimeoutError, WeightsCorruptError, ErgonError) as error:
+            self._num_failed += isinstance(error, WeightsCorruptError)  # it may be a whole snapshot each time
             metrics.adoptions.labels("failed").inc()
             logger.warning("weights not fetched version=%s reason=%s serving=%s", tuple(version), error, self._adopted)
             return False
@@ -164,7 +168,7 @@ class WeightAdopter:
 
     async def _serve(self, version: PolicyVersion, pause_s: float, total_s: float) -> None:
         self._adopted = self._seen = version
-        self._num_failed = 0
+        self._num_failed = self._num_skipped = 0
         metrics.policy_lineage.set(version.lineage)
         metrics.policy_version.set(version.version)
         metrics.adoptions.labels("adopted").inc()

@@ -1,16 +1,18 @@
-"""The key files of a run: who holds which CURVE key pair, and whose public keys are let in.
+"""The key files of a run: who holds which CURVE key pair, whose public keys are let in, and who signs weights.
 
-A key directory holds one `IDENTITY.secret` per identity (one line, the secret key in Z85) and `public.keys`, the
-allow-list of all: lines `IDENTITY PUBLIC_KEY`, lines that begin with `#` being comments. A process needs its own secret
-file and the allow-list, nothing else. Several lines of one identity are several keys that are let in; as a server, an
-identity shows the first. Reads and writes these files; knows no socket.
+A key directory holds one `IDENTITY.secret` per identity (one line, the secret key in Z85), `learner.signing.secret`
+(the same, of an Ed25519 key) and `public.keys`, the list of all: lines `IDENTITY PUBLIC_KEY`, and `signs PUBLIC_KEY`
+for who signs versions of the weights; lines that begin with `#` are comments. A process needs its own secret file and
+that list, the learner its signing key, too. Several lines of one identity are several keys that are let in; as a
+server, an identity shows the first. Several `signs` are several keys that count. Reads and writes these files; knows no
+socket.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -20,11 +22,15 @@ import zmq
 from zmq.utils import z85
 
 from broker.process.lifecycle import ErgonError
+from broker.process.signing import SigningKey
 
 PUBLIC_FILE: Final = "public.keys"
+SIGNING_FILE: Final = "learner.signing.secret"
+SIGNS: Final = "signs"
 KEY_CHARACTERS: Final = 40  # 32 bytes in Z85
 _HEAD: Final = (
     "# Public keys that are let in, one IDENTITY KEY a line; the first of an identity is what it shows as a server.\n"
+    "# Weights are believed that a key in a line `signs KEY` has signed.\n"
 )
 
 
@@ -52,23 +58,35 @@ def secret_path(directory: Path, identity: Identity) -> Path:
 
 
 def make_keys(directory: Path) -> list[Path]:
-    """Make a key pair for every identity; returns the files, all readable by their owner alone.
+    """Make a key pair for every identity, and one to sign with; returns the files, readable by their owner alone.
 
-    Raises ErgonError where one of them is there already, or the directory cannot be written.
+    A directory that has all but the one to sign with, which earlier versions did not make, gets that. Raises ErgonError
+    where keys are there already, or the directory cannot be written.
     """
     paths = {identity: secret_path(directory, identity) for identity in Identity}
-    public = directory / PUBLIC_FILE
-    if taken := [path.name for path in (*paths.values(), public) if path.exists()]:
-        raise ErgonError(f"{directory} holds keys already ({', '.join(taken)}); name another directory or remove them")
-    pairs = {identity: KeyPair(*zmq.curve_keypair()) for identity in Identity}
+    public, signing = directory / PUBLIC_FILE, directory / SIGNING_FILE
+    taken = [path for path in (*paths.values(), public, signing) if path.exists()]
+    key = SigningKey.make()
+    signs = f"{SIGNS} {z85.encode(key.public).decode()}\n"
     try:
+        if taken == [*paths.values(), public] and not read_signers(directory):
+            _write_new(signing, z85.encode(key.secret).decode() + "\n")
+            with public.open("a", encoding="ascii") as file:
+                file.write(("" if _read(public).endswith("\n") else "\n") + signs)
+            return [signing]
+        if taken:
+            names = ", ".join(path.name for path in taken)
+            raise ErgonError(f"{directory} holds keys already ({names}); name another directory or remove them")
+        pairs = {identity: KeyPair(*zmq.curve_keypair()) for identity in Identity}
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for identity, path in paths.items():
             _write_new(path, pairs[identity].secret.decode() + "\n")
-        _write_new(public, _HEAD + "".join(f"{identity} {pair.public.decode()}\n" for identity, pair in pairs.items()))
+        _write_new(signing, z85.encode(key.secret).decode() + "\n")
+        lines = [f"{identity} {pair.public.decode()}\n" for identity, pair in pairs.items()]
+        _write_new(public, _HEAD + "".join(lines) + signs)
     except OSError as error:
         raise ErgonError(f"keys cannot be written to {directory} ({error.strerror}); name another directory") from error
-    return [*paths.values(), public]
+    return [*paths.values(), signing, public]
 
 
 def _write_new(path: Path, text: str) -> None:
@@ -79,7 +97,56 @@ def _write_new(path: Path, text: str) -> None:
 
 def read_pair(directory: Path, identity: Identity) -> KeyPair:
     """The key pair of an identity. Raises ErgonError where the file is missing, malformed or readable by everybody."""
-    path = secret_path(directory, identity)
+    text = _read_secret(secret_path(directory, identity))
+    return KeyPair(zmq.curve_public(text.encode()), text.encode())
+
+
+def read_signing_key(directory: Path) -> SigningKey:
+    """What the learner signs with. Raises ErgonError as `read_pair` does, and where the list does not name it."""
+    path = directory / SIGNING_FILE
+    if not path.exists():
+        raise ErgonError(
+            f"{directory} has no key to sign weights with ({SIGNING_FILE}), so its keys are of an earlier version: "
+            f"`ergon keys make {directory}` adds one; then copy {PUBLIC_FILE} to every machine of the run again"
+        )
+    key = SigningKey(z85.decode(_read_secret(path)))
+    if key.public not in read_signers(directory):
+        raise ErgonError(
+            f"the key in {path} is not listed in {directory / PUBLIC_FILE}; add the line "
+            f"`{SIGNS} {z85.encode(key.public).decode()}` there, on every machine of the run"
+        )
+    return key
+
+
+def read_signers(directory: Path) -> list[bytes]:
+    """The public keys, 32 bytes each, of who signs weights. Raises ErgonError where a line is wrong."""
+    return [z85.decode(key) for name, key, _ in _public_lines(directory) if name == SIGNS]
+
+
+def read_public(directory: Path) -> Mapping[str, Identity]:
+    """Whose key each allowed public key is, in the order of the file. Raises ErgonError where a line is wrong."""
+    owners: dict[str, Identity] = {}
+    for name, key, where in _public_lines(directory):
+        if name != SIGNS and owners.setdefault(key, Identity(name)) != name:
+            raise ErgonError(f"{where}: the key of {owners[key]} again, for {name}; a key has one identity")
+    return owners
+
+
+def _public_lines(directory: Path) -> Iterator[tuple[str, str, str]]:
+    """What each line of the list names, its key, and where that is."""
+    path = directory / PUBLIC_FILE
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        where = f"{path}, line {number}"
+        name, _, key = line.strip().partition(" ")
+        if name not in {*Identity, SIGNS}:
+            raise ErgonError(f"{where}: {name!r:.40} is no identity; allowed: {', '.join(Identity)}, {SIGNS}")
+        _check_key(key.strip(), f"{where}: the public key")
+        yield name, key.strip(), where
+
+
+def _read_secret(path: Path) -> str:
     text = _read(path).strip()
     if path.stat().st_mode & stat.S_IRWXO:
         raise ErgonError(
@@ -87,24 +154,7 @@ def read_pair(directory: Path, identity: Identity) -> KeyPair:
             "chmod it to 600 (defaultMode 0440 of a Kubernetes Secret)"
         )
     _check_key(text, f"{path}: the secret key")
-    return KeyPair(zmq.curve_public(text.encode()), text.encode())
-
-
-def read_public(directory: Path) -> Mapping[str, Identity]:
-    """Whose key each allowed public key is, in the order of the file. Raises ErgonError where a line is wrong."""
-    path = directory / PUBLIC_FILE
-    owners: dict[str, Identity] = {}
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        where = f"{path}, line {number}"
-        name, _, key = line.strip().partition(" ")
-        if name not in set(Identity):
-            raise ErgonError(f"{where}: {name!r:.40} is no identity; allowed: {', '.join(Identity)}")
-        _check_key(key.strip(), f"{where}: the public key")
-        if owners.setdefault(key.strip(), Identity(name)) != name:
-            raise ErgonError(f"{where}: the key of {owners[key.strip()]} again, for {name}; a key has one identity")
-    return owners
+    return text
 
 
 def server_key(directory: Path, identity: Identity) -> bytes:

@@ -15,11 +15,23 @@ from urllib.parse import urlsplit
 
 import zmq
 
-from broker.process.keys import PUBLIC_FILE, Identity, KeyPair, read_pair, read_public, secret_path, server_key
+from broker.process.keys import (
+    PUBLIC_FILE,
+    Identity,
+    KeyPair,
+    read_pair,
+    read_public,
+    read_signers,
+    read_signing_key,
+    secret_path,
+    server_key,
+)
 from broker.process.lifecycle import ErgonError
 from broker.process.settings import Settings
+from broker.process.signing import Signers, SigningKey
 
 OVERHEAD_BYTES: Final = 64  # a sealed frame is this much longer than its content, at most (really 33)
+_RECEIVERS: Final = frozenset({Identity.ACTOR, Identity.RELAY})  # of weights
 _REMEDY: Final = (
     'set security.mode = "curve" with keys from `ergon keys make DIRECTORY`, or a loopback address such as 127.0.0.1'
 )
@@ -32,6 +44,8 @@ class Security:
     identity: Identity | None = None
     pair: KeyPair | None = None
     directory: Path = Path()
+    signing_key: SigningKey | None = None  # the learner's: what it signs versions of the weights with
+    signers: Signers | None = None  # whose signatures a receiver of weights believes; None: they are not signed
 
     @property
     def curve(self) -> bool:
@@ -82,7 +96,23 @@ def load_security(settings: Settings, identity: Identity) -> Security:
             f"the key in {secret_path(directory, identity)} is not listed for {identity} in {directory / PUBLIC_FILE}; "
             f"add the line `{identity} {pair.public.decode()}` there, on every machine of the run"
         )
-    return Security(identity, pair, directory)
+    return keyed(directory, identity)
+
+
+def keyed(directory: Path, identity: Identity) -> Security:
+    """The keys of this identity in a key directory. Raises ErgonError for missing or malformed ones."""
+    pair = read_pair(directory, identity)
+    signing_key = read_signing_key(directory) if identity is Identity.LEARNER else None
+    signers = None
+    if identity in _RECEIVERS:
+        keys = read_signers(directory)
+        if not keys:
+            raise ErgonError(
+                f"{directory / PUBLIC_FILE} names no key that weights are signed with, so it is of an earlier version: "
+                "`ergon keys make DIRECTORY` adds one where the learner's keys are; then copy the file here again"
+            )
+        signers = Signers(keys)
+    return Security(identity, pair, directory, signing_key, signers)
 
 
 def _served_hosts(settings: Settings) -> Iterator[tuple[str, str]]:

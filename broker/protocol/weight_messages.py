@@ -17,6 +17,7 @@ from broker.protocol.commands import parse_body
 from broker.protocol.common import Body, Period
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
+from broker.protocol.proofs import Proof
 from broker.protocol.trajectory import Name, PolicyVersion, Positive, Seconds
 from broker.protocol.weights import (
     HASH_BYTES,
@@ -73,11 +74,13 @@ class Watch(Body, frozen=True, kw_only=True):
 
 
 class Announce(Body, frozen=True, kw_only=True):
-    """The newest version that can be pulled here and its size in bytes, or that there is none."""
+    """The newest version that can be pulled here and its size in bytes, or that there is none. `proof`: of its
+    snapshot, where that is signed and the server has it already."""
 
     COMMAND: ClassVar[str] = "ANNOUNCE"
     newest: Pair | None
     num_bytes: Integer
+    proof: Proof | None
 
 
 class OfVersion(Body, frozen=True, kw_only=True):
@@ -110,6 +113,7 @@ class ManifestReply(OfVersion, frozen=True, kw_only=True):
     chunk_bytes: Annotated[int, Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)]
     total_hash: Annotated[bytes, Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
     created_at: Seconds
+    proof: Proof | None
 
 
 class PushPart(OfVersion, frozen=True, kw_only=True):
@@ -222,6 +226,7 @@ def _described(kind: type[ManifestReply], manifest: Manifest, *more: Bytes, **fi
         chunk_bytes=manifest.chunk_bytes,
         total_hash=manifest.total_hash,
         created_at=manifest.created_at,
+        proof=manifest.proof,
     )
     hashes = np.frombuffer(b"".join(manifest.chunk_hashes), np.uint8).reshape(-1, HASH_BYTES)
     return body.pack((hashes, *more))
@@ -293,6 +298,7 @@ def _manifest(body: ManifestReply, hashes: Bytes) -> Manifest:
         chunk_hashes,
         body.total_hash,
         body.created_at,
+        body.proof,
     )
 
 

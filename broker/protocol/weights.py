@@ -23,6 +23,7 @@ from msgspec import Meta
 
 from broker.protocol import hashes
 from broker.protocol.hashes import LEAF_BYTES, Leaves, Run
+from broker.protocol.proofs import Proof
 from broker.protocol.trajectory import PolicyVersion
 
 HASH_BYTES = 16
@@ -69,7 +70,8 @@ class Manifest:
     """Everything a receiver must know before the first chunk. `parent` is None for an anchor.
 
     `chunk_hashes` has one digest per chunk of the payload, in order; `total_hash` covers the snapshot, which for a
-    delta is what applying it to the parent's gives. `created_at` is Unix time in seconds.
+    delta is what applying it to the parent's gives. `created_at` is Unix time in seconds. `proof` is None where nothing
+    is signed, and not part of what it proves.
     """
 
     run_id: str
@@ -81,6 +83,7 @@ class Manifest:
     chunk_hashes: tuple[bytes, ...]
     total_hash: bytes
     created_at: float
+    proof: Proof | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -166,7 +169,7 @@ def describe_delta(anchor: Manifest, parent: PolicyVersion, payload: Bytes) -> M
     """The manifest of the delta that makes `parent` the version which `anchor` describes."""
     step = anchor.chunk_bytes
     hashes = tuple(digest(payload[start : start + step]) for start in range(0, payload.size, step))
-    return replace(anchor, parent=parent, payload_bytes=payload.size, chunk_hashes=hashes)
+    return replace(anchor, parent=parent, payload_bytes=payload.size, chunk_hashes=hashes, proof=None)
 
 
 def safetensors_header(manifest: Manifest) -> bytes:

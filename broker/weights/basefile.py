@@ -17,11 +17,13 @@ import numpy as np
 
 from broker.process.lifecycle import ErgonError
 from broker.protocol.hashes import join
+from broker.protocol.proofs import Of
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Buffer, Bytes, Manifest, digest, flat, safetensors_header
 from broker.weights import metrics
 from broker.weights.sinks import DeltaBuffer, wrong_total
 from broker.weights.threads import coding_run
+from broker.weights.vouching import check_digest
 
 
 class BaseFile:
@@ -83,14 +85,17 @@ class BaseFile:
         assert data is not None
         if self._delta is not None:
             started = time.monotonic()
+            self._delta.check()
             self._held = None
             self._pwrite(bytes(self._data_offset), 0)
             leaves = self._delta.apply_to(data)
-            self._delta.verify(join(leaves.finish(coding_run())))
+            self._delta.verify(data, join(leaves.finish(coding_run())))
             metrics.apply_seconds.observe(time.monotonic() - started)
-        # Read back what the file holds: the hash then covers the writing, too.
-        elif digest(data, coding_run()) != manifest.total_hash:
-            raise wrong_total(manifest)
+        else:
+            # Read back what the file holds: the hash then covers the writing, too.
+            if digest(data, coding_run()) != manifest.total_hash:
+                raise wrong_total(manifest)
+            check_digest(manifest, Of.SNAPSHOT, data)
         self._pwrite(safetensors_header(manifest), 0)
         self._held, self._arriving, self._delta = manifest, None, None
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
 from broker.protocol.deltas import fold
+from broker.protocol.proofs import Proof
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Bytes, Manifest, describe_delta
 
@@ -52,6 +53,7 @@ class FoldJob:
     """Consecutive deltas, of which one is to be made. `run` may take long and needs no lock."""
 
     deltas: tuple[Payload, ...]
+    proof: Proof | None = None  # of the snapshot that they lead to
 
     @property
     def key(self) -> Key:
@@ -63,7 +65,7 @@ class FoldJob:
         first, last = self.deltas[0].manifest, self.deltas[-1].manifest
         assert first.parent is not None
         data = fold([delta.data for delta in self.deltas], last.tensors)
-        return Payload(describe_delta(last, first.parent, data), data)
+        return Payload(replace(describe_delta(last, first.parent, data), proof=self.proof), data)
 
 
 class DeltaChain:
@@ -92,6 +94,11 @@ class DeltaChain:
     @property
     def _fold_bytes(self) -> int:
         return sum(held.data.size for held in self._folds.values() if held is not None)
+
+    @property
+    def versions(self) -> set[PolicyVersion]:
+        """What the deltas lead to."""
+        return {link.version for link in self._links}
 
     @property
     def num_deltas(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from broker.process.signing import Signers
 from broker.protocol import weight_messages as messages
 from broker.protocol.commands import ErrorBody, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
@@ -20,7 +21,8 @@ from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Buffer, Bytes, Manifest
 from broker.weights import metrics
 from broker.weights.chain import Payload
-from broker.weights.sinks import DeltaRefusedError, Sink, WeightsCorruptError
+from broker.weights.sinks import DeltaRefusedError, Sink
+from broker.weights.vouching import WeightsCorruptError, check_signed
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +124,15 @@ class Fetch:
     """
 
     def __init__(
-        self, version: PolicyVersion, run_id: str, sink: Sink, credit: int, send: Callable[[Message], None]
+        self,
+        version: PolicyVersion,
+        run_id: str,
+        sink: Sink,
+        credit: int,
+        send: Callable[[Message], None],
+        signers: Signers | None = None,
     ) -> None:
+        self._signers = signers
         self._version, self._run_id, self._sink, self._credit, self._send = version, run_id, sink, credit, send
         self._plan: ChunkPlan | None = None
         self._newest: PolicyVersion | None = None  # as announced since the last reconnection
@@ -139,7 +148,7 @@ class Fetch:
         if pushed is None:
             self._send(messages.manifest_request(self._version, self._sink.have))
             return
-        self._check_run(pushed.manifest)
+        self._check(pushed.manifest)
         self._begin(pushed.manifest)
         if self._plan is None:
             return
@@ -208,7 +217,7 @@ class Fetch:
     def _on_manifest(self, manifest: Manifest) -> None:
         if manifest.version != self._version:
             return  # an answer to an earlier fetch
-        self._check_run(manifest)
+        self._check(manifest)
         if manifest.parent not in (None, self._sink.have):
             return  # a late answer, to an earlier fetch or from before that version was lost or its delta refused
         if self._plan is None or _payload_of(self._plan.manifest) != _payload_of(manifest):
@@ -218,11 +227,12 @@ class Fetch:
         if self._plan is not None:
             self._request()
 
-    def _check_run(self, manifest: Manifest) -> None:
+    def _check(self, manifest: Manifest) -> None:
         if manifest.run_id != self._run_id:
             raise ProtocolError(
                 ErrorCode.WRONG_RUN, f"the manifest's run_id is {manifest.run_id!r:.80}, this is run {self._run_id!r}"
             )
+        check_signed(manifest, self._signers)
 
     def _begin(self, manifest: Manifest) -> None:
         """A plan for this payload; none where it is a delta that cannot be used, and then the anchor is asked for."""

@@ -33,6 +33,11 @@ diff_seconds = Histogram(
     "Seconds of a publication in which tensors were compared with the former version and written over it.",
     buckets=SECONDS,
 )
+seal_seconds = Histogram(
+    "ergon_weights_seal_seconds",
+    "Seconds to sign a snapshot after its delta went out, with keys; the next version waits for it.",
+    buckets=SECONDS,
+)
 published_bytes = Counter(
     "ergon_weights_published_bytes_total",
     "Payload bytes published by this process: of a delta its own, of an anchor the snapshot's.",
@@ -118,6 +123,12 @@ refused_deltas = Counter(
     "Deltas that did not fit the base or did not give the version promised; the anchor was fetched instead.",
 )
 verify_failures = Counter("ergon_weights_verify_failures_total", "Chunks or snapshots whose hash was wrong.")
+forged = Counter(
+    "ergon_weights_forged_total",
+    "Versions that were refused because the learner has not signed them: unsigned, signature (by no key that counts, "
+    "or of something else), digest (the bytes are others than were signed).",
+    ["reason"],
+)
 superseded_fetches = Counter(
     "ergon_weights_superseded_total", "Fetches given up because the version was no longer held."
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from broker.process.security import OPEN, Security
 from broker.protocol import delta_loops, weights
 from broker.protocol.deltas import OfRecord, nothing_more
 from broker.protocol.hashes import Leaves
+from broker.protocol.proofs import Of
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weight_messages import Part
 from broker.protocol.weights import DTYPES, Buffer, Manifest, flat
@@ -25,9 +26,11 @@ from broker.weights import metrics
 from broker.weights.chain import Payload
 from broker.weights.filling import Changed, Diff, Read, continues_base, fill, source_of
 from broker.weights.pushing import Ahead
+from broker.weights.sealing import Sealer
 from broker.weights.server import WeightServer
 from broker.weights.store import OutOfBudgetError, WeightStore
 from broker.weights.threads import coding_run
+from broker.weights.vouching import sign
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +74,13 @@ class WeightPublisher:
         self._patience_s = 2 * heartbeat_s * liveness  # by then a peer that reads nothing is gone, and its memory free
         self._last: PolicyVersion | None = None  # announced, whether or not it is still served
         self._delta_bytes = 0  # of its payload as a delta; 0: there was none
-        self._store = WeightStore(max_bytes, max_delta_bytes)
+        self._key = security.signing_key
+        self._store = WeightStore(max_bytes, max_delta_bytes, sealed=self._key is not None)
         self._server = WeightServer(
             bind_endpoint, run_id, self._store, heartbeat_s=heartbeat_s, liveness=liveness, security=security
         )
         self.endpoint = self._server.endpoint
+        self._sealer = Sealer(self._store, self._key, self._server.announce) if self._key is not None else None
         if not delta_loops.compiled:
             logger.warning("deltas are made by numpy, at half the speed reason=installed without a C compiler")
 
@@ -125,6 +130,8 @@ class WeightPublisher:
         """
         if self._server.failure is not None:
             raise self._server.failure
+        if self._sealer is not None:
+            self._sealer.wait()
         started = time.monotonic()
         if self._last is not None and version <= self._last:
             raise ValueError(f"version {tuple(version)} is not newer than {tuple(self._last)}, which was published")
@@ -146,7 +153,10 @@ class WeightPublisher:
             )
             delta = None
             if diff is not None and draft.base is not None:
-                delta = Payload(weights.describe_delta(manifest, draft.base.version, diff.payload), diff.payload)
+                described = weights.describe_delta(manifest, draft.base.version, diff.payload)
+                if self._key is not None:
+                    described = replace(described, proof=sign(described, Of.PAYLOAD, diff.payload, self._key))
+                delta = Payload(described, diff.payload)
         except BaseException:
             self._store.abort(draft)
             self._server.push_part(None)
@@ -156,6 +166,8 @@ class WeightPublisher:
         self._last = version
         self._delta_bytes = delta.data.size if delta is not None else 0
         self._server.announce()
+        if self._sealer is not None:
+            self._sealer.begin()
         stats = _stats(manifest, diff, time.monotonic() - started)
         _observe(stats)
         logger.info("published version=%s %s", tuple(version), stats)
@@ -180,6 +192,8 @@ class WeightPublisher:
 
     def close(self) -> None:
         """Stop serving. Idempotent."""
+        if self._sealer is not None:
+            self._sealer.close()
         self._server.close()
 
 

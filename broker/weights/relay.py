@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import threading
+from dataclasses import replace
 from functools import partial
 
 from broker.process.keys import Identity
@@ -19,7 +20,9 @@ from broker.process.lifecycle import ErgonError, install_stop, raise_file_limit
 from broker.process.metrics import Health, start_metrics
 from broker.process.security import load_security
 from broker.process.settings import Settings
+from broker.process.signing import Signers
 from broker.protocol.errors import ProtocolError
+from broker.protocol.proofs import Of
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weight_messages import Part
 from broker.weights import metrics
@@ -27,9 +30,9 @@ from broker.weights.chain import Payload
 from broker.weights.fetch import WeightsSupersededError
 from broker.weights.pushing import Ahead
 from broker.weights.server import WeightServer
-from broker.weights.sinks import WeightsCorruptError
 from broker.weights.store import OutOfBudgetError, WeightStore
 from broker.weights.subscriber import WeightsTimeoutError, WeightSubscriber
+from broker.weights.vouching import WeightsCorruptError, WeightsForgedError, check_digest, check_signed
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +41,18 @@ RETRY_AFTER_S = 2.0
 WAIT_S = 0.5  # how soon a stop is noticed while nothing is announced
 
 
-def push_on(server: WeightServer, delta: Payload) -> None:
-    """Let `server` push this delta, which has just arrived, if its chunks are right."""
-    if all(delta.manifest.chunk_fits(index, delta.chunk(index)) for index in range(delta.manifest.num_chunks)):
-        server.push_ahead(delta)
+def push_on(server: WeightServer, signers: Signers | None, delta: Payload) -> None:
+    """Let `server` push this delta, which has just arrived, if its chunks are right and it is what was signed."""
+    manifest = delta.manifest
+    if not all(manifest.chunk_fits(index, delta.chunk(index)) for index in range(manifest.num_chunks)):
+        return
+    try:
+        check_signed(manifest, signers)
+        check_digest(manifest, Of.PAYLOAD, delta.data)
+    except WeightsForgedError as error:
+        logger.error("push not passed on reason=%s", error)
+        return
+    server.push_ahead(delta)
 
 
 def pass_on(server: WeightServer, part: Part) -> None:
@@ -53,8 +64,10 @@ def pass_on(server: WeightServer, part: Part) -> None:
 class Relay:
     """Fetches what `upstream` announces into `store` and lets `server` announce it; `step` by `step`."""
 
-    def __init__(self, upstream: WeightSubscriber, store: WeightStore, server: WeightServer) -> None:
-        self._upstream, self._store, self._server = upstream, store, server
+    def __init__(
+        self, upstream: WeightSubscriber, store: WeightStore, server: WeightServer, signers: Signers | None = None
+    ) -> None:
+        self._upstream, self._store, self._server, self._signers = upstream, store, server, signers
         self._problem = ""
 
     @property
@@ -103,9 +116,23 @@ class Relay:
             return
         self._problem = ""
         self._server.announce()
+        self.seal()
         metrics.relay_versions.inc()
         kind = metrics.kind(manifest.parent)
         logger.info("serving version=%s kind=%s bytes=%d", tuple(version), kind, manifest.payload_bytes)
+
+    def seal(self) -> None:
+        """Take the proof of the newest snapshot, where it has come and there is none yet. From any thread."""
+        newest, seal = self._store.newest, self._upstream.seal
+        if newest is None or newest.proof is not None or seal is None or seal[0] != newest.version:
+            return
+        try:
+            check_signed(replace(newest, proof=seal[1]), self._signers)
+        except WeightsForgedError as error:
+            logger.error("seal refused reason=%s", error)
+            return
+        self._store.seal(*seal)
+        self._server.announce()
 
 
 def serve_relay(settings: Settings) -> None:
@@ -117,7 +144,8 @@ def serve_relay(settings: Settings) -> None:
     raise_file_limit()
     weights, run_id = settings.weights, settings.run.name
     security = load_security(settings, Identity.RELAY)
-    store = WeightStore(weights.max_mb << 20, weights.delta_mb << 20)
+    signers = security.signers
+    store = WeightStore(weights.max_mb << 20, weights.delta_mb << 20, sealed=signers is not None)
     server = WeightServer(
         f"tcp://{weights.relay_host}:{weights.relay_port}",
         run_id,
@@ -135,14 +163,15 @@ def serve_relay(settings: Settings) -> None:
         push_bytes=weights.push_mb << 20,
         heartbeat_s=weights.heartbeat_s,
         liveness=weights.liveness,
-        on_push=partial(push_on, server),
+        on_push=partial(push_on, server, signers),
         on_part=partial(pass_on, server),
         on_failure=lambda _error: stop.set(),
         security=security,
         server=Identity(settings.security.upstream),
     )
     try:
-        relay = Relay(upstream, store, server)
+        relay = Relay(upstream, store, server, signers)
+        upstream.on_seal(relay.seal)
         http = start_metrics(settings.metrics.host, settings.metrics.relay_port, relay.health)
         closer = threading.Thread(target=_close_at, args=(stop, upstream), name="relay-stop", daemon=True)
         closer.start()

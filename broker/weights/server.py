@@ -31,7 +31,7 @@ from broker.weights.chain import FoldJob, Payload
 from broker.weights.folding import Folder
 from broker.weights.peers import MAX_REQUEST_BYTES, Peer, Peers, Request
 from broker.weights.pushing import Ahead, Pusher, PushMessages
-from broker.weights.store import WeightStore
+from broker.weights.store import Unsealed, WeightStore
 
 logger = logging.getLogger(__name__)
 
@@ -158,10 +158,10 @@ class WeightServer:
         """Announce the newest version to a peer; by pushing it, where that is news to the peer, wanted and possible.
         `made`: the pushes so far."""
         if newest is None:
-            self._peers.send(routing, messages.Announce(newest=None, num_bytes=0).pack())
+            self._peers.send(routing, messages.Announce(newest=None, num_bytes=0, proof=None).pack())
         elif peer.told == newest.version or not self._push(routing, peer, newest.version, made):
-            message = messages.Announce(newest=newest.version, num_bytes=newest.total_bytes).pack()
-            if self._peers.send(routing, message):
+            news = messages.Announce(newest=newest.version, num_bytes=newest.total_bytes, proof=newest.proof)
+            if self._peers.send(routing, news.pack()):
                 peer.told = newest.version
 
     def _push(self, routing: bytes, peer: Peer, newest: PolicyVersion, made: PushMessages) -> bool:
@@ -265,6 +265,7 @@ class WeightServer:
         peer.fetching = found.key
         if isinstance(found, FoldJob):
             self._folder.make(found)
+        if isinstance(found, (FoldJob, Unsealed)):
             return False
         return self._peers.send(routing, messages.manifest_reply(found.manifest))
 

@@ -8,6 +8,7 @@ end; it knows no socket.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -15,16 +16,14 @@ import numpy as np
 from broker.protocol.deltas import apply_delta, hash_block
 from broker.protocol.errors import ProtocolError
 from broker.protocol.hashes import Leaves
+from broker.protocol.proofs import Of
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Buffer, Bytes, Manifest, TensorSpec, describe, flat
 from broker.weights import metrics
 from broker.weights.chain import Payload
 from broker.weights.store import Draft, WeightStore
 from broker.weights.threads import coding_run
-
-
-class WeightsCorruptError(Exception):
-    """What arrived is not what the manifest promises, repeatedly, or the manifest contradicts itself."""
+from broker.weights.vouching import WeightsCorruptError, WeightsForgedError, check_digest
 
 
 class DeltaRefusedError(Exception):
@@ -75,10 +74,14 @@ class DeltaBuffer:
         start, end = self.manifest.chunk_range(index)
         self.data[start:end] = np.frombuffer(flat(data), np.uint8)
 
+    def check(self) -> None:
+        """All of it is here: raise WeightsForgedError where it is not what was signed. Due before `apply_to`."""
+        self.data.setflags(write=False)
+        check_digest(self.manifest, Of.PAYLOAD, self.data)
+
     def apply_to(self, target: Bytes) -> Leaves:
         """Make `target`, the parent's snapshot, that of this version; `verify` is due. The hashes of what has changed.
         Raises DeltaRefusedError."""
-        self.data.setflags(write=False)
         leaves = Leaves(flat(target))
         try:
             apply_delta(self.data, self.manifest.tensors, target, coding_run(), lambda block: hash_block(leaves, block))
@@ -86,10 +89,14 @@ class DeltaBuffer:
             raise DeltaRefusedError(f"the delta to {_text(self.manifest)} is malformed: {error.message}") from error
         return leaves
 
-    def verify(self, total_hash: bytes) -> None:
-        """Raise DeltaRefusedError unless this, the target's hash, is the version's."""
+    def verify(self, target: Bytes, total_hash: bytes) -> None:
+        """Raise DeltaRefusedError unless the target, which has this hash, is the version's snapshot."""
         if total_hash != self.manifest.total_hash:
             raise DeltaRefusedError(f"the delta to {_text(self.manifest)} gives other bytes than its manifest promises")
+        try:
+            check_digest(self.manifest, Of.SNAPSHOT, target)
+        except WeightsForgedError as error:
+            raise DeltaRefusedError(str(error)) from error
 
 
 class StoreSink:
@@ -140,6 +147,7 @@ class StoreSink:
             made = describe_as(self._manifest, self._anchor.data)
             if made.total_hash != self._manifest.total_hash:
                 raise wrong_total(self._manifest)
+            check_digest(self._manifest, Of.SNAPSHOT, self._anchor.data)
             self._store.commit(self._anchor, made, None)
         self._anchor = self._delta = None
 
@@ -154,11 +162,12 @@ class StoreSink:
         self._forgotten = True
 
     def _finish_delta(self, delta: DeltaBuffer) -> None:
+        delta.check()
         draft = self._store.begin(delta.manifest.total_bytes, copy=True)
         started = time.monotonic()
         try:
             made = describe_as(delta.manifest, draft.data, delta.apply_to(draft.data))
-            delta.verify(made.total_hash)
+            delta.verify(draft.data, made.total_hash)
         except BaseException:
             self._store.abort(draft)
             raise
@@ -167,9 +176,10 @@ class StoreSink:
 
 
 def describe_as(manifest: Manifest, snapshot: Bytes, leaves: Leaves | None = None) -> Manifest:
-    """The manifest of these bytes as an anchor of the version that `manifest` names; only `total_hash` may differ.
+    """The manifest of these bytes as an anchor of the version that `manifest` names; only `total_hash` may differ. What
+    was signed of a snapshot is true of it whatever it came as.
     leaves: of the snapshot, as far as they are hashed already."""
-    return describe(
+    made = describe(
         manifest.run_id,
         manifest.version,
         manifest.tensors,
@@ -179,6 +189,8 @@ def describe_as(manifest: Manifest, snapshot: Bytes, leaves: Leaves | None = Non
         coding_run(),
         leaves,
     )
+    proof = manifest.proof
+    return replace(made, proof=proof) if proof is not None and proof.of is Of.SNAPSHOT else made
 
 
 def wrong_total(manifest: Manifest) -> WeightsCorruptError:

@@ -12,10 +12,11 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from broker.protocol.proofs import Proof
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Bytes, Manifest, flat
 from broker.weights import metrics
@@ -34,15 +35,25 @@ class Draft:
     base: Manifest | None
 
 
+@dataclass(frozen=True, slots=True)
+class Unsealed:
+    """What is served as soon as there is proof of it."""
+
+    key: Key
+
+
 class WeightStore:
     """Versions by number, and how to get from one to another. Thread-safe; only `begin` waits.
 
     One thread writes: `begin`, then `commit` or `abort`. `max_bytes` bounds the snapshots, `max_delta_bytes` the deltas
-    and again the folded ones.
+    and again the folded ones. `sealed`: only what there is proof of is served; a delta has its own, a snapshot and what
+    is folded wait for `seal`.
     """
 
-    def __init__(self, max_bytes: int, max_delta_bytes: int = 1 << 30) -> None:
+    def __init__(self, max_bytes: int, max_delta_bytes: int = 1 << 30, *, sealed: bool = False) -> None:
         self._max_bytes = max_bytes
+        self._sealed = sealed
+        self._proofs: dict[PolicyVersion, Proof] = {}  # of snapshots
         self._lock = threading.Condition()  # re-entrant: a finalizer may run inside an allocation made under the lock
         self._held: dict[PolicyVersion, Payload] = {}  # anchors
         self._chain = DeltaChain(max_delta_bytes)
@@ -77,16 +88,21 @@ class WeightStore:
 
     # --- serving ----------------------------------------------------------------------------------------------------
 
-    def find(self, version: PolicyVersion, have: PolicyVersion | None) -> Payload | FoldJob | None:
+    def find(self, version: PolicyVersion, have: PolicyVersion | None) -> Payload | FoldJob | Unsealed | None:
         """The cheapest payload that makes `have` this version, which counts as fetched from here on; or the fold that
-        is to be made for it; None where the version is not (or no longer, or at this moment not) held."""
+        is to be made for it, or that there is no proof of it yet; None where the version is not (or no longer, or at
+        this moment not) held."""
         with self._lock:
             found = self._chain.find(version, have) if have is not None else None
             if found is None:
                 found = self._held.get(version)
-            if found is not None:
-                self._in_use |= {found.key}
-            return found
+            if found is None:
+                return None
+            self._in_use |= {found.key}
+            if isinstance(found, FoldJob):
+                found = replace(found, proof=self._proofs.get(version))
+            proof = found.proof if isinstance(found, FoldJob) else found.manifest.proof
+            return Unsealed(found.key) if self._sealed and proof is None else found
 
     def delta(self, version: PolicyVersion, have: PolicyVersion) -> Payload | None:
         """The delta that leads straight from `have` to this version, where it is there already."""
@@ -128,6 +144,16 @@ class WeightStore:
             self._drop_unused()
         self._observe()
 
+    def seal(self, version: PolicyVersion, proof: Proof) -> None:
+        """Keep the proof of a snapshot, where the version is held or deltas lead to it."""
+        with self._lock:
+            if version in self._known():
+                self._proofs[version] = proof
+            if self._newest is not None and self._newest.version == version:
+                self._newest = replace(self._newest, proof=proof)
+            if (held := self._held.get(version)) is not None:
+                self._held[version] = Payload(replace(held.manifest, proof=proof), held.data)
+
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def begin(self, num_bytes: int, timeout_s: float = 0.0, *, copy: bool = False, beside: bool = False) -> Draft:
@@ -168,7 +194,11 @@ class WeightStore:
                 self._chain.clear()
             self._held[manifest.version] = Payload(manifest, draft.data)
             self._newest = manifest
+            if manifest.proof is not None:
+                self._proofs[manifest.version] = manifest.proof
             self._drop_unused()
+            known = self._known()
+            self._proofs = {version: proof for version, proof in self._proofs.items() if version in known}
         metrics.newest_lineage.set(manifest.version.lineage)
         metrics.newest_version.set(manifest.version.version)
         self._observe()
@@ -178,10 +208,14 @@ class WeightStore:
         """The version was not finished: its memory is dropped. Where that was the newest snapshot's, nothing is held
         any more, and the next version is an anchor."""
         with self._lock:
-            if self._newest is not None and draft.base is self._newest and self.base is None:
+            base, newest = draft.base, self._newest
+            if base is not None and newest is not None and base.version == newest.version and self.base is None:
                 self._newest = None
                 self._chain.clear()
         self._observe()
+
+    def _known(self) -> set[PolicyVersion]:
+        return self._chain.versions | self._held.keys() | ({self._newest.version} if self._newest else set())
 
     def _idle(self, version: PolicyVersion) -> bool:
         return (version, None) not in self._in_use and not self._lent[version]

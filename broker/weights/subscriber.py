@@ -21,6 +21,7 @@ from broker.protocol import weight_messages as messages
 from broker.protocol import weights
 from broker.protocol.commands import parse_body
 from broker.protocol.frames import Limits, Message
+from broker.protocol.proofs import Proof
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Manifest
 from broker.weights import metrics
@@ -28,8 +29,9 @@ from broker.weights.basefile import BaseFile
 from broker.weights.chain import Payload
 from broker.weights.fetch import Announced, Event, Fetch, Reconnected, WeightsSupersededError
 from broker.weights.pushed import PushSlot
-from broker.weights.sinks import Sink, StoreSink, WeightsCorruptError
+from broker.weights.sinks import Sink, StoreSink
 from broker.weights.store import WeightStore
+from broker.weights.vouching import WeightsCorruptError
 
 REPLY_LIMITS = Limits(max_frames=4, max_envelope_bytes=64 << 20, max_array_bytes=weights.MAX_CHUNK_BYTES)
 
@@ -73,6 +75,9 @@ class WeightSubscriber:
         self._stall_s = heartbeat_s * liveness
         self._on_announce, self._on_failure_given = on_announce, on_failure
         self._on_push, self._on_part = on_push, on_part
+        self._on_seal: Callable[[], None] | None = None
+        self._signers = security.signers
+        self.seal: tuple[PolicyVersion, Proof] | None = None  # announced last; neither is verified
         self._fetching = threading.Lock()  # one fetch at a time; the credit belongs to the connection
         self._changed = threading.Condition()
         self._latest: PolicyVersion | None = None  # newest ever announced
@@ -108,6 +113,10 @@ class WeightSubscriber:
     def wait_connected(self, timeout_s: float) -> None:
         """Block until the first WELCOME. Raises ErgonError when nobody answers, ProtocolError when refused."""
         self._connection.wait_welcome(timeout_s)
+
+    def on_seal(self, call: Callable[[], None]) -> None:
+        """Call this, from the connection's thread, whenever `seal` has come. It must not block."""
+        self._on_seal = call
 
     def latest(self) -> PolicyVersion | None:
         """The newest version announced so far; survives reconnections."""
@@ -150,7 +159,7 @@ class WeightSubscriber:
             raise WeightsTimeoutError(f"another fetch was still running after {timeout_s:g} s")
         try:
             self._inbox = queue.SimpleQueue()
-            fetch = Fetch(version, self._run_id, sink, self._credit, self._send)
+            fetch = Fetch(version, self._run_id, sink, self._credit, self._send, self._signers)
             fetch.start(self._pushed.take(version, sink.have))
             moved = time.monotonic()
             while True:
@@ -214,7 +223,12 @@ class WeightSubscriber:
 
     def _on_message(self, message: Message) -> None:
         if message.command == messages.Announce.COMMAND:
-            self._on_newest(messages.policy_version(parse_body(message, messages.Announce).newest))
+            news = parse_body(message, messages.Announce)
+            self._on_newest(messages.policy_version(news.newest))
+            if news.newest is not None and news.proof is not None:
+                self.seal = (PolicyVersion(*news.newest), news.proof)
+                if self._on_seal is not None:
+                    self._on_seal()
         elif message.command == messages.PushPart.COMMAND:
             part = messages.read_part(message)
             if self._pushed.put_part(part) and self._on_part is not None:

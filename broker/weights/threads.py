@@ -16,10 +16,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def num_threads() -> int:
+    """As many as there are; 1: the caller's own."""
+    return min(len(os.sched_getaffinity(0)), MAX_THREADS)
+
+
 def coding_run() -> Run:
     """What codes and hashes here: these threads, or the caller's own where the process has one core."""
-    num_threads = min(len(os.sched_getaffinity(0)), MAX_THREADS)
-    return _run if num_threads > 1 else map
+    return _run if num_threads() > 1 else map
 
 
 def coding_start() -> Start:
@@ -47,4 +51,4 @@ def _results(futures: list[Future[R]]) -> Iterator[R]:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS), thread_name_prefix="weight-coding")
+    return ThreadPoolExecutor(num_threads(), thread_name_prefix="weight-coding")

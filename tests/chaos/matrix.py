@@ -9,6 +9,7 @@ encrypted.
 `effective_fraction` is the time that the work takes without faults, divided by the time it took. The former is that
 of a shorter run without faults, made first on the same machine, and its steady rate for the rest of the work.
 `shared` says that the faults hit parcels of several trajectories: how many at least needed no message of their own.
+`fetched` says how versions of the weights came to the actors: so many as anchors, so many as deltas.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Outcome:
     restarts: dict[str, int]
     unavailable: dict[str, str]
     num_shared: int
+    fetched: dict[str, int]
 
 
 def run_one(
@@ -87,6 +89,8 @@ def run_one(
             problems.append(f"the work was done after {len(stage.injected)} of {num_faults} faults")
         if timing and not stage.num_shared:
             problems.append("every trajectory travelled alone: no parcel of several was under test")
+        if timing and not stage.fetched["delta"]:
+            problems.append("no version came to an actor as a delta")
         stage.disposable = not problems and not (plan.keep and num_faults)
         return Outcome(
             stage.num_tickets,
@@ -98,6 +102,7 @@ def run_one(
             {child.name: child.num_restarts for child in stage.children.values()},
             stage.unavailable,
             stage.num_shared,
+            dict(sorted(stage.fetched.items())),
         )
 
 
@@ -127,6 +132,7 @@ def report(outcome: Outcome, expected_s: float | None) -> dict[str, Any]:
         "lost": verdict.lost,
         "duplicated": verdict.duplicated,
         "shared": outcome.num_shared,
+        "fetched": outcome.fetched,
         "effective_fraction": round(expected_s / outcome.wall_s, 3) if expected_s and outcome.timing else None,
         "without_faults_s": round(expected_s, 1) if expected_s else None,
         "wall_s": round(outcome.wall_s, 1),

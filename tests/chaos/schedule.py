@@ -20,6 +20,7 @@ UPDATE_PHASES = (
     ("relay", "fetching"),
     ("relay", "serving"),
     ("actor", "fetching"),
+    ("actor", "applying"),
     ("actor", "preparing"),
     ("actor", "paused"),
     ("actor", "switched"),

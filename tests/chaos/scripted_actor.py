@@ -51,16 +51,29 @@ def report_violation(run_dir: Path, text: str) -> None:
 
 
 class WatchedBase(BaseFile):
-    """The real base file; each chunk that is written is a moment to be killed at."""
+    """The real base file; each chunk that is written is a moment to be killed at, and so is the one when the file has
+    lost its header and the changes are not yet in it."""
 
     def __init__(self, path: Path, run_dir: Path, place: str) -> None:
         super().__init__(path)
         self._run_dir, self._place = run_dir, place
+        self._finishing = False
 
     def write(self, index: int, data: Buffer) -> None:
         """See Sink."""
         super().write(index, data)
         reach(self._run_dir, self._place, "fetching")
+
+    def finish(self) -> None:
+        """See Sink."""
+        self._finishing = self._delta is not None
+        super().finish()
+        self._finishing = False
+
+    def _pwrite(self, data: Buffer, offset: int) -> None:
+        super()._pwrite(data, offset)
+        if self._finishing and self.version is None:
+            reach(self._run_dir, self._place, "applying")
 
 
 class ScriptedEngine:

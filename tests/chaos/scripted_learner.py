@@ -25,6 +25,7 @@ from broker.process.lifecycle import install_stop, run_main
 from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion
+from broker.weights import publisher
 from broker.weights.publisher import WeightPublisher
 from learner.audit import LineFile, audit_lines
 from learner.batching import Batch, Batcher
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 AUDIT = "trained.jsonl"
 CHECKPOINTS = "checkpoints"
 CHAIN = "chain.json"
+publisher.PART_BYTES = 1  # so that deltas as small as these are sent ahead as well
 STEP_S = 0.05
 POLL_S = 0.25
 

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,7 @@ class Stage:
         self.injected: list[Fault] = []
         self.crashes: list[str] = []
         self.num_shared = 0  # trajectories that needed no message of their own, at least
+        self.fetched: Counter[str] = Counter()  # versions by how they came to actors: anchor, delta
         self.disposable = False  # whether nothing of it is kept
         self._stack = contextlib.ExitStack()
 
@@ -223,6 +225,8 @@ class Stage:
             injector.finish()
             watch.finish()
             self.injected, self.crashes, self.num_shared = injector.done, supervisor.crashes, watch.num_shared
+            for log in (self.run_dir / "logs").glob("actor-*.log"):
+                self.fetched += count_fetched(log.read_text(encoding="utf-8", errors="replace"))
         total_s = time.monotonic() - started
         if injector.error is not None:
             raise injector.error
@@ -277,6 +281,12 @@ class _Mender(Supervisor):
         if code != -signal.SIGKILL:
             self.crashes.append(f"{child.name} died by itself, exit code {code}; see {child.log}")
         super()._died(child, now)
+
+
+def count_fetched(log: str) -> Counter[str]:
+    """How the versions came that an actor says it has fetched."""
+    lines = [line for line in log.splitlines() if "fetched version=" in line]
+    return Counter("anchor" if "parent=None" in line else "delta" for line in lines)
 
 
 def _ports(num: int) -> list[int]:

@@ -127,7 +127,7 @@ def weight(rng: random.Random, run_id: str, _role: Role) -> Message:
         lambda: weights.Watch(have=rng.choice((None, version)), push_bytes=rng.choice((0, 1 << 20, 2**62))).pack(),
         lambda: weights.manifest_request(version, have),
         lambda: weights.chunk_request(version, have, rng.choice((0, 1, 2, 3, 1000, 2**62))),
-        lambda: weights.Announce(newest=version, num_bytes=17).pack(),
+        lambda: weights.Announce(newest=version, num_bytes=17, proof=None).pack(),
         lambda: weights.Welcome(run_id=run_id, heartbeat_s=1.0, liveness=15).pack(),
         lambda: weights.chunk_reply(version, have, 0, np.zeros(64, np.uint8)),
         lambda: _manifest(rng, run_id, version),

@@ -85,6 +85,8 @@ class Actors(threading.Thread):
         except BaseException as error:
             self.error = error
             raise
+        finally:
+            self._loop.close()
 
     async def _main(self) -> None:
         heartbeat_s, liveness = self._timers

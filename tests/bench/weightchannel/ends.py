@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from prometheus_client import REGISTRY
 
-from broker.process.keys import Identity, read_pair
-from broker.process.security import OPEN, Security
+from broker.process.keys import Identity
+from broker.process.security import OPEN, Security, keyed
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import TensorSpec
 from broker.weights.basefile import BaseFile
@@ -144,7 +144,7 @@ def close_actor(state: State) -> None:
 
 
 def _security(keys: Path | None, identity: Identity) -> Security:
-    return OPEN if keys is None else Security(identity, read_pair(keys, identity), keys)
+    return OPEN if keys is None else keyed(keys, identity)
 
 
 # --- for comparison -------------------------------------------------------------------------------------------------

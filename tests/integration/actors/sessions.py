@@ -81,20 +81,23 @@ class Played:
             assert abs(np.exp(difference).mean() - 1) < max_ratio_error * max(1.0, (400 / difference.size) ** 0.5)
 
 
-def make_weights(model: Path, directory: Path, dtype: str, wire_dtype: str) -> dict[int, Any]:
-    """Write three updates far from each other and some bad ones; returns the reference models by number."""
+def make_weights(model: Path, directory: Path, dtype: str, wire_dtypes: Sequence[str]) -> dict[int, Any]:
+    """Write three updates far from each other, each in a number format of its own, and some bad ones; returns the
+    reference models by number."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     directory.mkdir()
-    torch_dtype, stored_dtype = getattr(torch, dtype), getattr(torch, wire_dtype)
+    torch_dtype = getattr(torch, dtype)
     base = load_file(model / "model.safetensors")
     models = {0: AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype).eval()}
-    for number in (1, 2, 3):
+    for number, wire_dtype in enumerate(wire_dtypes, start=1):
         generator = torch.Generator().manual_seed(number)
         state = {
-            name: (tensor.float() * (1.5 + 0.5 * torch.randn(tensor.shape, generator=generator))).to(stored_dtype)
+            name: (tensor.float() * (1.5 + 0.5 * torch.randn(tensor.shape, generator=generator))).to(
+                getattr(torch, wire_dtype)
+            )
             for name, tensor in base.items()
         }
         save_file(state, directory / f"{number}.safetensors")
@@ -118,13 +121,16 @@ def play(
     dtype: str,
     scenes: Sequence[str],
     *,
-    wire_dtype: str | None = None,
+    wire_dtypes: Sequence[str] = (),
     num_workers: int = 1,
     mode: str = "recompute",
 ) -> Iterator[Played]:
-    """Start a session (`engine_session.py`) that plays these scenes; it goes on serving until the end."""
+    """Start a session (`engine_session.py`) that plays these scenes; it goes on serving until the end.
+
+    wire_dtypes: of the three updates; by default they are in the engine's own format.
+    """
     model, out = make_tiny_model(directory / "model"), directory / "seen.json"
-    models = make_weights(model, directory / "weights", dtype, wire_dtype or dtype)
+    models = make_weights(model, directory / "weights", dtype, wire_dtypes or [dtype] * 3)
     settings = {"dtype": dtype, "tensor_parallel": num_workers, "adopt_mode": mode}
     plan = {"settings": settings, "scenes": list(scenes)}
     with (directory / "log").open("w+") as log:

@@ -1,11 +1,14 @@
 """An actor with a real engine that dies in each phase of an adoption, under the real supervisor, episodes in flight.
 
 Each successor begins with the newest version, every ticket becomes one trajectory, and no token names a version that
-was not published. Where only the engine dies, its successor lives in the same process.
+was not published. Where only the engine dies, its successor lives in the same process. An engine starts for each death,
+which takes most of the time: `make chaos` has all of them (ERGON_ALL_PHASES in the environment), `make test` the one in
+the middle of the switch and the engine's own.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -26,7 +29,9 @@ from tests.integration.actors.doomed_actor import PLACE
 from tests.integration.actors.test_actor_process import get, settings_for, ticket
 from tests.tiny_model import make_tiny_model
 
-PHASES = ("fetching", "preparing", "paused", "switched", "broken", "engine")
+ALL_PHASES = "ERGON_ALL_PHASES"
+EVERY = ("fetching", "preparing", "paused", "switched", "broken", "engine")
+PHASES = EVERY if os.environ.get(ALL_PHASES) else ("switched", "engine")
 SURVIVED = ("broken", "engine")  # where the engine dies, the actor does not
 NUM_TICKETS = 6  # of each batch
 LONG = Sampling(max_turn_tokens=120, max_episode_tokens=200, max_turns=2)
@@ -132,7 +137,7 @@ def test_an_actor_that_dies_in_any_phase_of_an_adoption_loses_and_doubles_nothin
             learner.issue(batch(f"{phase}-after", new))
             receive(2 * NUM_TICKETS)
             assert not order.outstanding, f"the actor was never {phase}"
-            assert actor.num_restarts == min(number, len(PHASES) - len(SURVIVED)), actor.tail(60)
+            assert actor.num_restarts == len(set(PHASES[:number]) - set(SURVIVED)), actor.tail(60)
             for trajectory in received[-2 * NUM_TICKETS :]:
                 versions = {run[:2] for run in trajectory.segments[0].version_runs}
                 assert versions <= {tuple(old), tuple(new)}
@@ -141,8 +146,9 @@ def test_an_actor_that_dies_in_any_phase_of_an_adoption_loses_and_doubles_nothin
         ids = [trajectory.ticket.ticket_id for trajectory in received]
         assert len(set(ids)) == len(ids) == NUM_TICKETS * (1 + 2 * len(PHASES))
         assert "was cancelled" not in actor.log.read_text()
-        assert "injected into reload_whole" in actor.log.read_text()
-        assert 'ergon_actor_engine_restarts_total{result="restarted"} 2.0' in metrics_of(settings)
+        assert ("injected into reload_whole" in actor.log.read_text()) is ("broken" in PHASES)
+        restarts = len(set(PHASES) & set(SURVIVED))
+        assert f'ergon_actor_engine_restarts_total{{result="restarted"}} {restarts}.0' in metrics_of(settings)
     finally:
         ended.set()
         supervising.join()

@@ -44,7 +44,9 @@ SCENES = (
 def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     dtype = request.param
     scenes = [*SCENES, *{"float32": ("episodes", "prefix_caching", "parsers"), "bfloat16": ("killed",)}[dtype]]
-    with play(tmp_path_factory.mktemp(dtype), dtype, scenes) as session:
+    # What travels in a wider format than the engine's is rounded to that.
+    wire_dtypes = (dtype, "float32", dtype)
+    with play(tmp_path_factory.mktemp(dtype), dtype, scenes, wire_dtypes=wire_dtypes) as session:
         yield session
 
 

@@ -46,6 +46,8 @@ class Actors(threading.Thread):
         except BaseException as error:
             self.error = error
             raise
+        finally:
+            self._loop.close()
 
     async def _main(self) -> None:
         clients = [
@@ -75,7 +77,10 @@ class Actors(threading.Thread):
             await asyncio.shield(send)
 
     async def _send(self, client: ActorClient, ticket: Ticket) -> None:
-        self.statuses[await client.sender.send(make_trajectory(ticket, client.actor_id))] += 1
+        self.statuses[await client.sender.send(self.result_of(ticket, client))] += 1
+
+    def result_of(self, ticket: Ticket, client: ActorClient) -> Trajectory:
+        return make_trajectory(ticket, client.actor_id)
 
     def finish(self) -> Counter[str]:
         self._loop.call_soon_threadsafe(self._finish.set)

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from prometheus_client import REGISTRY
 
+from broker.process.keys import Identity
+from broker.process.security import OPEN, Security
 from broker.protocol.trajectory import PolicyVersion
 from broker.weights.basefile import BaseFile
 from broker.weights.publisher import WeightPublisher
@@ -79,6 +81,7 @@ class RelayProcess:
         port: int | None = None,
         metrics_port: int | None = None,
         max_mb: int = 1024,
+        keys: Path | None = None,
     ) -> None:
         self.port, self.metrics_port = port or free_port(), metrics_port or free_port()
         self._config = directory / f"relay-{self.port}-{self.metrics_port}.toml"
@@ -86,6 +89,7 @@ class RelayProcess:
             f'[run]\nname = "{run}"\n[weights]\nport = {upstream_port}\nrelay_port = {self.port}\n'
             f"heartbeat_s = {HEARTBEAT_S}\nliveness = {LIVENESS}\nmax_mb = {max_mb}\n"
             f"[metrics]\nrelay_port = {self.metrics_port}\n"
+            + (f'[security]\nmode = "curve"\nkeys = "{keys}"\n' if keys is not None else "")
         )
         self._process: subprocess.Popen[str] | None = None
         self.start()
@@ -141,9 +145,14 @@ class RelayProcess:
 class Learner:
     """A publisher and the weights that it changes."""
 
-    def __init__(self, port: int | None = None, size: int = SIZE) -> None:
+    def __init__(self, port: int | None = None, size: int = SIZE, security: Security = OPEN) -> None:
         self.publisher = WeightPublisher(
-            f"tcp://127.0.0.1:{port or '*'}", RUN, chunk_bytes=64 << 10, heartbeat_s=HEARTBEAT_S, liveness=100
+            f"tcp://127.0.0.1:{port or '*'}",
+            RUN,
+            chunk_bytes=64 << 10,
+            heartbeat_s=HEARTBEAT_S,
+            liveness=100,
+            security=security,
         )
         self._rng = np.random.default_rng(0)
         self._data = self._rng.integers(0, 256, size, np.uint8)
@@ -174,9 +183,26 @@ class Learner:
 class Actor:
     """A subscriber and its base file."""
 
-    def __init__(self, endpoint: str, path: Path, credit: int = 8, push_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        path: Path,
+        credit: int = 8,
+        push_bytes: int = 1 << 20,
+        security: Security = OPEN,
+        server: Identity = Identity.RELAY,
+    ) -> None:
+        self.security = security
         self.subscriber = WeightSubscriber(
-            endpoint, RUN, path.name, credit=credit, push_bytes=push_bytes, heartbeat_s=HEARTBEAT_S, liveness=100
+            endpoint,
+            RUN,
+            path.name,
+            credit=credit,
+            push_bytes=push_bytes,
+            heartbeat_s=HEARTBEAT_S,
+            liveness=100,
+            security=security,
+            server=server,
         )
         self.base = BaseFile(path)
 

@@ -17,10 +17,11 @@ import pytest
 from broker.protocol.errors import ProtocolError
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
+from broker.weights import publisher
 from broker.weights.basefile import BaseFile
 from broker.weights.fetch import WeightsSupersededError
-from broker.weights.sinks import WeightsCorruptError
 from broker.weights.subscriber import WeightSubscriber
+from broker.weights.vouching import WeightsCorruptError
 from tests.integration.weights.ends import (
     HEARTBEAT_S,
     LIVENESS,
@@ -51,6 +52,8 @@ RELAY_PHASES = {
     "a push, at its beginning": ("push", Cut(b"PUSH"), "old"),
     "a push, in the middle": ("push", Cut(b"PUSH", after=100_000), "old"),
     "a push, after it": ("push", WATCH, "new"),
+    "a push, inside a part of it": ("parts", Cut(b"PUSH_PART", after=300), "old"),
+    "a push, between its parts": ("parts", Cut(b"PUSH_PART", count=2), "old"),
 }
 
 
@@ -82,12 +85,15 @@ def holds(base: BaseFile, version: PolicyVersion, learner: Learner) -> bool:
 
 
 @pytest.mark.parametrize("phase", RELAY_PHASES)
-def test_a_relay_is_killed(stage: Stage, actor_at: ActorAt, phase: str) -> None:
+def test_a_relay_is_killed(stage: Stage, actor_at: ActorAt, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, cut, expected = RELAY_PHASES[phase]
+    if kind == "parts":
+        monkeypatch.setattr(publisher, "PART_BYTES", 1)
     learner, relay, cutter = stage.learner, stage.relay, stage.cutter
-    old = learner.publish()
+    learner.publish()
+    old = learner.publish()  # as a delta, so that the next one may be sent ahead
     relay.wait_serving(old)
-    actor = actor_at(cutter.endpoint, push_bytes=(1 << 20) if kind == "push" else 0)
+    actor = actor_at(cutter.endpoint, push_bytes=(1 << 20) if kind in ("push", "parts") else 0)
     if kind != "anchor":
         actor.follow(learner)
         threading.Event().wait(2 * HEARTBEAT_S)  # until its WATCH has arrived
@@ -332,6 +338,26 @@ def test_a_wrong_chunk_of_a_push_is_asked_for(
     learner.publish(NUM_CHANGES)
     assert actor.follow(learner) == old
     assert total("ergon_weights_served_chunks_total") == served + 1
+
+
+@pytest.mark.parametrize("change", [keep_back, flip, cut_short])
+def test_a_part_of_a_push_that_is_lost_or_wrong_is_asked_for(
+    learner: Learner,
+    meddler: Meddler,
+    impatient: Callable[[int], Actor],
+    change: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(publisher, "PART_BYTES", 1)
+    actor, _ = taking_pushes(learner, impatient)
+    old = learner.publish()
+    actor.follow(learner)
+    threading.Event().wait(2 * HEARTBEAT_S)
+    chunks = total("ergon_weights_served_chunks_total")
+    meddler.rule = times(1, "PUSH_PART", change)
+    learner.publish(NUM_CHANGES)
+    assert actor.follow(learner) == old
+    assert total("ergon_weights_served_chunks_total") > chunks
 
 
 def test_a_push_that_is_cut_short_breaks_the_protocol_and_leaves_the_old_version(

@@ -22,8 +22,8 @@ from broker.weights.basefile import BaseFile
 from broker.weights.peers import SEND_QUEUE
 from broker.weights.publisher import WeightPublisher
 from broker.weights.server import MAX_WAITING
-from broker.weights.sinks import WeightsCorruptError
 from broker.weights.subscriber import WeightsTimeoutError, WeightSubscriber
+from broker.weights.vouching import WeightsCorruptError
 from tests.integration.weights.ends import HEARTBEAT_S, RUN, file_holds, random_tensors, until
 from tests.integration.weights.raw_peer import RawPeer
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from actors.engine import AdoptionError, AdoptionFailedError, EngineDeadError
-from actors.weights import Subscriber, WeightAdopter
+from actors.weights import MAX_SKIPPED, Subscriber, WeightAdopter
 from broker.process.lifecycle import ErgonError
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Manifest
 from broker.weights.basefile import BaseFile
 from broker.weights.fetch import WeightsSupersededError
-from broker.weights.sinks import WeightsCorruptError
 from broker.weights.subscriber import WeightsTimeoutError
+from broker.weights.vouching import WeightsCorruptError, WeightsForgedError
 from tests.unit.actors.support import ScriptedEngine, make_renderer
 
 V1, V2, V3 = PolicyVersion(1, 1), PolicyVersion(1, 2), PolicyVersion(2, 0)
@@ -141,6 +141,24 @@ async def test_a_version_superseded_while_it_is_fetched_is_skipped(
     assert engine.adopted == [V2]
 
 
+async def test_an_actor_that_can_never_fetch_fast_enough_adopts_nevertheless(
+    tmp_path: Path, engine: ScriptedEngine, subscriber: ScriptedSubscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While each fetch lasts another version is published, for ever."""
+    fetch_base = subscriber.fetch_base
+
+    def slowly(version: PolicyVersion, base: BaseFile, timeout_s: float) -> Manifest:
+        subscriber.newer_during_fetch = PolicyVersion(version.lineage, version.version + 1)
+        return fetch_base(version, base, timeout_s)
+
+    monkeypatch.setattr(subscriber, "fetch_base", slowly)
+    subscriber.announced.put(V1)
+    async with adopting(tmp_path, subscriber, engine) as (adopter, _):
+        await asyncio.wait_for(adopter.at_least(PolicyVersion(1, 1 + 2 * MAX_SKIPPED)), 5)
+    step = MAX_SKIPPED + 1
+    assert engine.adopted[:2] == [PolicyVersion(1, step), PolicyVersion(1, 2 * step)]
+
+
 async def test_the_file_is_left_alone_while_the_engine_reads_it(
     tmp_path: Path, engine: ScriptedEngine, subscriber: ScriptedSubscriber
 ) -> None:
@@ -202,8 +220,9 @@ async def test_an_adoption_that_failed_before_the_switch_is_tried_again(
     assert [held is None for held in subscriber.held] == [True, damaged, False]
 
 
-async def test_an_engine_that_keeps_failing_is_asked_more_and_more_rarely(
-    tmp_path: Path, engine: ScriptedEngine, subscriber: ScriptedSubscriber, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["engine", "server"])
+async def test_an_engine_that_keeps_failing_and_a_server_that_keeps_lying_are_asked_more_and_more_rarely(
+    tmp_path: Path, engine: ScriptedEngine, subscriber: ScriptedSubscriber, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     waits: list[float] = []
     sleep = asyncio.sleep
@@ -212,7 +231,10 @@ async def test_an_engine_that_keeps_failing_is_asked_more_and_more_rarely(
         waits.append(seconds)
         await sleep(0)
 
-    engine.adopt_errors = [AdoptionFailedError("no memory") for _ in range(5)]
+    if what == "engine":
+        engine.adopt_errors = [AdoptionFailedError("no memory") for _ in range(5)]
+    else:
+        subscriber.errors = [WeightsForgedError("not signed") for _ in range(5)]
     monkeypatch.setattr("actors.weights.MAX_RETRY_S", 0.1)
     monkeypatch.setattr("actors.weights.asyncio.sleep", note)
     subscriber.announced.put(V1)

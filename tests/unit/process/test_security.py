@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 import zmq
+from zmq.utils import z85
 
-from broker.process.keys import Identity, make_keys, read_pair, read_public, secret_path, server_key
+from broker.process.keys import (
+    Identity,
+    make_keys,
+    read_pair,
+    read_public,
+    read_signing_key,
+    secret_path,
+    server_key,
+)
 from broker.process.lifecycle import ErgonError
 from broker.process.security import OPEN, is_loopback, load_security
 from broker.process.settings import BrokerSection, SecuritySection, Settings, WeightsSection
+from broker.process.signing import SigningKey
 from deploy.run import check_security
 
 
@@ -22,7 +32,8 @@ def curve(directory: Path) -> Settings:
 def test_every_identity_gets_a_pair_of_its_own_that_only_its_owner_may_read(tmp_path: Path) -> None:
     directory = tmp_path / "new" / "keys"
     paths = make_keys(directory)
-    assert {path.name for path in paths} == {f"{identity}.secret" for identity in Identity} | {"public.keys"}
+    names = {f"{identity}.secret" for identity in Identity} | {"learner.signing.secret", "public.keys"}
+    assert {path.name for path in paths} == names
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o600}
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     owners = read_public(directory)
@@ -48,6 +59,74 @@ def test_keys_are_never_overwritten(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_learner_signs_and_whoever_receives_weights_knows_its_key(tmp_path: Path) -> None:
+    make_keys(tmp_path)
+    learner = load_security(curve(tmp_path), Identity.LEARNER)
+    assert learner.signing_key is not None
+    signature = learner.signing_key.sign(b"said")
+    for identity in (Identity.ACTOR, Identity.RELAY):
+        security = load_security(curve(tmp_path), identity)
+        assert security.signing_key is None
+        assert security.signers is not None
+        assert security.signers.accept(b"said", signature)
+        assert not security.signers.accept(b"unsaid", signature)
+        assert not security.signers.accept(b"said", SigningKey.make().sign(b"said"))
+        assert not security.signers.accept(b"said", bytes(64))
+    for identity in (Identity.BROKER, Identity.OPERATOR):
+        security = load_security(curve(tmp_path), identity)
+        assert (security.signing_key, security.signers) == (None, None)
+    assert (OPEN.signing_key, OPEN.signers) == (None, None)
+
+
+def test_the_next_signing_key_counts_beside_the_one_before(tmp_path: Path) -> None:
+    make_keys(tmp_path)
+    following = SigningKey.make()
+    with (tmp_path / "public.keys").open("a") as file:
+        file.write(f"signs {z85.encode(following.public).decode()}\n")
+    signers = load_security(curve(tmp_path), Identity.ACTOR).signers
+    assert signers is not None
+    for key in (following, read_signing_key(tmp_path)):
+        assert signers.accept(b"said", key.sign(b"said"))
+
+
+def without_signing(directory: Path) -> None:
+    """Keys as earlier versions made them."""
+    make_keys(directory)
+    (directory / "learner.signing.secret").unlink()
+    public = directory / "public.keys"
+    lines = [line for line in public.read_text().splitlines() if not line.startswith("signs")]
+    public.write_text("\n".join(lines))
+
+
+def test_keys_of_an_earlier_version_say_what_to_do_and_get_what_they_lack(tmp_path: Path) -> None:
+    without_signing(tmp_path)
+    before = {identity: read_pair(tmp_path, identity) for identity in Identity}
+    for identity in (Identity.LEARNER, Identity.ACTOR, Identity.RELAY):
+        with pytest.raises(ErgonError, match=r"earlier version: `ergon keys make .* adds one .* copy"):
+            load_security(curve(tmp_path), identity)
+    load_security(curve(tmp_path), Identity.BROKER)
+    assert [path.name for path in make_keys(tmp_path)] == ["learner.signing.secret"]
+    assert stat.S_IMODE((tmp_path / "learner.signing.secret").stat().st_mode) == 0o600
+    assert {identity: read_pair(tmp_path, identity) for identity in Identity} == before
+    for identity in Identity:
+        load_security(curve(tmp_path), identity)
+    with pytest.raises(ErgonError, match="holds keys already"):
+        make_keys(tmp_path)
+
+
+def test_a_signing_key_that_is_not_listed_says_what_to_add(tmp_path: Path) -> None:
+    make_keys(tmp_path)
+    line = next(line for line in (tmp_path / "public.keys").read_text().splitlines() if line.startswith("signs"))
+    (tmp_path / "learner.signing.secret").write_text(z85.encode(SigningKey.make().secret).decode())
+    with pytest.raises(ErgonError, match=r"is not listed in .*add the line `signs ") as caught:
+        load_security(curve(tmp_path), Identity.LEARNER)
+    assert line not in str(caught.value)
+    (tmp_path / "learner.signing.secret").write_text("hunter2")
+    with pytest.raises(ErgonError, match="not 40 characters of Z85") as caught:
+        load_security(curve(tmp_path), Identity.LEARNER)
+    assert "hunter2" not in str(caught.value)
+
+
 def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ErgonError, match="cannot be written"):
@@ -67,7 +146,7 @@ def test_a_second_key_of_an_identity_is_let_in_and_the_first_is_shown(tmp_path: 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("cook {key}", "line 2: 'cook' is no identity; allowed: actor, learner, relay, operator, broker"),
+        ("cook {key}", "line 2: 'cook' is no identity; allowed: actor, learner, relay, operator, broker, signs"),
         ("actor", "line 2: the public key is not 40 characters of Z85"),
         ("actor " + 40 * "~", "line 2: the public key is not 40 characters of Z85"),
         ("actor {key}\nlearner {key}", "line 3: the key of actor again, for learner"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import safetensors
 
+from broker.process.signing import Signers
 from broker.protocol import weight_messages as messages
 from broker.protocol.commands import error_message, parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
@@ -23,9 +24,15 @@ NOT_HELD = error_message(ProtocolError(ErrorCode.NOT_FOUND, "gone"), messages.ve
 class Harness:
     """A fetch whose messages are caught, and which is answered by hand."""
 
-    def __init__(self, sink: BaseFile | StoreSink, credit: int = 4, version: PolicyVersion = VERSION) -> None:
+    def __init__(
+        self,
+        sink: BaseFile | StoreSink,
+        credit: int = 4,
+        version: PolicyVersion = VERSION,
+        signers: Signers | None = None,
+    ) -> None:
         self.sent: list[Message] = []
-        self.fetch = Fetch(version, "run", sink, credit, self.sent.append)
+        self.fetch = Fetch(version, "run", sink, credit, self.sent.append, signers)
         self.fetch.start()
 
     def take(self) -> list[Message]:

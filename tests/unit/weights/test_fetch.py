@@ -20,8 +20,9 @@ from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import safetensors_header
 from broker.weights.basefile import BaseFile
 from broker.weights.fetch import Announced, ChunkPlan, Reconnected, Verdict, WeightsSupersededError
-from broker.weights.sinks import StoreSink, WeightsCorruptError
+from broker.weights.sinks import StoreSink
 from broker.weights.store import OutOfBudgetError, WeightStore
+from broker.weights.vouching import WeightsCorruptError
 from tests.unit.weights.harness import NEWER, NOT_HELD, Harness, assert_holds_nothing, run_to_end, serve
 from tests.unit.weights.samples import CHUNK, OLDER, VERSION, snapshot
 

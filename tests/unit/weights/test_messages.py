@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,11 +11,13 @@ from broker.protocol import weight_messages as messages
 from broker.protocol.commands import parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
+from broker.protocol.proofs import Of, Proof
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import MAX_INT, Manifest, TensorSpec, describe_delta
 from tests.unit.weights.samples import CHUNK, OLDER, VERSION, snapshot
 from tests.unit.weights.wire import GOOD, MANIFEST, PAYLOAD, PUSHED, READERS, body_of, over_the_wire, with_body
 
+PROOF = Proof(Of.SNAPSHOT, bytes(range(32)), bytes(range(64)))
 NUMBERS = [
     ("WATCH", "push_bytes"),
     ("ANNOUNCE", "num_bytes"),
@@ -54,6 +58,20 @@ def test_every_command_is_tried_here() -> None:
 
 def test_manifest_round_trip() -> None:
     assert messages.read_manifest(over_the_wire(GOOD["MANIFEST_REPLY"])) == MANIFEST
+
+
+def test_a_proof_round_trips() -> None:
+    for message, read in ((messages.manifest_reply, messages.read_manifest), (pushed, messages.read_push)):
+        for manifest in (replace(PUSHED, proof=PROOF), replace(PUSHED, proof=PROOF._replace(of=Of.PAYLOAD))):
+            arrived = read(over_the_wire(message(manifest)))
+            got = arrived if isinstance(arrived, Manifest) else arrived.manifest
+            assert got == manifest
+            assert got.proof is not None
+            assert type(got.proof.of) is Of
+
+
+def pushed(manifest: Manifest) -> Message:
+    return messages.push(manifest, PAYLOAD)
 
 
 def test_the_largest_numbers_round_trip() -> None:
@@ -111,8 +129,9 @@ def test_small_messages_round_trip() -> None:
     for body in (
         messages.Watch(have=None, push_bytes=0),
         messages.Watch(have=VERSION, push_bytes=1 << 24),
-        messages.Announce(newest=VERSION, num_bytes=9),
-        messages.Announce(newest=None, num_bytes=0),
+        messages.Announce(newest=VERSION, num_bytes=9, proof=None),
+        messages.Announce(newest=VERSION, num_bytes=9, proof=PROOF),
+        messages.Announce(newest=None, num_bytes=0, proof=None),
         messages.ManifestRequest(lineage=3, version=17, have=None),
         messages.ManifestRequest(lineage=3, version=17, have=OLDER),
         messages.ChunkRequest(lineage=3, version=17, parent=None, index=7),
@@ -147,6 +166,9 @@ def test_what_is_on_the_wire_is_what_the_protocol_page_says() -> None:
     assert body["tensors"][0] == ["norm.weight", "float32", [6250 // 2], 0, 12500]
     assert body["total_hash"] == MANIFEST.total_hash
     assert (body["created_at"], type(body["created_at"])) == (1.75e9, float)
+    assert body["proof"] is None
+    signed = body_of(messages.manifest_reply(replace(MANIFEST, proof=PROOF)))
+    assert signed["proof"] == ["snapshot", bytes(range(32)), bytes(range(64))]
     (hashes,) = GOOD["MANIFEST_REPLY"].arrays
     assert (hashes.dtype.str, hashes.shape) == ("|u1", (MANIFEST.num_chunks, 16))
 
@@ -255,6 +277,22 @@ def test_versions_are_two_numbers_or_nothing(command: str, key: str, value: obje
         ("MANIFEST_REPLY", "created_at", True),
         ("MANIFEST_REPLY", "created_at", "now"),
         ("MANIFEST_REPLY", "created_at", None),
+        *(
+            (command, "proof", proof)
+            for command in ("ANNOUNCE", "MANIFEST_REPLY", "PUSH")
+            for proof in (
+                [],
+                ["snapshot", bytes(32)],
+                ["snapshot", bytes(31), bytes(64)],
+                ["snapshot", bytes(32), bytes(65)],
+                ["snapshot", "x" * 32, bytes(64)],
+                ["chunk", bytes(32), bytes(64)],
+                ["payload", bytes(32), bytes(64), 0],
+                {"of": "payload"},
+                b"proof",
+                0,
+            )
+        ),
     ],
 )
 def test_other_values_are_refused_by_name(command: str, key: str, value: object) -> None:

@@ -38,7 +38,7 @@ def test_keys() -> None:
     for message in (
         messages.Hello(role=messages.Role.RELAY, peer_id="p", run_id="run", session="s").pack(),
         messages.Watch(have=None, push_bytes=0).pack(),
-        messages.Announce(newest=None, num_bytes=0).pack(),
+        messages.Announce(newest=None, num_bytes=0, proof=None).pack(),
         messages.manifest_request(VERSION, None),
         messages.chunk_request(VERSION, None, 0),
         messages.chunk_reply(VERSION, None, 0, data),

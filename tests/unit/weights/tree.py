@@ -23,8 +23,9 @@ from broker.weights.chain import FoldJob, Payload
 from broker.weights.fetch import Announced, Event, Fetch, Reconnected, WeightsSupersededError
 from broker.weights.publisher import WeightPublisher
 from broker.weights.pushed import PushSlot
-from broker.weights.sinks import StoreSink, WeightsCorruptError
+from broker.weights.sinks import StoreSink
 from broker.weights.store import OutOfBudgetError, WeightStore
+from broker.weights.vouching import WeightsCorruptError
 
 CHUNK = 4096
 LAYOUTS = (

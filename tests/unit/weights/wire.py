@@ -22,7 +22,7 @@ GOOD = {
         messages.Hello(role=messages.Role.RELAY, peer_id="relay-0", run_id="run", session="s").pack(),
         messages.Welcome(run_id="run", heartbeat_s=0.5, liveness=15).pack(),
         messages.Watch(have=VERSION, push_bytes=65_536).pack(),
-        messages.Announce(newest=VERSION, num_bytes=9).pack(),
+        messages.Announce(newest=VERSION, num_bytes=9, proof=None).pack(),
         messages.manifest_request(VERSION, OLDER),
         messages.manifest_reply(MANIFEST),
         messages.push_part(messages.Part(VERSION, OLDER, 1000, PAYLOAD[1000:3000])),
