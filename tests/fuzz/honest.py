@@ -85,8 +85,6 @@ class Actors(threading.Thread):
         except BaseException as error:
             self.error = error
             raise
-        finally:
-            self._loop.close()
 
     async def _main(self) -> None:
         heartbeat_s, liveness = self._timers
@@ -123,6 +121,7 @@ class Actors(threading.Thread):
         self.join(60)
         if self.is_alive() or self.error is not None:
             raise AssertionError(f"the honest actors failed: {self.error}")
+        self._loop.close()
 
 
 class Receiver(threading.Thread):

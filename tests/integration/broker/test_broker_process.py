@@ -46,8 +46,6 @@ class Actors(threading.Thread):
         except BaseException as error:
             self.error = error
             raise
-        finally:
-            self._loop.close()
 
     async def _main(self) -> None:
         clients = [
@@ -86,6 +84,7 @@ class Actors(threading.Thread):
         self._loop.call_soon_threadsafe(self._finish.set)
         self.join(30)
         assert not self.is_alive()
+        self._loop.close()
         assert self.error is None
         return self.statuses
 
