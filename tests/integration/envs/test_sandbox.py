@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import re
 import select
@@ -18,7 +17,14 @@ import pytest_asyncio
 
 from envs.interface import SandboxError
 from envs.sandbox import Limits, Sandbox, bubblewrap
-from tests.integration.envs.support import children, files_of_sandboxes, open_descriptors, processes_with, unique_marker
+from tests.integration.envs.support import (
+    children,
+    files_of_sandboxes,
+    more_descriptors,
+    open_descriptors,
+    processes_with,
+    unique_marker,
+)
 
 
 @pytest_asyncio.fixture
@@ -164,13 +170,12 @@ async def test_two_hundred_sandboxes_leave_nothing_behind(monkeypatch: pytest.Mo
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     async with await Sandbox.create():
         pass  # caches, the event loop's own descriptors
-    gc.collect()  # other tests' forgotten descriptors would otherwise go during this one
 
     def seen() -> tuple[object, ...]:
         mounts = Path("/proc/self/mountinfo").read_text()
-        return children(), mounts, files_of_sandboxes(), list(tmp_path.iterdir()), open_descriptors()
+        return children(), mounts, files_of_sandboxes(), list(tmp_path.iterdir())
 
-    before = seen()
+    before, descriptors = seen(), open_descriptors()
     marker = unique_marker()
 
     async def one() -> None:
@@ -181,6 +186,7 @@ async def test_two_hundred_sandboxes_leave_nothing_behind(monkeypatch: pytest.Mo
         await asyncio.gather(*(one() for _ in range(8)))
     assert processes_with(marker) == []
     assert seen() == before
+    assert await more_descriptors(descriptors) == 0
 
 
 async def test_sandboxes_die_with_their_process() -> None:

@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from envs.interface import ErgonEnvError, SandboxError
 from envs.sandbox import AnySandbox, Limits, Sandbox, SandboxPool, create_sandbox
-from tests.integration.envs.support import children, open_descriptors, processes_with, unique_marker
+from tests.integration.envs.support import children, more_descriptors, open_descriptors, processes_with, unique_marker
 
 
 @pytest_asyncio.fixture(params=["bubblewrap", "trusted"])
@@ -158,14 +158,15 @@ async def test_nothing_is_left_of_either_backend() -> None:
     for backend in ("bubblewrap", "trusted"):
         async with await create_sandbox(backend) as made:
             await made.shell("true")
-    before = children(), open_descriptors()
+    before, descriptors = children(), open_descriptors()
     for backend in ("bubblewrap", "trusted"):
         marker = unique_marker()
         async with await create_sandbox(backend) as made:
             await made.shell(f"setsid sleep {marker} & exit")
             assert (await made.exec(f"setsid sleep {marker} & :")).ok
         assert processes_with(marker) == []
-    assert (children(), open_descriptors()) == before
+    assert children() == before
+    assert await more_descriptors(descriptors) == 0
 
 
 async def test_the_trusted_backend_must_be_asked_for_by_name() -> None:
