@@ -158,7 +158,9 @@ class SlowEpisode(ToolEpisode):
         self._environment.num_turns += 1
         rng = random.Random(f"{self.task.index} {self._turn}")
         found = FOUND.format(turn=self._turn, number=rng.randrange(100), other=rng.randrange(100))
-        return Observation((Message("tool", output.text or found),), self._turn == NUM_TURNS, int(output.timed_out))
+        return Observation(
+            (Message("tool", output.text or found),), self._turn == NUM_TURNS, num_timeouts=int(output.timed_out)
+        )
 
     async def grade(self) -> Reward:
         """Nothing to grade."""
