@@ -1,7 +1,7 @@
 """The engine as the benchmark uses it: turns of given lengths, and for the synchronous side, all at a time.
 
-An untrained model does not end its turns, so their lengths are drawn, from the request's name, and each counts as
-ended. No vLLM here.
+An untrained model does not end its turns, so their lengths are drawn, from the request's name, and the last token of
+each is made the one that ends a turn. No vLLM here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ TURN_TOKENS: Final = (16, 32)  # each length in between is as likely
 class GivenLengths(Engine):
     """Another engine, whose turns end where they are to."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, stop_token_id: int) -> None:
+        self._engine, self._stop_token_id = engine, stop_token_id
 
     @property
     def policy_version(self) -> PolicyVersion:
@@ -40,7 +40,9 @@ class GivenLengths(Engine):
     ) -> Sample:
         num_tokens = min(max_tokens, random.Random(request_id).randint(*TURN_TOKENS))
         sample = await self._engine.generate(prompt_ids, sampling, num_tokens, (), request_id, priority)
-        return dataclasses.replace(sample, finish="stop")
+        token_ids_N = sample.token_ids_N.copy()
+        token_ids_N[-1:] = self._stop_token_id
+        return dataclasses.replace(sample, token_ids_N=token_ids_N, finish="stop")
 
     async def abort(self, request_id: str) -> None:
         await self._engine.abort(request_id)
@@ -62,8 +64,8 @@ class InRounds(GivenLengths):
     """Generates for all episodes, when all have asked, and answers none of them before it has generated for all: the
     loop of a synchronous trainer (generate all, run all tools, generate all). `on_start` is called at each start."""
 
-    def __init__(self, engine: Engine, num_episodes: int, on_start: Callable[[], None]) -> None:
-        super().__init__(engine)
+    def __init__(self, engine: Engine, stop_token_id: int, num_episodes: int, on_start: Callable[[], None]) -> None:
+        super().__init__(engine, stop_token_id)
         self._asked, self._answered = asyncio.Barrier(num_episodes), asyncio.Barrier(num_episodes)
         self._on_start = on_start
 

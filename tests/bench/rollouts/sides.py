@@ -24,7 +24,7 @@ from actors.rollout import run_episode
 from actors.weights import WeightAdopter
 from broker.client import ReleaseReason
 from broker.process.settings import ActorSection
-from broker.protocol.trajectory import Mode, PolicyVersion, Sampling, TaskRef, Ticket, Trajectory
+from broker.protocol.trajectory import Mode, Outcome, PolicyVersion, Sampling, TaskRef, Ticket, Trajectory
 from envs.tools import ToolRunner
 from tests.bench.rollouts.engines import TURN_TOKENS, GivenLengths, InRounds
 from tests.bench.rollouts.environment import NAME, NUM_TURNS, Latency, SlowTools
@@ -98,7 +98,9 @@ class Tickets:
             raise RuntimeError(f"{ticket_id} came back: {error}")
 
     async def send(self, trajectory: Trajectory) -> str:
-        """A result."""
+        """A result. Raises RuntimeError where its episode was cut off: nothing of it would be what is measured."""
+        if trajectory.head.outcome is not Outcome.COMPLETED:
+            raise RuntimeError(f"{trajectory.ticket.ticket_id} ended with {trajectory.head.outcome}")
         group = trajectory.ticket.group_id
         self._left[group] -= 1
         if not self._left[group]:
@@ -122,6 +124,7 @@ class Bench:
 
     def __init__(self, engine: Engine, renderer: Renderer, settings: ActorSection) -> None:
         self.engine, self.renderer, self.settings = engine, renderer, settings
+        self._stop_token_id = renderer.stop_token_ids[0]
         self._tasks = itertools.count(0, 1_000_000)  # each run has its own, so that no prefix is there before it
 
     def _environment(self, latency: Latency) -> SlowTools:
@@ -140,7 +143,7 @@ class Bench:
                 "bench",
                 tickets,
                 tickets,
-                GivenLengths(self.engine),
+                GivenLengths(self.engine, self._stop_token_id),
                 cast(WeightAdopter, _Serving()),
                 self.renderer,
                 {NAME: environment},
@@ -162,7 +165,7 @@ class Bench:
         environment = self._environment(latency)
         tickets = Tickets(next(self._tasks), deadline_s=100 * self.settings.tool_timeout_s)
         starts: asyncio.Queue[None] = asyncio.Queue()
-        engine = InRounds(self.engine, num_episodes, lambda: starts.put_nowait(None))
+        engine = InRounds(self.engine, self._stop_token_id, num_episodes, lambda: starts.put_nowait(None))
 
         async def play() -> None:
             while True:

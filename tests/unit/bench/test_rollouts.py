@@ -41,15 +41,17 @@ def test_the_latencies_have_the_mean_and_the_percentile_that_they_say() -> None:
 
 async def test_turns_have_given_lengths_and_count_as_ended() -> None:
     engine = ScriptedEngine(RENDERER, ["w " * 100] * 3)
-    turns = GivenLengths(engine)
-    lengths = [len((await turns.generate([1], Sampling(), 32, (), f"r{i}")).token_ids_N) for i in range(3)]
+    turns = GivenLengths(engine, 7)
+    samples = [await turns.generate([1], Sampling(), 32, (), f"r{i}") for i in range(3)]
+    assert all(sample.token_ids_N[-1] == 7 and sample.token_ids_N[-2] != 7 for sample in samples)
+    lengths = [len(sample.token_ids_N) for sample in samples]
     assert all(TURN_TOKENS[0] <= length <= TURN_TOKENS[1] for length in lengths)
     assert lengths == engine.max_tokens
 
 
 async def test_the_synchronous_side_generates_for_all_and_answers_nobody_before_that() -> None:
     engine, starts, answered = ScriptedEngine(RENDERER, ["<hang>", "w3", "w3"]), [], []
-    rounds = InRounds(engine, 3, lambda: starts.append(len(engine.prompts)))
+    rounds = InRounds(engine, 7, 3, lambda: starts.append(len(engine.prompts)))
 
     async def ask(name: str) -> Sample:
         sample = await rounds.generate([1], Sampling(), 32, (), name)
