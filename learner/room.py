@@ -255,7 +255,11 @@ class Room:
             return
         price = soft.price if state.overrun_price is None else state.overrun_price
         heads = [c.trajectory.head for c in batch.consumed if c.reason in COUNTED] if batch else []
-        state.overrun_price = self.batcher.overrun_price = next_price(price, overrun_rate(heads), soft)
+        rate = overrun_rate(heads)
+        state.overrun_price = self.batcher.overrun_price = next_price(price, rate, state.overrun_rate, soft)
+        if rate is not None:
+            state.overrun_rate = rate
+            metrics.OVERRUN_RATE.set(rate)
         metrics.OVERRUN_PRICE.set(state.overrun_price)
 
     def _evaluated(self, evaluation: Evaluation) -> None:
