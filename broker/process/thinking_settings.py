@@ -111,8 +111,8 @@ class SoftSection(Section):
     """By how much one step moves the price's logarithm, for each unit that the share of overruns is above or below its
     target."""
     price_gain: float = Field(default=2.0, ge=0, le=10)
-    """By how much it moves the price's logarithm for each unit that this share has changed since the step before. So
-    the price gives way while a policy learns to think less; with 0 it does so only once the share is below its target."""
+    """By how much it moves the price's logarithm for each unit that this share has changed since the step before: it
+    gives way while a policy learns to think less, and not only when the share has fallen below its target."""
     price_bounds: tuple[float, float] = (0.05, 10.0)
     """The price never leaves these bounds. For an overrun of a few tokens to cost as much as a right answer earns, it
     may have to be several times that reward. The smaller one is above 0, because the price is multiplied."""

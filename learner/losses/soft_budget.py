@@ -13,15 +13,15 @@ cut and answered as it stands, and rewards are compared with others under the sa
 its baseline is relative to it. Not taken: several cuts of one thinking with a reward each, and a policy of its own for
 the answers.
 
-The price is the Lagrange multiplier of the constraint P(n > b) <= epsilon, as in reward-constrained policy optimisation
-(arXiv 1805.11074), and moves by dual ascent. Plain ascent misses its target in a run of tens of steps: from a small
-price it needs as many steps as the policy has, and what it has built up by then goes on pushing long after the policy
-has turned. So two things are taken from elsewhere. The step is multiplicative, as in exponentiated gradient (Kivinen, Warmuth
-1997): a price that is a hundred times too small is found as fast as one that is twice too small. And it has a
-proportional part beside the integral one, as Lagrangian controllers have (Stooke, Achiam, Abbeel, arXiv 2007.03964):
-a policy learns from a price, it does not obey it, so its overruns lag, and the proportional part takes the price back
-while they fall instead of when they have fallen. Both act on the price's logarithm in velocity form, so that a price at
-its bound winds up nothing.
+The price is the Lagrange multiplier of the constraint P(n > b) <= epsilon, as in reward-constrained policy
+optimisation (arXiv 1805.11074), and moves by dual ascent. Plain ascent misses its target in a run of tens of steps:
+from a small price it needs as many steps as the policy has, and what it has built up by then goes on pushing long
+after the policy has turned. So two things are taken from elsewhere. The step is multiplicative, as in exponentiated
+gradient (Kivinen, Warmuth 1997): a price that is a hundred times too small is found as fast as one that is twice too
+small. And it has a proportional part beside the integral one, as Lagrangian controllers have (Stooke, Achiam, Abbeel,
+arXiv 2007.03964): a policy learns from a price, it does not obey it, so its overruns lag, and the proportional part
+takes the price back while they fall instead of when they have fallen. Both act on the price's logarithm in velocity
+form, so that a price at its bound winds up nothing.
 
 Under a strict budget n never exceeds b and there is nothing
 to learn from; so a soft budget lets thinking go on up to a multiple of b (`thinking.soft.limit`), where it is stopped
