@@ -10,10 +10,14 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from actors.engine import Sample
+from actors.gateway.chat_format import Interpreter
 from actors.gateway.server import Gateway
 from actors.gateway.session import Session
+from actors.renderer import Renderer
 from actors.rollout import run_episode
+from actors.thinking import Thinking
 from broker.process.settings import GatewaySection
+from broker.process.thinking_settings import ThinkingSection
 from broker.protocol.codec import pack_trajectories
 from broker.protocol.trajectory import Segment, Ticket, Trajectory
 from envs.interface import (
@@ -72,6 +76,11 @@ def marked(segment: Any) -> str:
         text += ("[" if sampled else "]") * (sampled != inside) + RENDERER.decode([token])
         inside = sampled
     return text + "]" * inside
+
+
+def interpreter(renderer: Renderer = RENDERER, **thinking: Any) -> Interpreter:
+    section = ThinkingSection.model_validate(thinking)
+    return Interpreter(renderer.chat_format, Thinking(section, renderer))
 
 
 def check_record(prompts: Sequence[Sequence[int]], samples: Sequence[Sample], segments: Sequence[Segment]) -> None:

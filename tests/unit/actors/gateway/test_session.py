@@ -7,23 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.engine import Sample
-from actors.formats.chatml_json import ChatMlJson
 from actors.gateway.conversation import Answer, ChatMessage, Question, ToolChoice
 from actors.gateway.errors import ApiError
-from actors.gateway.server import Gateway
 from actors.gateway.session import Session
-from actors.gateway.voices import EngineVoice
-from actors.renderer import Renderer
-from broker.process.lifecycle import ErgonError
+from actors.gateway.voices import Voice
 from broker.process.settings import GatewaySection
 from broker.protocol.trajectory import Sampling, VersionRun
-from tests.unit.actors.gateway.support import ROOMY, check_record
-from tests.unit.actors.support import ADD, LOOKUP, ScriptedEngine, make_renderer, make_ticket, make_tokenizer
+from tests.unit.actors.gateway.support import ROOMY, check_record, interpreter
+from tests.unit.actors.support import ADD, LOOKUP, ScriptedEngine, make_renderer, make_ticket
 
 RENDERER = make_renderer()
 USER = ChatMessage("user", "Say word 3.")
@@ -70,8 +65,9 @@ class Play:
     def __init__(self, data: st.DataObject) -> None:
         self.data = data
         self.engine = HeldEngine()
-        voice = EngineVoice(self.engine, Sampling(), RENDERER.stop_token_ids)
-        self.session = Session(make_ticket(sampling=ROOMY), voice, RENDERER, GatewaySection(), 5000)
+        ticket, ends = make_ticket(sampling=ROOMY), (RENDERER, interpreter())
+        voice = Voice(ticket, self.engine, *ends, 5000)
+        self.session = Session(ticket, voice, *ends, GatewaySection(), 5000)
         self.known: list[tuple[ChatMessage, ...]] = list(STARTS)
         self.calls: dict[asyncio.Task[Answer], tuple[ChatMessage, ...]] = {}
 
@@ -138,10 +134,3 @@ class Play:
 @given(data=st.data())
 def test_the_record_is_what_the_engine_sampled_each_token_once(data: st.DataObject) -> None:
     asyncio.run(Play(data).run())
-
-
-async def test_a_chat_format_whose_calls_programs_cannot_be_told_is_refused() -> None:
-    renderer = Renderer(make_tokenizer(), "a model", ChatMlJson())
-    gateway = Gateway(ScriptedEngine(renderer, []), renderer, GatewaySection(), port=0, max_model_len=100)
-    with pytest.raises(ErgonError, match=r'"tagged" alone, this model\'s is "chatml_json"; set model.tool_format'):
-        await gateway.start()
