@@ -6,12 +6,12 @@ thought is written. Knows no HTTP and no tokens, and keeps nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from actors.formats.base import Format
+from actors.formats.calls import dump, load
 from actors.gateway.conversation import ChatMessage, FunctionCall
 from actors.thinking import Thinking
 from envs.interface import Action, Message, Tool, ToolCall
@@ -105,21 +105,26 @@ class Interpreter:
         return text.removeprefix(opening)
 
     def _with_calls(self, content: str, calls: Sequence[FunctionCall], tools: Sequence[Tool]) -> str:
+        bound = [(name, _object(arguments)) for _, name, arguments in calls]
         try:
-            bound = tuple(ToolCall(name, _object(arguments)) for _, name, arguments in calls)
-            return self._format.write(Action(content, bound), tools)
+            made = tuple(ToolCall(name, known) for name, known in bound if known is not None)
+            if len(made) == len(bound):
+                return self._format.write(Action(content, made), tools)
         except ValueError:
-            # Calls that the policy could not have made, of a tool that is gone perhaps: they are context, and told
-            # word for word.
-            return self._format.join(content, [self._format.quote_call(name, said) for _, name, said in calls])
+            pass  # there is another way to write them
+        # Calls that the policy could not have made, of a tool that is gone perhaps: they are context, and told as they
+        # are.
+        quoted = [
+            self._format.quote_call(call.name, call.arguments if known is None else dump(known))
+            for call, (_, known) in zip(calls, bound, strict=True)
+        ]
+        return self._format.join(content, quoted)
 
 
-def _object(arguments: str) -> dict[str, object]:
-    """The arguments of a call. Raises ValueError where they are no JSON object."""
+def _object(arguments: str) -> dict[str, Any] | None:
+    """The arguments of a call; None where they are no JSON object."""
     try:
-        value = json.loads(arguments)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{arguments:.80} is no JSON object")
-    return value
+        value, end = load(arguments, 0)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and not arguments[end:].strip() else None
