@@ -382,3 +382,26 @@ async def test_thinking_that_cannot_be_had_is_refused_by_name() -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             await chat(door, [USER, bad])
         assert caught.value.param == "messages[1].reasoning_content"
+
+
+async def test_calls_in_parallel_wait_for_what_others_may_still_think() -> None:
+    ticket = make_ticket(sampling=ROOMY, thinking_budget=10)
+    allowance = Allowance(ticket, ThinkingSection(per="episode"))
+    async with allowance.reserve(3, None, 8) as shared:
+        assert shared == 3  # three replies at once, of which each could think 8
+    order: list[object] = []
+
+    async def second() -> None:
+        async with allowance.reserve(1, None, 8) as most:
+            order.append(most)
+
+    async with allowance.reserve(1, None, 8) as most:
+        waiting = asyncio.create_task(second())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        order.append(("first", most))
+        allowance.spend(3, 0)
+    await waiting
+    assert order == [("first", 8), 7]
+    async with allowance.reserve(1, 0, 8) as most:
+        assert most == 0
