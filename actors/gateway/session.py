@@ -18,6 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from actors import metrics
+from actors.engine import EngineDeadError
 from actors.gateway.allowance import Allowance
 from actors.gateway.budget import Budget
 from actors.gateway.chat_format import Interpreter
@@ -26,10 +27,10 @@ from actors.gateway.errors import ApiError, ended, not_honoured
 from actors.gateway.stitching import Prompt, Stitcher
 from actors.gateway.voices import Ask, Voice
 from actors.renderer import Renderer
-from actors.sampler import Account
+from actors.sampler import Account, InfraFailureError
 from broker.process.settings import GatewaySection
 from broker.protocol.trajectory import MAX_SEGMENTS, Outcome, Segment, Ticket
-from envs.interface import Reward
+from envs.interface import EnvironmentFailureError, Reward
 
 SPARE_REQUESTS = 8  # beyond the turns of the ticket, for those that are refused anyway
 
@@ -184,7 +185,8 @@ class Session:
             try:
                 return await self._voice.say(replace(ask, number=self._num_asked), cut)
             except Exception as error:
-                self.fail(error)
+                known = isinstance(error, InfraFailureError | EngineDeadError | EnvironmentFailureError)
+                self.fail(error if known else InfraFailureError(f"gateway: {type(error).__name__}: {error}"))
                 raise
 
         said = await asyncio.gather(*(one() for _ in range(num_replies)), return_exceptions=True)
