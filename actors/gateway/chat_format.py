@@ -86,9 +86,9 @@ class Interpreter:
         """A conversation as text, its turns as the format tells them anew: some leave earlier thoughts out."""
         return self._format.recall([self.written(message, tools) for message in messages])
 
-    def keeps_thought(self, message: ChatMessage, recalled: Message) -> bool:
-        """Whether a message, as it is recalled, still has the thought that it has."""
-        return not message.thought or self.thinking.begins(recalled.content)
+    def thinks(self, text: str) -> bool:
+        """Whether a turn's text begins with a thought, be it an empty one."""
+        return self.thinking.begins(text)
 
     def opening(self, name: str | None) -> str:
         """The text that a turn begins with which must call a tool: this one, or any."""

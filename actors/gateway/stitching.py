@@ -48,6 +48,10 @@ class Rendering(Protocol):
         """Tokens of a turn that was written, its end included."""
         ...
 
+    def text(self, sampled_ids: Sequence[int]) -> str:
+        """The text of a turn, without the token that ended it."""
+        ...
+
 
 class Writing(Protocol):
     """What is needed of chat_format's Interpreter."""
@@ -60,8 +64,8 @@ class Writing(Protocol):
         """A conversation as text, as it is told anew."""
         ...
 
-    def keeps_thought(self, message: ChatMessage, recalled: Message) -> bool:
-        """Whether a message still has its thought there."""
+    def thinks(self, text: str) -> bool:
+        """Whether a turn's text begins with a thought, be it an empty one."""
         ...
 
 
@@ -203,16 +207,15 @@ class Stitcher:
             if (cut := self._given_here(message, begun, before)) is not None:
                 return cut.ids, self.renderer.turn(message.content.removeprefix(cut.said))
         # The words are the policy's own, and so are their ids, be it after other tokens.
-        whole = (
-            (found[0].ids, self._closing(found[0]))
-            if found
-            else (self.renderer.turn(self.writing.written(message, tools).content), [])
-        )
-        if self.writing.keeps_thought(message, recalled):
-            ways = [whole] if found else [(self.renderer.turn(recalled.content), [])]
+        if found:
+            text, whole = self.renderer.text(found[0].ids), (found[0].ids, self._closing(found[0]))
         else:
-            ways = [(self.renderer.turn(recalled.content), []), whole]
-        return next((way for way in ways if self._is_told(before, *way)), ways[0])
+            text = self.writing.written(message, tools).content
+            whole = self.renderer.turn(text), []
+        anew = self.renderer.turn(recalled.content), list[int]()
+        if self.writing.thinks(text) == self.writing.thinks(recalled.content):
+            return whole if found else anew
+        return next((way for way in (anew, whole) if self._is_told(before, *way)), anew)
 
     def _closing(self, node: Node) -> list[int]:
         return [] if node.ended else self.renderer.turn("")

@@ -125,7 +125,7 @@ class Program:
             }
             usage = made["usage"]["output_tokens_details"]["reasoning_tokens"]
         self.call_ids = [each for each, _ in calls]
-        assert (usage > 0) == bool(parts["thought"])
+        assert usage > 0 or not parts["thought"]
         return parts | {
             "finish": answer.replies[0].finish,
             "calls": [(call["name"], json.loads(call["arguments"])) for _, call in calls],
@@ -273,6 +273,25 @@ def test_qwen_tells_a_history_anew_without_thoughts_before_the_last_question_and
     segments = program.session.segments()
     assert len(segments) == 2  # rendered whole, the template would leave the thought of that call out by now
     assert segments[1].token_ids_T[: second.token_ids_T.size].tolist() == second.token_ids_T.tolist()
+    program.check()
+
+
+def test_a_thought_that_was_closed_at_once_is_left_out_as_well_where_a_history_is_told_anew() -> None:
+    """As Qwen's template does with turns that were not to think."""
+    renderer = make_renderer("qwen3")
+    program = Program(renderer, "chat", [f"<think>\n\n</think>\n\n{word}" for word in ("one", "two")], tell_tools=False)
+    program.hear([Message("user", "a?")])
+    assert program.ask(())["thought"] == ""
+    program.said[0] = {"role": "user", "content": "A?"}
+    program.hear([Message("user", "b?")])
+    program.ask(())
+    told = [Message("user", "A?"), Message("assistant", "one"), Message("user", "b?")]
+    assert program.engine.prompts[1] == renderer.open(told)
+    program.said[0] = {"role": "user", "content": "a?"}  # back again, where it was sampled
+    program.said.pop()
+    program.engine._script.append("three")
+    program.ask(())
+    assert [renderer.decode(s.token_ids_T.tolist()).count("<think>") for s in program.session.segments()] == [1, 1]
     program.check()
 
 
