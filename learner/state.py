@@ -30,7 +30,7 @@ class TrainerState:
     audit_bytes: length of trained.jsonl then. evaluations: by phase, complete or not. best: the one of the best
     checkpoint so far. candidates: those of the checkpoints that wait for their results. alarms: what the alarms
     remember. overrun_price: what thinking beyond a soft budget costs now, None before the first step. overrun_rate: the
-    share of overruns that it has followed last.
+    share of overruns that it follows.
     started_at: Unix time of the run's first start.
     """
 

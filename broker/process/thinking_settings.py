@@ -110,9 +110,12 @@ class SoftSection(Section):
     price_rate: float = Field(default=0.5, gt=0, le=10)
     """By how much one step moves the price's logarithm, for each unit that the share of overruns is above or below its
     target."""
-    price_gain: float = Field(default=2.0, ge=0, le=10)
+    price_gain: float = Field(default=3.0, ge=0, le=10)
     """By how much it moves the price's logarithm for each unit that this share has changed since the step before: it
     gives way while a policy learns to think less, and not only when the share has fallen below its target."""
+    price_memory: float = Field(default=0.7, ge=0, lt=1)
+    """The share that the price follows is a mean over the steps, in which each weighs this much of the next. One step's
+    few groups have budgets and tasks by chance, and so a share by chance."""
     price_bounds: tuple[float, float] = (0.05, 10.0)
     """The price never leaves these bounds. For an overrun of a few tokens to cost as much as a right answer earns, it
     may have to be several times that reward. The smaller one is above 0, because the price is multiplied."""

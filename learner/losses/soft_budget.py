@@ -21,7 +21,8 @@ gradient (Kivinen, Warmuth 1997): a price that is a hundred times too small is f
 small. And it has a proportional part beside the integral one, as Lagrangian controllers have (Stooke, Achiam, Abbeel,
 arXiv 2007.03964): a policy learns from a price, it does not obey it, so its overruns lag, and the proportional part
 takes the price back while they fall instead of when they have fallen. Both act on the price's logarithm in velocity
-form, so that a price at its bound winds up nothing.
+form, so that a price at its bound winds up nothing. What is followed is a mean over some steps, as there: the few
+groups of one step have what budgets they have, and a step of hard tasks with small budgets overruns all of them.
 
 Under a strict budget n never exceeds b and there is nothing
 to learn from; so a soft budget lets thinking go on up to a multiple of b (`thinking.soft.limit`), where it is stopped
@@ -50,8 +51,16 @@ def overrun_rate(heads: Iterable[TrajectoryHead]) -> float | None:
     return sum(over) / len(over) if over else None
 
 
+def followed_rate(rate: float | None, before: float | None, settings: SoftSection) -> float | None:
+    """The share of overruns that the price follows, after a step with a share of `rate`: its mean over the steps, those
+    before weighted down by price_memory for every step. before: what it was until now; None where there was none."""
+    if rate is None or before is None:
+        return before if rate is None else rate
+    return settings.price_memory * before + (1 - settings.price_memory) * rate
+
+
 def next_price(price: float, rate: float | None, before: float | None, settings: SoftSection) -> float:
-    """The price after a step in which a share `rate` of the episodes overran, and `before` in the step before it:
+    """The price after a step in which the followed share of overruns has come from `before` to `rate`:
     price * exp(price_rate * (rate - epsilon) + price_gain * (rate - before)), within price_bounds.
 
     Without a rate the price stays as it is; without one before it, the second term is 0.
