@@ -141,7 +141,8 @@ class Sampler:
         if self._room(trace, 0, len(header)) <= 0:
             return None
         trace.add_context(header, ())
-        script = None if text is None else Script(self.thinking, self._renderer, text, allowed, is_open)
+        ends = self.thinking, self._renderer
+        script = None if text is None else Script(*ends, text, allowed, is_open, self._kept(most))
         turn, thought = Turn(is_open), Thought([], is_open)
         self._num_requests = 0
         while (room := self._room(trace, turn.num_sampled)) > 0:
@@ -198,6 +199,15 @@ class Sampler:
         if left is not None and self.thinking.settings.per == "episode":
             left = max(0, left - self.account.num_thinking_tokens)
         return min((each for each in (left, most) if each is not None), default=None)
+
+    def _kept(self, most: int | None) -> int | None:
+        """Thinking tokens that keep a soft budget, which is overrun by what is allowed; None where none is soft."""
+        budget = self._budget
+        if not budget or self._limit == budget:
+            return None
+        if self.thinking.settings.per == "episode":
+            budget = max(0, budget - self.account.num_thinking_tokens)
+        return budget if most is None else min(budget, most)
 
     def _header(self, trace: Trace, allowed: int | None) -> tuple[list[int], bool]:
         """What the actor adds to the turn's header, to open or to close thinking; whether it is open after that."""

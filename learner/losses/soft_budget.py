@@ -24,10 +24,11 @@ takes the price back while they fall instead of when they have fallen. Both act 
 form, so that a price at its bound winds up nothing. What is followed is a mean over some steps, as there: the few
 groups of one step have what budgets they have, and a step of hard tasks with small budgets overruns all of them.
 
-Under a strict budget n never exceeds b and there is nothing
-to learn from; so a soft budget lets thinking go on up to a multiple of b (`thinking.soft.limit`), where it is stopped
-all the same. The cost of an episode is therefore at most price * (limit - 1), for each turn where the budget is of a
-turn. A budget of 0 has no multiple and is kept strictly.
+Under a strict budget n never exceeds b and there is nothing to learn from; so a soft budget lets thinking go on up to
+a multiple of b (`thinking.soft.limit`), where it is stopped all the same. Siblings that overrun alike cost alike, and
+their baseline takes that away: a policy learns to keep its budget from those that do. So demonstrations keep it by
+themselves (actors/script.py). The cost of an episode is therefore at most price * (limit - 1), for each turn where
+the budget is of a turn. A budget of 0 has no multiple and is kept strictly.
 """
 
 from __future__ import annotations
