@@ -172,7 +172,7 @@ class EpisodeSession(AdoptionSession):
 
         await self.adopt(41, 1)
         tokenizer = Tokenizer.from_file(str(self.model / "tokenizer.json"))
-        return await think(self.engine, Renderer(tokenizer, chat_format=Chatty(tokenizer)), THINKING_BUDGET)
+        return await think(self.engine, Renderer(tokenizer, chat_format=ChatMlJson()), THINKING_BUDGET)
 
     async def parsers(self) -> dict[str, Any]:
         """Calls as the formats write them, and as the tool parsers of vLLM's server read them."""
