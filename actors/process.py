@@ -164,7 +164,8 @@ async def _gateway(
     if not any(environment.self_driven for environment in environments.values()):
         return None
     port = settings.gateway.port + index
-    gateway = Gateway(engine, renderer, settings.gateway, port=port, max_model_len=settings.actor.max_model_len)
+    limits = {"port": port, "max_model_len": settings.actor.max_model_len}
+    gateway = Gateway(engine, renderer, settings.gateway, settings.thinking, **limits)
     stack.push_async_callback(gateway.close)
     await gateway.start()
     return gateway

@@ -75,11 +75,6 @@ async def run_episode(
     if environment.self_driven:
         if gateway is None:
             raise InfraFailureError(f"environment {environment.name!r} needs the gateway, which this actor lacks")
-        if ticket.thinking_budget is not None:
-            raise InfraFailureError(
-                f"ticket {ticket.ticket_id} has a thinking budget, which is not enforced for agent programs: "
-                "leave [thinking] out of a run with such an environment"
-            )
         return await gateway.run_episode(ticket, environment, actor_id)
     started = time.monotonic()
     deadline = started + ticket.deadline_s

@@ -24,7 +24,7 @@ from actors.engine import Engine, EngineDeadError, FinishReason, Sample
 from actors.renderer import Renderer
 from actors.script import Script
 from actors.thinking import Thinking, Thought
-from broker.process.thinking_settings import ThinkingSection
+from broker.process.thinking_settings import Budget, ThinkingSection
 from broker.protocol.trajectory import Ticket, VersionRun
 from envs.interface import Message
 
@@ -64,6 +64,16 @@ class Account:
     num_overrun_tokens: int = 0
     num_forced_stops: int = 0
 
+    def book(self, num_thinking: int, budget: Budget, per: str) -> None:
+        """Count the thinking tokens of a turn, whose budget is for it alone or for the whole episode (`per`)."""
+        self.num_thinking_tokens += num_thinking
+        if budget is None:
+            return
+        if per == "turn":
+            self.num_overrun_tokens += max(0, num_thinking - budget)
+        else:
+            self.num_overrun_tokens = max(0, self.num_thinking_tokens - budget)
+
 
 @dataclass(slots=True)
 class Turn:
@@ -97,8 +107,10 @@ class Sampler:
         thinking: ThinkingSection,
         max_model_len: int,
         deadline: float,
+        cut: asyncio.Event | None = None,
     ) -> None:
-        """max_model_len: tokens the engine takes at most, prompt and answer together. deadline: see below."""
+        """max_model_len: tokens the engine takes at most, prompt and answer together. deadline: see below. cut: once
+        it is set, requests are aborted, too."""
         self.account = Account()
         self.deadline = deadline
         """When requests are aborted, by time.monotonic(); the episode's, or that of the turn."""
@@ -110,25 +122,34 @@ class Sampler:
         self._budget = ticket.thinking_budget
         self._limit = thinking.limit(self._budget)
         self._num_requests = 0
+        self._cut_now = cut
 
-    async def turn(self, trace: Trace, text: str | None = None) -> Turn | None:
+    async def turn(
+        self, trace: Trace, text: str | None = None, *, opening: Sequence[int] = (), most: int | None = None
+    ) -> Turn | None:
         """Sample the next turn, or write `text`, a reference policy's; None where there is no room for a token.
 
-        Raises InfraFailureError, and EngineDeadError where no further request can be served.
+        opening: tokens that the actor begins the turn with; such a turn does not think where its thinking is limited,
+        or opened for it. most: thinking tokens that it may have at most, whatever the ticket allows. Raises
+        InfraFailureError, and EngineDeadError where no further request can be served.
         """
-        allowed = self._allowed()
+        allowed = self._allowed(most)
+        if opening and (allowed is not None or self._header(trace, None)[1]):
+            allowed = 0
         header, is_open = self._header(trace, allowed)
+        header = [*header, *opening]
         if self._room(trace, 0, len(header)) <= 0:
             return None
         trace.add_context(header, ())
-        script = None if text is None else Script(self.thinking, self._renderer, text, allowed, is_open)
+        ends = self.thinking, self._renderer
+        script = None if text is None else Script(*ends, text, allowed, is_open, self._kept(most))
         turn, thought = Turn(is_open), Thought([], is_open)
         self._num_requests = 0
         while (room := self._room(trace, turn.num_sampled)) > 0:
             stop = self._renderer.stop_token_ids
             if allowed and (thought.is_open or not turn.ids):
-                opening = 0 if thought.is_open else self.thinking.num_open_tokens
-                room = min(room, opening + allowed - _spent(turn, thought))
+                of_tag = 0 if thought.is_open else self.thinking.num_open_tokens
+                room = min(room, of_tag + allowed - _spent(turn, thought))
             elif allowed is not None:  # where thinking begins late, nothing needs to be thrown away
                 stop = (*stop, *self.thinking.open_token_ids)
             drawn = await self._draw(trace, room, stop) if script is None else script.draw(room)
@@ -142,7 +163,8 @@ class Sampler:
                     break  # nothing could be answered any more
                 self._stop_thinking(trace, turn, script)
                 thought = thought._replace(is_open=False)
-        self._book(_spent(turn, self.thinking.find(turn.ids, turn.began_open)))
+        spent = _spent(turn, self.thinking.find(turn.ids, turn.began_open))
+        self.account.book(spent, self._budget, self.thinking.settings.per)
         return turn
 
     def _ends(self, turn: Turn, sample: Sample, num_asked: int) -> bool:
@@ -171,11 +193,21 @@ class Sampler:
             self._max_model_len - len(trace.ids) - num_written,
         )
 
-    def _allowed(self) -> int | None:
-        """Thinking tokens that the next turn may have; None for any number."""
-        if self._limit is None or self.thinking.settings.per == "turn":
-            return self._limit
-        return max(0, self._limit - self.account.num_thinking_tokens)
+    def _allowed(self, most: int | None) -> int | None:
+        """Thinking tokens that the next turn may have, at most so many; None for any number."""
+        left = self._limit
+        if left is not None and self.thinking.settings.per == "episode":
+            left = max(0, left - self.account.num_thinking_tokens)
+        return min((each for each in (left, most) if each is not None), default=None)
+
+    def _kept(self, most: int | None) -> int | None:
+        """Thinking tokens that keep a soft budget, which is overrun by what is allowed; None where none is soft."""
+        budget = self._budget
+        if not budget or self._limit == budget:
+            return None
+        if self.thinking.settings.per == "episode":
+            budget = max(0, budget - self.account.num_thinking_tokens)
+        return budget if most is None else min(budget, most)
 
     def _header(self, trace: Trace, allowed: int | None) -> tuple[list[int], bool]:
         """What the actor adds to the turn's header, to open or to close thinking; whether it is open after that."""
@@ -200,16 +232,6 @@ class Sampler:
         kept = Thought([i for i in thought.positions if i < cut], True)
         return _first(sample, cut - len(turn.ids)), kept
 
-    def _book(self, num_thinking: int) -> None:
-        account, budget = self.account, self._budget
-        account.num_thinking_tokens += num_thinking
-        if budget is None:
-            return
-        if self.thinking.settings.per == "turn":
-            account.num_overrun_tokens += max(0, num_thinking - budget)
-        else:
-            account.num_overrun_tokens = max(0, account.num_thinking_tokens - budget)
-
     async def _draw(self, trace: Trace, max_tokens: int, stop_token_ids: Sequence[int]) -> Sample:
         started = time.monotonic()
         try:
@@ -222,7 +244,8 @@ class Sampler:
             trace.model_s += time.monotonic() - started
 
     async def _generate(self, trace: Trace, max_tokens: int, stop_token_ids: Sequence[int]) -> Sample:
-        """Sample on; at the deadline the request is aborted and what it has sampled is kept (finish "abort")."""
+        """Sample on; at the deadline, or once it is cut, the request is aborted and what it has sampled is kept (finish
+        "abort")."""
         ticket = self._ticket
         request_id = f"{ticket.ticket_id}.{ticket.attempt}.{trace.num_turns}"
         if self._num_requests:
@@ -231,8 +254,11 @@ class Sampler:
         request = asyncio.ensure_future(
             self._engine.generate(trace.ids, ticket.sampling, max_tokens, stop_token_ids, request_id)
         )
+        cutting = [asyncio.ensure_future(self._cut_now.wait())] if self._cut_now else []
         try:
-            await asyncio.wait({request}, timeout=max(0.0, self.deadline - time.monotonic()))
+            left_s = max(0.0, self.deadline - time.monotonic())
+            timeout = left_s if left_s < float("inf") else None
+            await asyncio.wait({request, *cutting}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             aborted = not request.done()
             while not request.done():
                 # Repeated, because an engine ignores the id of a request that has not reached it yet.
@@ -240,6 +266,8 @@ class Sampler:
                 await asyncio.wait({request}, timeout=ABORT_RETRY_S)
         finally:
             request.cancel()
+            for each in cutting:
+                each.cancel()
         sample = request.result()
         if sample.finish == "abort" and not aborted:
             raise InfraFailureError(f"the engine aborted request {request_id}")

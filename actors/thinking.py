@@ -67,6 +67,14 @@ class Thought(NamedTuple):
     is_open: bool
 
 
+class Split(NamedTuple):
+    """A turn's text without its tags: what was thought, what was answered, and whether thinking is open at its end."""
+
+    thought: str
+    answer: str
+    is_open: bool
+
+
 class Thinking:
     """The tags of a run in a model's tokens. Stateless; token ids are lists of int throughout."""
 
@@ -83,9 +91,13 @@ class Thinking:
         self.open_token_ids = tuple(open_ids) if len(open_ids) == 1 else ()
         """The token at which an engine can stop because thinking begins; none where the tag is several tokens."""
 
+    def telling(self, budget: Budget) -> str:
+        """What the policy is told of its budget; nothing where there is nothing to tell."""
+        return TELLINGS[self.settings.tell](budget, self.settings.per)
+
     def told(self, messages: Sequence[Message], budget: Budget) -> tuple[Message, ...]:
         """The opening of a conversation with the budget told: at the end of its first user message, or in a new one."""
-        text = TELLINGS[self.settings.tell](budget, self.settings.per)
+        text = self.telling(budget)
         if not text:
             return tuple(messages)
         at = next((i for i, message in enumerate(messages) if message.role == "user"), None)
@@ -125,16 +137,31 @@ class Thinking:
 
     def answer(self, text: str, is_open: bool) -> str:
         """What of a turn's text is outside of thinking; the text itself where there is none."""
-        parts, at, was_open = list[str](), 0, is_open
+        return self.split(text, is_open).answer
+
+    def split(self, text: str, is_open: bool) -> Split:
+        """A turn's text as what was thought and what was answered. `is_open`: whether thinking is open before it."""
+        parts: dict[bool, list[str]] = {True: [], False: []}
+        at, was_open = 0, is_open
         while True:
             tag = self._close if is_open else self._open
             found = text.find(tag, at)
-            if not is_open:
-                parts.append(text[at:] if found < 0 else text[at:found])
+            parts[is_open].append(text[at:] if found < 0 else text[at:found])
             if found < 0:
                 break
             at, is_open = found + len(tag), not is_open
-        return text if len(parts) == 1 and not was_open and not is_open else "".join(parts).strip()
+        if not parts[True] and not was_open:
+            return Split("", text, False)
+        thoughts = [thought.strip("\n") for thought in parts[True]]
+        return Split("\n".join(filter(None, thoughts)), "".join(parts[False]).strip(), is_open)
+
+    def join(self, thought: str, answer: str) -> str:
+        """A turn's text of what was thought, if anything was, and what was answered; `split` takes it apart."""
+        return f"{self._open}\n{thought}\n{self._close}{GAP}{answer}" if thought else answer
+
+    def begins(self, text: str) -> bool:
+        """Whether a turn's text begins with a thought."""
+        return text.lstrip().startswith(self._open)
 
     def pieces(self, text: str) -> list[str]:
         """A written turn, cut where closing may cut it: at tags, and after the gap behind a closing one."""

@@ -34,6 +34,9 @@ ADHERENCE = Gauge(
 FORCED_STOPS = Gauge(
     "ergon_learner_forced_stop_ratio", "Share of the newest batch's episodes whose thinking was stopped", ["budget"]
 )
+OVERRUN_RATE = Gauge(
+    "ergon_learner_overrun_ratio", "Share of the newest batch's soft budgets above 0 that were overrun"
+)
 OVERRUN_PRICE = Gauge("ergon_learner_overrun_price", "What thinking beyond a soft budget costs (lambda)")
 STALENESS = Histogram(
     "ergon_learner_staleness_versions",

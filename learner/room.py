@@ -33,7 +33,7 @@ from learner.health import Alarms, Guard
 from learner.inbox import Inbox, StoppedError
 from learner.losses.importance import effective_sample_size
 from learner.losses.policy import policy_loss
-from learner.losses.soft_budget import next_price, overrun_rate
+from learner.losses.soft_budget import followed_rate, next_price, overrun_rate
 from learner.publisher import Publisher
 from learner.quarantine import Quarantine, make_batcher
 from learner.recording import Recorder
@@ -255,7 +255,11 @@ class Room:
             return
         price = soft.price if state.overrun_price is None else state.overrun_price
         heads = [c.trajectory.head for c in batch.consumed if c.reason in COUNTED] if batch else []
-        state.overrun_price = self.batcher.overrun_price = next_price(price, overrun_rate(heads), soft)
+        if (rate := overrun_rate(heads)) is not None:
+            metrics.OVERRUN_RATE.set(rate)
+            before, state.overrun_rate = state.overrun_rate, followed_rate(rate, state.overrun_rate, soft)
+            price = next_price(price, state.overrun_rate, before, soft)
+        state.overrun_price = self.batcher.overrun_price = price
         metrics.OVERRUN_PRICE.set(state.overrun_price)
 
     def _evaluated(self, evaluation: Evaluation) -> None:

@@ -29,7 +29,8 @@ class TrainerState:
     consumed. unacked: everything consumed since the previous checkpoint, to be acknowledged when this one is complete.
     audit_bytes: length of trained.jsonl then. evaluations: by phase, complete or not. best: the one of the best
     checkpoint so far. candidates: those of the checkpoints that wait for their results. alarms: what the alarms
-    remember. overrun_price: what thinking beyond a soft budget costs now, None before the first step.
+    remember. overrun_price: what thinking beyond a soft budget costs now, None before the first step. overrun_rate: the
+    share of overruns that it follows.
     started_at: Unix time of the run's first start.
     """
 
@@ -44,6 +45,7 @@ class TrainerState:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     best: str = ""
     overrun_price: float | None = None
+    overrun_rate: float | None = None
     candidates: list[str] = field(default_factory=list)
     alarms: dict[str, Any] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTERS, 0))
@@ -64,6 +66,7 @@ class TrainerState:
             "evaluations": {phase: e.to_state() for phase, e in self.evaluations.items() if e.complete},
             "best": self.best,
             "overrun_price": self.overrun_price,
+            "overrun_rate": self.overrun_rate,
             "candidates": list(self.candidates),
             "alarms": self.alarms,
             "counters": dict(self.counters),

@@ -89,9 +89,32 @@ class Format(ABC):
     def write_call(self, call: ToolCall, tools: Sequence[Tool]) -> str:
         """One call. Raises ValueError where its tool is not one of these."""
 
+    @abstractmethod
+    def quote_call(self, name: str, arguments: str) -> str:
+        """A call that no policy made, of a tool that may not exist, with its arguments word for word."""
+
+    @abstractmethod
+    def begin_call(self, name: str | None) -> str:
+        """What a turn begins with that must call this tool, or any; the policy goes on from there."""
+
+    @abstractmethod
+    def prose(self, text: str) -> str:
+        """What a turn's text says beside its calls, which must be readable; no spaces at its ends."""
+
     def join(self, text: str, calls: Sequence[str]) -> str:
         """A turn's text and its written calls."""
         return "\n".join([text, *calls] if text else calls)
+
+    def recall(self, messages: Sequence[Message]) -> list[Message]:
+        """A conversation that is told anew, its turns as the model's template shows them later; `open` does it itself.
+
+        Some templates leave out what a turn had thought. Recalling twice is recalling once.
+        """
+        return list(messages)
+
+    def describe(self, tools: Sequence[Tool]) -> str:
+        """The tools in words, for a system message, where `open` tells nothing of them; else nothing."""
+        return ""
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:

@@ -124,7 +124,17 @@ def write_json(call: ToolCall, tools: Sequence[Tool], key: str, markup: Sequence
 
 def read_tagged(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
     """The calls in a text, each `<tool_call>{JSON}</tool_call>`, with anything around them. Raises MalformedError."""
-    calls = []
+    return [bind(value, tools, "arguments") for value in _take_tagged(text)[0]]
+
+
+def prose_around_tagged(text: str) -> str:
+    """The text without such calls. Raises MalformedError where they cannot be read."""
+    return "".join(_take_tagged(text)[1]).strip()
+
+
+def _take_tagged(text: str) -> tuple[list[Any], list[str]]:
+    """The JSON values of the calls in a text, and what stands around them."""
+    values, prose = [], []
     at = 0
     while (start := text.find(OPEN, at)) >= 0:
         if CLOSE in text[at:start]:
@@ -136,13 +146,34 @@ def read_tagged(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
         end = _after_space(text, end)
         if not text.startswith(CLOSE, end):
             raise MalformedError(f"the JSON object of a call must be followed by {CLOSE}")
-        calls.append(bind(value, tools, "arguments"))
+        values.append(value)
+        prose.append(text[at:start])
         at = end + len(CLOSE)
     if CLOSE in text[at:]:
         raise MalformedError(f"a {CLOSE} without {OPEN}")
-    return calls
+    return values, [*prose, text[at:]]
 
 
 def write_tagged(call: ToolCall, tools: Sequence[Tool], markup: Sequence[str]) -> str:
     """A call as `read_tagged` reads it, in the layout that models learn. Raises ValueError for an unknown tool."""
     return f"{OPEN}\n{write_json(call, tools, 'arguments', markup)}\n{CLOSE}"
+
+
+def quote_json(name: str, key: str, arguments: str) -> str:
+    """A call as JSON would say it, its arguments word for word; what they say may be no JSON."""
+    return f'{{"name": {dump(name)}, "{key}": {arguments}}}'
+
+
+def begin_json(name: str | None, key: str) -> str:
+    """How a call as JSON begins, for this tool or for any."""
+    return '{"name":' if name is None else f'{{"name": {dump(name)}, "{key}":'
+
+
+def quote_tagged(name: str, arguments: str) -> str:
+    """A call as `write_tagged` lays it out, word for word."""
+    return f"{OPEN}\n{quote_json(name, 'arguments', arguments)}\n{CLOSE}"
+
+
+def begin_tagged(name: str | None) -> str:
+    """How a call in tags begins."""
+    return OPEN if name is None else f"{OPEN}\n{begin_json(name, 'arguments')}"

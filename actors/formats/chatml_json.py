@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from actors.formats.base import END_THINK, THINK, Piece
-from actors.formats.calls import CLOSE, OPEN, dump, read_tagged, tool_json, write_tagged
+from actors.formats.calls import (
+    CLOSE,
+    OPEN,
+    begin_tagged,
+    dump,
+    prose_around_tagged,
+    quote_tagged,
+    read_tagged,
+    tool_json,
+    write_tagged,
+)
 from actors.formats.chatml import END, END_OF_TEXT, ChatMl
 from envs.interface import Tool, ToolCall
 
@@ -34,6 +44,18 @@ class ChatMlJson(ChatMl):
     def write_call(self, call: ToolCall, tools: Sequence[Tool]) -> str:
         """See Format."""
         return write_tagged(call, tools, self.markup)
+
+    def quote_call(self, name: str, arguments: str) -> str:
+        """See Format."""
+        return quote_tagged(name, arguments)
+
+    def begin_call(self, name: str | None) -> str:
+        """See Format."""
+        return begin_tagged(name)
+
+    def prose(self, text: str) -> str:
+        """See Format."""
+        return prose_around_tagged(text)
 
 
 def describe_tools(tools: Sequence[Tool]) -> tuple[str, str]:

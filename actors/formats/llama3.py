@@ -11,7 +11,16 @@ import re
 from collections.abc import Sequence
 
 from actors.formats.base import END_THINK, THINK, Control, Format, Piece
-from actors.formats.calls import MalformedError, bind, dump, load, tool_json, write_json
+from actors.formats.calls import (
+    MalformedError,
+    begin_json,
+    bind,
+    dump,
+    load,
+    quote_json,
+    tool_json,
+    write_json,
+)
 from actors.formats.chatml import take_system
 from envs.interface import Message, Tool, ToolCall
 
@@ -96,6 +105,22 @@ class Llama3(Format):
     def write_call(self, call: ToolCall, tools: Sequence[Tool]) -> str:
         """See Format."""
         return write_json(call, tools, "parameters", self.markup)
+
+    def quote_call(self, name: str, arguments: str) -> str:
+        """See Format."""
+        return quote_json(name, "parameters", arguments)
+
+    def begin_call(self, name: str | None) -> str:
+        """See Format."""
+        return begin_json(name, "parameters")
+
+    def prose(self, text: str) -> str:
+        """See Format. Nothing is said beside a call."""
+        return ""
+
+    def recall(self, messages: Sequence[Message]) -> list[Message]:
+        """See Format: spaces at the ends of a turn are left out."""
+        return [Message(m.role, m.content.strip()) if m.role == "assistant" else m for m in messages]
 
     def join(self, text: str, calls: Sequence[str]) -> str:
         """See Format. The calls alone: the template leaves out what was said beside them."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from actors.formats.base import Control, Format, Piece
-from actors.formats.calls import read_tagged, write_tagged
+from actors.formats.calls import begin_tagged, prose_around_tagged, quote_tagged, read_tagged, write_tagged
 from actors.formats.chatml import take_system
 from actors.formats.chatml_json import describe_tools
 from envs.interface import Message, Tool, ToolCall
@@ -48,6 +48,18 @@ class Plain(Format):
     def write_call(self, call: ToolCall, tools: Sequence[Tool]) -> str:
         """See Format."""
         return write_tagged(call, tools, self.markup)
+
+    def quote_call(self, name: str, arguments: str) -> str:
+        """See Format."""
+        return quote_tagged(name, arguments)
+
+    def begin_call(self, name: str | None) -> str:
+        """See Format."""
+        return begin_tagged(name)
+
+    def prose(self, text: str) -> str:
+        """See Format."""
+        return prose_around_tagged(text)
 
     def _messages(self, messages: Sequence[Message]) -> list[Piece]:
         pieces: list[Piece] = []

@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from actors.formats.base import END_THINK, THINK, Control, Piece
-from actors.formats.calls import CLOSE, OPEN, dump, read_tagged, tool_json, write_tagged
+from actors.formats.calls import (
+    CLOSE,
+    OPEN,
+    begin_tagged,
+    dump,
+    prose_around_tagged,
+    quote_tagged,
+    read_tagged,
+    tool_json,
+    write_tagged,
+)
 from actors.formats.chatml import END, END_OF_TEXT, START, ChatMl
 from envs.interface import Message, Tool, ToolCall
 
@@ -40,19 +50,24 @@ class Qwen3(ChatMl):
 
     def messages(self, messages: Sequence[Message]) -> list[Piece]:
         """See ChatMl: what tools answered, one after the other, is one message of the user."""
-        asked = max((n for n, m in enumerate(messages) if m.role == "user"), default=len(messages) - 1)
         pieces: list[Piece] = []
-        for of_tools, group in groupby(enumerate(messages), key=lambda each: each[1].role == "tool"):
+        for of_tools, group in groupby(self.recall(messages), key=lambda message: message.role == "tool"):
             if of_tools:
-                responses = [piece for _, message in group for piece in _response(message.content)]
+                responses = [piece for message in group for piece in _response(message.content)]
                 pieces += [Control(START), "user", *responses, Control(END), "\n"]
-                continue
-            for number, message in group:
-                content: Sequence[Piece] = [message.content]
-                if message.role == "assistant":
-                    content = self.voice(_as_history(message.content, number, asked, len(messages)))
-                pieces += [*self.header(message.role), *content, Control(END), "\n"]
+            else:
+                pieces += super().messages(list(group))
         return pieces
+
+    def recall(self, messages: Sequence[Message]) -> list[Message]:
+        """See Format: what was thought before the last question is left out, and the last turn has a thought."""
+        asked = max((n for n, m in enumerate(messages) if m.role == "user"), default=len(messages) - 1)
+        return [
+            Message("assistant", _as_history(message.content, number, asked, len(messages)))
+            if message.role == "assistant"
+            else message
+            for number, message in enumerate(messages)
+        ]
 
     def read_calls(self, text: str, tools: Sequence[Tool]) -> list[ToolCall]:
         """See Format."""
@@ -61,6 +76,18 @@ class Qwen3(ChatMl):
     def write_call(self, call: ToolCall, tools: Sequence[Tool]) -> str:
         """See Format."""
         return write_tagged(call, tools, self.markup)
+
+    def quote_call(self, name: str, arguments: str) -> str:
+        """See Format."""
+        return quote_tagged(name, arguments)
+
+    def begin_call(self, name: str | None) -> str:
+        """See Format."""
+        return begin_tagged(name)
+
+    def prose(self, text: str) -> str:
+        """See Format."""
+        return prose_around_tagged(text)
 
 
 def _response(content: str) -> list[Piece]:

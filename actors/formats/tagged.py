@@ -16,6 +16,7 @@ from envs.interface import Tool, ToolCall
 
 TAG, END_TAG = "<tool>", "</tool>"
 _TAGS = re.compile(r"</?tool>")
+_WHOLE_CALL = re.compile(f"{TAG}.*?{END_TAG}", re.DOTALL)
 _CALL = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_.-]*)(?:\s(.*))?", re.DOTALL)
 
 
@@ -38,9 +39,36 @@ class Tagged(ChatMl):
         body = arguments[parameter] if parameter and list(arguments) == [parameter] else json.dumps(arguments)
         return f"{TAG}{call.name} {body}{END_TAG}"
 
+    def quote_call(self, name: str, arguments: str) -> str:
+        """See Format."""
+        return f"{TAG}{name} {arguments}{END_TAG}"
+
+    def begin_call(self, name: str | None) -> str:
+        """See Format."""
+        return TAG + (name or "")
+
+    def prose(self, text: str) -> str:
+        """See Format."""
+        return _WHOLE_CALL.sub("", text).strip()
+
     def join(self, text: str, calls: Sequence[str]) -> str:
         """See Format."""
         return "".join([text, *calls])
+
+    def describe(self, tools: Sequence[Tool]) -> str:
+        """See Format: how each tool is called, and what its description says."""
+        return "\n".join(["Tools:", *(_described(tool) for tool in tools)]) if tools else ""
+
+
+def _described(tool: Tool) -> str:
+    known = properties(tool)
+    if (single := _single_text(tool)) is not None:
+        example = f"{TAG}{tool.name} {single.upper()}{END_TAG}"
+    elif known:
+        example = f"{TAG}{tool.name} {json.dumps(dict(tool.parameters))}{END_TAG}"
+    else:
+        example = f"{TAG}{tool.name}{END_TAG}"
+    return f"{example} {' '.join(tool.description.split())}".rstrip()
 
 
 def _bodies(text: str) -> list[str]:

@@ -33,15 +33,10 @@ class Budget:
         Raises ApiError, and notes the outcome, where nothing is left.
         """
         if self.num_turns + num_replies > self._sampling.max_turns:
-            raise self._over(Outcome.TRUNCATED_TURNS, "max_turns", f"the {self._sampling.max_turns} turns")
+            raise self.over(Outcome.TRUNCATED_TURNS, "max_turns", f"the {self._sampling.max_turns} turns")
         most = min(self._sampling.max_turn_tokens, self._max_model_len - num_prompt_tokens)
         if most <= 0:
-            raise self._over(
-                Outcome.TRUNCATED_TOKENS,
-                "context_length_exceeded",
-                f"the context: its prompt has {num_prompt_tokens} tokens, prompt and reply may have "
-                f"{self._max_model_len}, which are all",
-            )
+            raise self.context_full(num_prompt_tokens)
         wanted = most if max_tokens is None else min(most, max_tokens)
         self.num_turns += num_replies
         try:
@@ -63,6 +58,16 @@ class Budget:
         if cut:
             self.outcome = self.outcome or Outcome.TRUNCATED_TOKENS
 
+    def context_full(self, num_prompt_tokens: int, num_reserved: int = 0) -> ApiError:
+        """The error for a prompt that leaves no room; so many replies were reserved for it, and are not given."""
+        self.num_turns -= num_reserved
+        return self.over(
+            Outcome.TRUNCATED_TOKENS,
+            "context_length_exceeded",
+            f"the context: its prompt has {num_prompt_tokens} tokens, prompt and reply may have "
+            f"{self._max_model_len}, which are all",
+        )
+
     async def _room(self, num_replies: int, wanted: int) -> int:
         while True:
             free = self._sampling.max_episode_tokens - self.num_sampled - self._num_reserved
@@ -72,9 +77,10 @@ class Budget:
         room = min(wanted, free // num_replies)
         if room <= 0:
             limit = f"the {self._sampling.max_episode_tokens} tokens"
-            raise self._over(Outcome.TRUNCATED_TOKENS, "max_episode_tokens", limit)
+            raise self.over(Outcome.TRUNCATED_TOKENS, "max_episode_tokens", limit)
         return room
 
-    def _over(self, outcome: Outcome, code: str, limit: str) -> ApiError:
+    def over(self, outcome: Outcome, code: str, limit: str) -> ApiError:
+        """The error for a call beyond a limit; the outcome is noted, unless there is one already."""
         self.outcome = self.outcome or outcome
         return ApiError(400, f"the episode has used up {limit} that the run allows; let the program end", code=code)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from actors.gateway.allowance import EFFORTS
 from actors.gateway.conversation import Answer, ChatMessage, FunctionCall, Question, Reply
 from actors.gateway.errors import ApiError, bad_value, not_honoured
 from actors.gateway.fields import Fields, text_of
@@ -54,7 +55,6 @@ NEUTRAL: Final = SHARED_NEUTRAL | {
     "modalities": ((["text"],), "the policy writes text only"),
     "audio": ((), "the policy writes text only"),
     "prediction": ((), LEAVE_OUT),
-    "reasoning_effort": ((), "the run decides how long the policy may think; leave it out"),
     "verbosity": (("medium",), "the run decides how much the policy may write; leave it out"),
     "web_search_options": ((), "the endpoint has no tools of its own; give the program one"),
     "store": ((False,), "nothing can be fetched later; leave it out"),
@@ -98,6 +98,7 @@ def read_request(body: object) -> tuple[Question, Form]:
         _max_tokens(fields),
         _stops(fields),
         read_sampling(fields),
+        read_effort(fields, "reasoning_effort"),
     )
     fields.labels(LABELS)
     fields.neutral(NEUTRAL)
@@ -109,6 +110,11 @@ def read_sampling(fields: Fields) -> dict[str, float]:
     """The sampling parameters that the program gave."""
     asked = {"temperature": fields.number("temperature", 0, 2), "top_p": fields.number("top_p", 0, 1)}
     return {name: value for name, value in asked.items() if value is not None}
+
+
+def read_effort(fields: Fields, name: str) -> str | None:
+    """How much the program wants the reply to think, None where it does not say."""
+    return fields.either(name, tuple(EFFORTS)) if fields.raw(name) is not None else None
 
 
 def _tool(fields: Fields) -> Tool:
@@ -123,7 +129,9 @@ def _tool(fields: Fields) -> Tool:
 def _message(fields: Fields) -> ChatMessage:
     role = ROLES[fields.either("role", tuple(ROLES))]
     calls: tuple[FunctionCall, ...] = ()
+    thought = ""
     if role == "assistant":
+        thought = fields.string("reasoning_content", "")
         calls = tuple(_call(each) for each in fields.objects("tool_calls"))
         content = text_of(fields, "content", ("text",), "")
         fields.labels(("annotations", "name"))
@@ -135,7 +143,7 @@ def _message(fields: Fields) -> ChatMessage:
     if (name := fields.raw("name")) is not None and role in ("system", "user"):
         raise not_honoured(fields.path("name"), name, "the policy is told roles, not names; put it into the content")
     fields.finish()
-    return ChatMessage(role, content, calls)
+    return ChatMessage(role, content, calls, thought)
 
 
 def _call(fields: Fields) -> FunctionCall:
@@ -174,6 +182,7 @@ def completion(answer: Answer, form: Form, decode: Decode, fingerprint: str) -> 
                 "role": "assistant",
                 "content": reply.message.content or (None if reply.message.calls else ""),
                 "refusal": None,
+                **({"reasoning_content": reply.message.thought} if reply.message.thought else {}),
                 **({"tool_calls": [_call_object(call) for call in reply.message.calls]} if reply.message.calls else {}),
             },
             "logprobs": _logprobs(reply, decode) if form.logprobs else None,
@@ -194,6 +203,8 @@ def chunks(answer: Answer, form: Form, decode: Decode, fingerprint: str) -> Iter
 
     for index, reply in enumerate(answer.replies):
         yield chunk(index, {"role": "assistant", "content": "" if reply.message.content else None, "refusal": None})
+        if reply.message.thought:
+            yield chunk(index, {"reasoning_content": reply.message.thought})
         logprobs = _logprobs(reply, decode) if form.logprobs else None
         if reply.message.content or logprobs:
             yield chunk(index, {"content": reply.message.content}, logprobs=logprobs)
@@ -210,6 +221,7 @@ def usage(answer: Answer) -> dict[str, Any]:
         "prompt_tokens": answer.num_prompt_tokens,
         "completion_tokens": answer.num_sampled,
         "total_tokens": answer.num_prompt_tokens + answer.num_sampled,
+        "completion_tokens_details": {"reasoning_tokens": answer.num_thinking},
     }
 
 
@@ -234,7 +246,7 @@ def _logprobs(reply: Reply, decode: Decode) -> dict[str, Any]:
 def token_logprobs(reply: Reply, decode: Decode) -> list[dict[str, Any]]:
     """Every sampled token with its log-prob. `bytes` is null for a token that is part of a character."""
     entries = []
-    for token_id, logprob in zip(reply.sample.token_ids_N.tolist(), reply.sample.logprobs_N.tolist(), strict=True):
+    for token_id, logprob in reply.turn.sampled():
         token = decode([token_id])
         whole = None if "\ufffd" in token else list(token.encode())
         entries.append({"token": token, "logprob": logprob, "bytes": whole, "top_logprobs": []})

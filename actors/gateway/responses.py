@@ -15,9 +15,11 @@ from typing import Any, Final
 from actors.gateway.chat_completions import (
     ENGINE_ONLY,
     LABELS,
+    LEAVE_OUT,
     ROLES,
     SHARED_NEUTRAL,
     Decode,
+    read_effort,
     read_sampling,
     token_logprobs,
 )
@@ -29,7 +31,7 @@ from envs.interface import Tool
 
 LOGPROBS = "message.output_text.logprobs"
 NOT_STORED = "give the whole conversation as input, or previous_response_id"
-ITEMS = ("message", "function_call", "function_call_output")
+ITEMS = ("message", "reasoning", "function_call", "function_call_output")
 PARTS = ("input_text", "output_text", "text")
 NEUTRAL: Final = SHARED_NEUTRAL | {
     "background": ((False,), "an answer is waited for; leave it out"),
@@ -40,9 +42,14 @@ NEUTRAL: Final = SHARED_NEUTRAL | {
     "image": ((), "the policy writes text only"),
     "max_tool_calls": ((), "the program runs the tools; let it count"),
     "prompt": ((), "nothing is stored here; send the prompt's text"),
-    "reasoning": (({},), "the run decides how long the policy may think; leave it out"),
     "text": (({}, {"format": {"type": "text"}}), "what the policy writes is not constrained; parse it in the program"),
     "truncation": (("disabled",), ENGINE_ONLY),
+}
+REASONING_NEUTRAL: Final = {
+    "summary": (("auto",), "thoughts are not summed up, they come whole"),
+    "generate_summary": (("auto",), "thoughts are not summed up, they come whole"),
+    "context": (("auto",), "the policy sees the thoughts that the input holds"),
+    "mode": (("standard",), LEAVE_OUT),
 }
 
 
@@ -72,7 +79,9 @@ def read_request(body: object, threads: Mapping[str, tuple[ChatMessage, ...]]) -
         raise fields.wrong("store", "true or false")
     max_tokens = fields.integer("max_output_tokens", 1, 2**31)
     requested = read_sampling(fields)
+    effort = _effort(fields)
     echoed = {
+        "reasoning": {"effort": effort, "summary": None},
         "instructions": instructions or None,
         "metadata": fields.raw("metadata") or {},
         "tools": fields.raw("tools") or [],
@@ -85,12 +94,27 @@ def read_request(body: object, threads: Mapping[str, tuple[ChatMessage, ...]]) -
     )
     messages = (ChatMessage("system", instructions), *said) if instructions else said
     question = Question(
-        messages, tools, read_choice(fields, tools, nested=False), max_tokens=max_tokens, requested=requested
+        messages,
+        tools,
+        read_choice(fields, tools, nested=False),
+        max_tokens=max_tokens,
+        requested=requested,
+        effort=effort,
     )
     fields.labels((*LABELS, "stream_options"))
     fields.neutral(NEUTRAL)
     fields.finish()
     return question, form
+
+
+def _effort(fields: Fields) -> str | None:
+    reasoning = fields.nested("reasoning")
+    if reasoning is None:
+        return None
+    effort = read_effort(reasoning, "effort")
+    reasoning.neutral(REASONING_NEUTRAL)
+    reasoning.finish()
+    return effort
 
 
 def _tool(fields: Fields) -> Tool:
@@ -128,16 +152,22 @@ def _input(fields: Fields) -> list[ChatMessage]:
     if not isinstance(value, list) or not value:
         raise fields.wrong("input", "a text or a list of items that is not empty")
     messages: list[ChatMessage] = []
-    in_turn = False  # whether the last item was the assistant's
     for item in fields.objects("input"):
         message = _item(item)
-        if message.calls and in_turn:
-            # A turn's text and its calls are several items here, and one turn to the policy.
+        if messages and _goes_on(messages[-1], message):
+            # A turn's thought, its text and its calls are several items here, and one turn to the policy.
             turn = messages.pop()
-            message = ChatMessage("assistant", turn.content, (*turn.calls, *message.calls))
+            content, calls = turn.content or message.content, (*turn.calls, *message.calls)
+            message = ChatMessage("assistant", content, calls, turn.thought)
         messages.append(message)
-        in_turn = message.role == "assistant"
     return messages
+
+
+def _goes_on(turn: ChatMessage, item: ChatMessage) -> bool:
+    """Whether an item belongs to the turn before it: a call, or what follows a thought."""
+    if not turn.role == item.role == "assistant" or item.thought:
+        return False
+    return bool(item.calls) or bool(turn.thought and not turn.content and not turn.calls)
 
 
 def _item(fields: Fields) -> ChatMessage:
@@ -148,6 +178,8 @@ def _item(fields: Fields) -> ChatMessage:
     if kind == "message":
         role = ROLES[fields.either("role", [role for role in ROLES if role != "tool"])]
         message = ChatMessage(role, text_of(fields, "content", PARTS))
+    elif kind == "reasoning":
+        message = ChatMessage("assistant", "", (), _thought(fields))
     elif kind == "function_call":
         call = FunctionCall(fields.string("call_id"), fields.string("name"), fields.string("arguments"))
         message = ChatMessage("assistant", "", (call,))
@@ -156,6 +188,13 @@ def _item(fields: Fields) -> ChatMessage:
         message = ChatMessage("tool", text_of(fields, "output", PARTS))
     fields.finish()
     return message
+
+
+def _thought(fields: Fields) -> str:
+    for name, remedy in (("summary", "what was thought is in the item's content"), ("encrypted_content", LEAVE_OUT)):
+        if value := fields.raw(name):
+            raise not_honoured(fields.path(name), value, f"{remedy}; the policy reads its thoughts as it wrote them")
+    return text_of(fields, "content", ("reasoning_text",), "")
 
 
 def new_id() -> str:
@@ -178,7 +217,7 @@ def response(
             "input_tokens": answer.num_prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": answer.num_sampled,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": answer.num_thinking},
             "total_tokens": answer.num_prompt_tokens + answer.num_sampled,
         },
     }
@@ -206,6 +245,17 @@ def _frame(form: Form, response_id: str, sampling: Mapping[str, float]) -> dict[
 def _output(reply: Reply, form: Form, decode: Decode) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = []
     status = "incomplete" if reply.finish == "length" else "completed"
+    if reply.message.thought:
+        content = [{"type": "reasoning_text", "text": reply.message.thought}]
+        items.append(
+            {
+                "id": f"rs_{secrets.token_hex(16)}",
+                "type": "reasoning",
+                "summary": [],
+                "content": content,
+                "status": "completed" if reply.message.content or reply.message.calls else status,
+            }
+        )
     if reply.message.content or not reply.message.calls:
         # This dialect has no null for the bytes of half a character.
         logprobs = [{**each, "bytes": each["bytes"] or []} for each in token_logprobs(reply, decode) if form.logprobs]
@@ -241,7 +291,7 @@ def events(finished: Mapping[str, Any], form: Form, sampling: Mapping[str, float
         {"type": "response.in_progress", "response": begun},
     ]
     for index, item in enumerate(finished["output"]):
-        unnumbered += (_message_events if item["type"] == "message" else _call_events)(index, item)
+        unnumbered += EVENTS[item["type"]](index, item)
     unnumbered.append({"type": f"response.{finished['status']}", "response": finished})
     for number, event in enumerate(unnumbered):
         yield {**event, "sequence_number": number}
@@ -261,6 +311,19 @@ def _message_events(index: int, item: Mapping[str, Any]) -> Sequence[dict[str, A
     ]
 
 
+def _thought_events(index: int, item: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+    (part,) = item["content"]
+    at = {"item_id": item["id"], "output_index": index, "content_index": 0}
+    return [
+        _item_event("added", index, {**item, "status": "in_progress", "content": []}),
+        {"type": "response.content_part.added", **at, "part": {**part, "text": ""}},
+        {"type": "response.reasoning_text.delta", **at, "delta": part["text"]},
+        {"type": "response.reasoning_text.done", **at, "text": part["text"]},
+        {"type": "response.content_part.done", **at, "part": part},
+        _item_event("done", index, item),
+    ]
+
+
 def _call_events(index: int, item: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
     at = {"item_id": item["id"], "output_index": index}
     arguments = item["arguments"]
@@ -274,3 +337,6 @@ def _call_events(index: int, item: Mapping[str, Any]) -> Sequence[dict[str, Any]
 
 def _item_event(what: str, index: int, item: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": f"response.output_item.{what}", "output_index": index, "item": item}
+
+
+EVENTS: Final = {"message": _message_events, "reasoning": _thought_events, "function_call": _call_events}

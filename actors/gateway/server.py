@@ -18,19 +18,21 @@ from aiohttp import web
 from actors import metrics
 from actors.engine import Engine
 from actors.gateway import chat_completions, responses
-from actors.gateway.chat_format import FORMAT
+from actors.gateway.chat_format import Interpreter
 from actors.gateway.conversation import Answer
 from actors.gateway.episode import run_self_driven
 from actors.gateway.errors import ApiError
 from actors.gateway.fields import Fields
 from actors.gateway.session import Session
 from actors.gateway.transport import dump, read_json, reply, stream
-from actors.gateway.voices import EngineVoice, ReferenceVoice
+from actors.gateway.voices import Voice
 from actors.renderer import Renderer
-from actors.rollout import InfraFailureError
+from actors.rollout import NO_BUDGETS, InfraFailureError
+from actors.thinking import Thinking
 from broker.process.lifecycle import ErgonError
 from broker.process.security import is_loopback
 from broker.process.settings import GatewaySection
+from broker.process.thinking_settings import ThinkingSection
 from broker.protocol.trajectory import Ticket, Trajectory
 from envs.interface import Endpoint, Environment, ReferencePolicy, Reward
 
@@ -46,12 +48,21 @@ class Gateway:
     """One per actor process; belongs to one event loop. `start` it before the first session, `close` it always."""
 
     def __init__(
-        self, engine: Engine, renderer: Renderer, settings: GatewaySection, *, port: int, max_model_len: int
+        self,
+        engine: Engine,
+        renderer: Renderer,
+        settings: GatewaySection,
+        thinking: ThinkingSection = NO_BUDGETS,
+        *,
+        port: int,
+        max_model_len: int,
     ) -> None:
-        """port: to listen on, 0 for any free one. max_model_len: tokens the engine takes, prompt and reply together."""
+        """thinking: the run's rules for budgets. port: to listen on, 0 for any free one. max_model_len: tokens the
+        engine takes, prompt and reply together."""
         self._engine = engine
         self._renderer = renderer
         self._settings = settings
+        self._interpreter = Interpreter(renderer.chat_format, Thinking(thinking, renderer))
         self._port = port
         self._max_model_len = max_model_len
         self._sessions: dict[bytes, Session] = {}  # by the hash of their key
@@ -60,14 +71,8 @@ class Gateway:
         self._directory: Path | None = None
 
     async def start(self) -> None:
-        """Listen. Raises ErgonError where the address cannot be had or may not be open, and for a chat format whose
-        calls programs cannot be told."""
-        settings, written = self._settings, self._renderer.chat_format.name
-        if written != FORMAT.name:
-            raise ErgonError(
-                f'agent programs are served in the chat format "{FORMAT.name}" alone, this model\'s is "{written}"; '
-                f'set model.tool_format = "{FORMAT.name}", or leave their environments out of the run'
-            )
+        """Listen. Raises ErgonError where the address cannot be had or may not be open."""
+        settings = self._settings
         if not settings.allow_unencrypted and not is_loopback(f"tcp://{settings.host}:{self._port}"):
             raise ErgonError(
                 f'gateway.host = "{settings.host}" is no loopback address, and programs speak plain HTTP; name one '
@@ -111,12 +116,9 @@ class Gateway:
 
     def open(self, ticket: Ticket, reference: ReferencePolicy | None) -> Session:
         """Let an episode's calls in; the reference policy answers them where there is one, the engine otherwise."""
-        voice = (
-            ReferenceVoice(reference, self._renderer)
-            if reference is not None
-            else EngineVoice(self._engine, ticket.sampling, self._renderer.stop_token_ids)
-        )
-        session = Session(ticket, voice, self._renderer, self._settings, self._max_model_len)
+        ends = (self._renderer, self._interpreter)
+        voice = Voice(ticket, self._engine, *ends, self._max_model_len, reference)
+        session = Session(ticket, voice, *ends, self._settings, self._max_model_len)
         self._sessions[_hash(session.key)] = session
         self._reports[_hash(session.report_key)] = session
         return session
@@ -263,7 +265,7 @@ class Gateway:
 
 def _fingerprint(answer: Answer) -> str:
     """The newest version among those that sampled the answer."""
-    versions = [run[:2] for reply in answer.replies for run in reply.sample.version_runs]
+    versions = [run[:2] for reply in answer.replies for run in reply.turn.version_runs]
     return "ergon-{}.{}".format(*max(versions, default=(0, 0)))
 
 

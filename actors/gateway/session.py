@@ -13,21 +13,24 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
 from actors import metrics
-from actors.engine import Sample
+from actors.engine import EngineDeadError
+from actors.gateway.allowance import Allowance
 from actors.gateway.budget import Budget
-from actors.gateway.chat_format import call_opening, parse, told, written
-from actors.gateway.conversation import Answer, ChatMessage, FinishReason, FunctionCall, Question, Reply
+from actors.gateway.chat_format import Interpreter
+from actors.gateway.conversation import Answer, ChatMessage, FinishReason, FunctionCall, Question, Reply, Utterance
 from actors.gateway.errors import ApiError, ended, not_honoured
 from actors.gateway.stitching import Prompt, Stitcher
 from actors.gateway.voices import Ask, Voice
 from actors.renderer import Renderer
+from actors.sampler import Account, InfraFailureError
 from broker.process.settings import GatewaySection
-from broker.protocol.trajectory import Outcome, Segment, Ticket, VersionRun
-from envs.interface import Reward
+from broker.protocol.trajectory import MAX_SEGMENTS, Outcome, Segment, Ticket
+from envs.interface import EnvironmentFailureError, Reward
 
 SPARE_REQUESTS = 8  # beyond the turns of the ticket, for those that are refused anyway
 
@@ -39,7 +42,13 @@ class Session:
     """
 
     def __init__(
-        self, ticket: Ticket, voice: Voice, renderer: Renderer, settings: GatewaySection, max_model_len: int
+        self,
+        ticket: Ticket,
+        voice: Voice,
+        renderer: Renderer,
+        interpreter: Interpreter,
+        settings: GatewaySection,
+        max_model_len: int,
     ) -> None:
         self.key = f"sk-ergon-{secrets.token_urlsafe(32)}"
         self.report_key = f"rk-ergon-{secrets.token_urlsafe(32)}"
@@ -54,12 +63,15 @@ class Session:
         self.model_s = 0.0  # while at least one call was being answered
         self._voice = voice
         self._renderer = renderer
+        self._interpreter = interpreter
         self._settings = settings
         self._budget = Budget(ticket.sampling, max_model_len)
-        self._stitcher = Stitcher(renderer, written)
+        self._allowance = Allowance(ticket, interpreter.thinking.settings)
+        self._stitcher = Stitcher(renderer, interpreter)
         self._working: dict[asyncio.Task[Answer], asyncio.Event] = {}
         self._num_open = 0
         self._num_asked = 0
+        self._num_replying = 0
         self._num_busy = 0
         self._busy_since = 0.0
         self._ended = False
@@ -73,6 +85,11 @@ class Session:
     def num_turns(self) -> int:
         """Replies given."""
         return self._budget.num_turns
+
+    @property
+    def account(self) -> Account:
+        """What was thought."""
+        return self._allowance.account
 
     def segments(self) -> tuple[Segment, ...]:
         """The record; one segment without a sampled token where nothing was asked."""
@@ -131,65 +148,116 @@ class Session:
 
     async def _answer(self, question: Question, overridden: tuple[str, ...], cut: asyncio.Event) -> Answer:
         tools, choice = question.tools, question.tool_choice
-        messages = told(question.messages, tools) if self._settings.tell_tools else question.messages
-        opening = call_opening(choice.name) if choice.mode == "required" else ""
-        prompt = self._stitcher.render(messages, tools, opening)
-        wanted = question.max_tokens
-        async with self._budget.reserve(question.num_replies, wanted, len(prompt.ids)) as room:
+        shown = tools if self._settings.tell_tools else ()
+        telling = self._interpreter.thinking.telling(self._allowance.told(question.effort))
+        messages = self._interpreter.told(question.messages, shown, telling)
+        opening = self._interpreter.opening(choice.name) if choice.mode == "required" else ""
+        prompt = self._stitcher.render(messages, tools, shown)
+        with self._counted(question.num_replies):
+            replies = await self._replies(question, prompt, opening, cut)
+        return Answer(tuple(replies), len(prompt.ids) + replies[0].turn.num_lead, overridden)
+
+    async def _replies(self, question: Question, prompt: Prompt, opening: str, cut: asyncio.Event) -> Sequence[Reply]:
+        num_replies, wanted, cap = question.num_replies, question.max_tokens, self._allowance.cap(question.effort)
+        async with (
+            self._budget.reserve(num_replies, wanted, len(prompt.ids)) as room,
+            self._allowance.reserve(num_replies, cap, room) as most,
+        ):
             if cut.is_set():  # while it waited for its room
                 raise ended()
+            ask = Ask(prompt.ids, question.messages, question.tools, opening, room, 0, most)
             with self._busy():
-                samples = await self._say(question, prompt, opening, room, cut)
+                turns = await self._say(ask, num_replies, cut)
             replies = []
-            for sample in samples:
-                reply = self._record(question, prompt, opening, sample)
-                run_cut = reply.sample.finish == "length" and (wanted is None or room < wanted)
-                self._budget.spend(sample.token_ids_N.size, cut=run_cut)
+            for turn in turns:
+                reply = self._record(question, prompt, opening, turn)
+                run_cut = reply.turn.finish == "length" and (wanted is None or turn.num_sampled < wanted)
+                self._budget.spend(turn.num_sampled, cut=run_cut)
+                self._allowance.spend(reply.num_thinking, turn.num_forced_stops)
                 replies.append(reply)
-        if any(sample.finish == "abort" for sample in samples):
+        if any(turn.finish == "abort" for turn in turns):
             raise ended()
-        return Answer(tuple(replies), len(prompt.ids), overridden)
+        return replies
 
-    async def _say(
-        self, question: Question, prompt: Prompt, opening: str, room: int, cut: asyncio.Event
-    ) -> Sequence[Sample]:
-        async def one() -> Sample:
+    async def _say(self, ask: Ask, num_replies: int, cut: asyncio.Event) -> Sequence[Utterance]:
+        async def one() -> Utterance | None:
             self._num_asked += 1
-            request_id = f"{self.ticket.ticket_id}.{self.ticket.attempt}.{self._num_asked}"
-            ask = Ask(prompt.ids, question.messages, question.tools, opening, room, request_id)
             try:
-                return await self._voice.say(ask, cut)
+                return await self._voice.say(replace(ask, number=self._num_asked), cut)
             except Exception as error:
-                self.fail(error)
+                known = isinstance(error, InfraFailureError | EngineDeadError | EnvironmentFailureError)
+                self.fail(error if known else InfraFailureError(f"gateway: {type(error).__name__}: {error}"))
                 raise
 
-        said = await asyncio.gather(*(one() for _ in range(question.num_replies)), return_exceptions=True)
-        samples = [each for each in said if isinstance(each, Sample)]
-        if len(samples) < len(said):
+        said = await asyncio.gather(*(one() for _ in range(num_replies)), return_exceptions=True)
+        if self.failure is not None:
             raise ApiError(503, f"the policy cannot answer: {self.failure}; the episode is void", code="episode_void")
-        return samples
+        turns = [each for each in said if isinstance(each, Utterance)]
+        if not turns:
+            raise self._budget.context_full(len(ask.prompt_ids), num_replies)
+        return turns
 
-    def _record(self, question: Question, prompt: Prompt, opening: str, sample: Sample) -> Reply:
-        """Keep a sample; what the program gets of it."""
-        sample, stopped = _cut_at(question.stop, sample, self._renderer)
-        text = said = opening + self._renderer.text(sample.token_ids_N.tolist())
+    def _record(self, question: Question, prompt: Prompt, opening: str, turn: Utterance) -> Reply:
+        """Keep a turn; what the program gets of it."""
+        turn, stopped = self._cut_at(question.stop, turn)
+        finish: FinishReason = "length" if turn.finish != "stop" else "stop"
+        text = self._renderer.text(turn.ids_N[turn.num_lead :].tolist())
+        tools = question.tools if question.tools and question.tool_choice.mode != "none" else None
+        spoken = self._interpreter.spoken(text, turn.began_open, opening, tools)
+        said = spoken.said
         if stopped:
-            text = text[: min(at for stop in question.stop if (at := text.find(stop, len(opening))) >= 0)]
-        finish: FinishReason = "length" if sample.finish != "stop" else "stop"
-        message = ChatMessage("assistant", text)
-        if question.tools and question.tool_choice.mode != "none":
-            spoken = parse(text, question.tools)
-            self.num_malformed += spoken.malformed is not None and finish == "stop"
-            if spoken.calls:
-                self.num_tool_calls += len(spoken.calls)
-                calls = tuple(
-                    FunctionCall(f"call_{secrets.token_hex(12)}", call.name, json.dumps(dict(call.arguments)))
-                    for call in spoken.calls
-                )
-                message = ChatMessage("assistant", spoken.content, calls)
-                finish = "tool_calls" if finish == "stop" else finish
-        self._stitcher.record(prompt, sample, message, said)
-        return Reply(message, finish, sample)
+            kept = said[: min(at for stop in question.stop if (at := said.find(stop, len(opening))) >= 0)]
+            spoken = self._interpreter.spoken(kept.removeprefix(opening), False, opening, tools)._replace(
+                thought=spoken.thought
+            )
+        self.num_malformed += spoken.malformed is not None and finish == "stop"
+        self.num_tool_calls += len(spoken.calls)
+        calls = tuple(
+            FunctionCall(f"call_{secrets.token_hex(12)}", call.name, json.dumps(dict(call.arguments)))
+            for call in spoken.calls
+        )
+        if calls and finish == "stop":
+            finish = "tool_calls"
+        message = ChatMessage("assistant", spoken.content, calls, spoken.thought)
+        self._stitcher.record(prompt, turn, message, said)
+        return Reply(message, finish, turn, self._num_thinking(turn))
+
+    def _num_thinking(self, turn: Utterance) -> int:
+        """Tokens that the policy sampled while thinking."""
+        own = turn.mask_N[turn.num_lead :]
+        thought = self._interpreter.thinking.find(turn.ids_N[turn.num_lead :].tolist(), turn.began_open)
+        return int(own[thought.positions].sum())
+
+    def _cut_at(self, stops: Sequence[str], turn: Utterance) -> tuple[Utterance, bool]:
+        """The turn up to the token that completes the first of these texts in its answer, and whether there is one.
+
+        What the engine has sampled beyond it was never seen by anybody, so it is no part of the episode.
+        """
+        ids = turn.ids_N[turn.num_lead :].tolist()
+
+        def stopped(num_tokens: int) -> bool:
+            text = self._renderer.text(ids[:num_tokens])
+            answer = self._interpreter.thinking.split(text, turn.began_open).answer
+            return any(stop in answer for stop in stops)
+
+        if not stops or not stopped(len(ids)):
+            return turn, False
+        kept = turn.num_lead + bisect.bisect_left(range(len(ids) + 1), True, key=stopped)
+        metrics.gateway_discarded_tokens.inc(int(turn.mask_N[kept:].sum()))
+        return turn.first(kept), True
+
+    @contextmanager
+    def _counted(self, num_replies: int) -> Iterator[None]:
+        """While so many replies are given. Raises ApiError where a trajectory could not hold them as segments."""
+        if self._stitcher.num_segments + self._num_replying + num_replies > MAX_SEGMENTS:
+            raise self._budget.over(
+                Outcome.TRUNCATED_TURNS, "max_segments", f"the {MAX_SEGMENTS} segments of a trajectory"
+            )
+        self._num_replying += num_replies
+        try:
+            yield
+        finally:
+            self._num_replying -= num_replies
 
     def _overridden(self, requested: Mapping[str, float]) -> tuple[str, ...]:
         """What the program wants to be sampled otherwise than the run does. Raises ApiError where that is refused."""
@@ -220,26 +288,3 @@ class Session:
             self._num_busy -= 1
             if not self._num_busy:
                 self.model_s += time.monotonic() - self._busy_since
-
-
-def _cut_at(stops: Sequence[str], sample: Sample, renderer: Renderer) -> tuple[Sample, bool]:
-    """The sample up to the token that completes the first of these texts, and whether there is one.
-
-    What the engine has sampled beyond it was never seen by anybody, so it is no part of the episode.
-    """
-    ids = sample.token_ids_N.tolist()
-    if not stops or not any(stop in renderer.text(ids) for stop in stops):
-        return sample, False
-
-    def stopped(num_tokens: int) -> bool:
-        return any(stop in renderer.decode(ids[:num_tokens]) for stop in stops)
-
-    kept = bisect.bisect_left(range(len(ids) + 1), True, key=stopped)
-    metrics.gateway_discarded_tokens.inc(len(ids) - kept)
-    runs: list[VersionRun] = []
-    left = kept
-    for run in sample.version_runs:
-        if left > 0:
-            runs.append(run._replace(num_tokens=min(left, run.num_tokens)))
-            left -= run.num_tokens
-    return Sample(sample.token_ids_N[:kept], sample.logprobs_N[:kept], tuple(runs), "stop"), True

@@ -28,19 +28,15 @@ def read_tool(function: Fields) -> Tool:
 
 
 def _schema(schema: Any, path: str) -> Mapping[str, Any]:
-    """The schema, sure to have what the tool format looks at."""
+    """The schema, sure to have what a chat format looks at, and otherwise as it came: the policy is told it."""
     properties = schema.get("properties", {}) if isinstance(schema, dict) else None
     if not isinstance(properties, dict) or not all(isinstance(each, dict) for each in properties.values()):
         raise bad_value(path, schema, "a JSON schema of type object")
     required = schema.get("required") or []
-    if not isinstance(required, list) or not all(name in properties for name in required):
+    if not isinstance(required, list) or not all(isinstance(n, str) and n in properties for n in required):
         raise bad_value(f"{path}.required", required, "a list of the parameters' names")
-    # Several types are a union, which the tool format does not check.
-    plain = {
-        name: each if isinstance(each.get("type", ""), str) else {k: v for k, v in each.items() if k != "type"}
-        for name, each in properties.items()
-    }
-    return {**schema, "type": "object", "properties": plain, "required": required}
+    told = {name: each for name, each in schema.items() if each is not None}
+    return told | {"type": "object", "properties": properties}
 
 
 def check_kind(tool: Fields) -> None:

@@ -254,8 +254,8 @@ class GatewaySection(Section):
     model_names: tuple[str, ...] = ()
     """Models that a program may ask for, all of them the policy; none named: any."""
     tell_tools: bool = True
-    """Tell the policy a call's tools in the system message; off: it has learnt them, and the call's tools only say what
-    is a call."""
+    """Tell the policy a call's tools as the chat format does; off: it has learnt them, and the call's tools only say
+    what is a call."""
     max_body_mb: int = Field(default=16, ge=1, le=1024)
     """Largest request, MiB."""
 

@@ -105,20 +105,28 @@ class SoftSection(Section):
     the share is this one. Not set: every budget is kept strictly, and there is nothing to pay for."""
     limit: float = Field(default=2.0, gt=1, le=16)
     """Thinking is stopped at this multiple of a soft budget."""
-    price: float = Field(default=0.1, ge=0)
+    price: float = Field(default=1.0, gt=0)
     """The price that the run begins with: the reward that thinking twice as long as the budget costs."""
-    price_rate: float = Field(default=0.2, gt=0)
-    """How far one step moves the price, for each unit that the share of overruns is above or below its target."""
-    price_bounds: tuple[float, float] = (0.0, 10.0)
+    price_rate: float = Field(default=0.5, gt=0, le=10)
+    """By how much one step moves the price's logarithm, for each unit that the share of overruns is above or below its
+    target."""
+    price_gain: float = Field(default=3.0, ge=0, le=10)
+    """By how much it moves the price's logarithm for each unit that this share has changed since the step before: it
+    gives way while a policy learns to think less, and not only when the share has fallen below its target."""
+    price_memory: float = Field(default=0.7, ge=0, lt=1)
+    """The share that the price follows is a mean over the steps, in which each weighs this much of the next. One step's
+    few groups have budgets and tasks by chance, and so a share by chance."""
+    price_bounds: tuple[float, float] = (0.05, 10.0)
     """The price never leaves these bounds. For an overrun of a few tokens to cost as much as a right answer earns, it
-    may have to be several times that reward."""
+    may have to be several times that reward. The smaller one is above 0, because the price is multiplied."""
 
     @model_validator(mode="after")
     def _ordered(self) -> SoftSection:
         low, high = self.price_bounds
-        if not 0 <= low <= self.price <= high < float("inf"):
+        if not 0 < low <= self.price <= high < float("inf"):
             raise ValueError(
-                f"price = {self.price:g} with price_bounds = [{low:g}, {high:g}]; it must lie between them"
+                f"price = {self.price:g} with price_bounds = [{low:g}, {high:g}]; it must lie between them, and both "
+                "above 0"
             )
         return self
 

@@ -13,15 +13,27 @@ cut and answered as it stands, and rewards are compared with others under the sa
 its baseline is relative to it. Not taken: several cuts of one thinking with a reward each, and a policy of its own for
 the answers.
 
-The price is the Lagrange multiplier of the constraint P(n > b) <= epsilon, and moves by dual ascent, as in
-reward-constrained policy optimisation (arXiv 1805.11074). Under a strict budget n never exceeds b and there is nothing
-to learn from; so a soft budget lets thinking go on up to a multiple of b (`thinking.soft.limit`), where it is stopped
-all the same. The cost of an episode is therefore at most price * (limit - 1), for each turn where the budget is of a
-turn. A budget of 0 has no multiple and is kept strictly.
+The price is the Lagrange multiplier of the constraint P(n > b) <= epsilon, as in reward-constrained policy
+optimisation (arXiv 1805.11074), and moves by dual ascent. Plain ascent misses its target in a run of tens of steps:
+from a small price it needs as many steps as the policy has, and what it has built up by then goes on pushing long
+after the policy has turned. So two things are taken from elsewhere. The step is multiplicative, as in exponentiated
+gradient (Kivinen, Warmuth 1997): a price that is a hundred times too small is found as fast as one that is twice too
+small. And it has a proportional part beside the integral one, as Lagrangian controllers have (Stooke, Achiam, Abbeel,
+arXiv 2007.03964): a policy learns from a price, it does not obey it, so its overruns lag, and the proportional part
+takes the price back while they fall instead of when they have fallen. Both act on the price's logarithm in velocity
+form, so that a price at its bound winds up nothing. What is followed is a mean over some steps, as there: the few
+groups of one step have what budgets they have, and a step of hard tasks with small budgets overruns all of them.
+
+Under a strict budget n never exceeds b and there is nothing to learn from; so a soft budget lets thinking go on up to
+a multiple of b (`thinking.soft.limit`), where it is stopped all the same. Siblings that overrun alike cost alike, and
+their baseline takes that away: a policy learns to keep its budget from those that do. So demonstrations keep it by
+themselves (actors/script.py). The cost of an episode is therefore at most price * (limit - 1), for each turn where
+the budget is of a turn. A budget of 0 has no multiple and is kept strictly.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from broker.process.thinking_settings import SoftSection
@@ -40,9 +52,23 @@ def overrun_rate(heads: Iterable[TrajectoryHead]) -> float | None:
     return sum(over) / len(over) if over else None
 
 
-def next_price(price: float, rate: float | None, settings: SoftSection) -> float:
-    """One step of dual ascent: price + price_rate * (rate - epsilon), within price_bounds; as it is without a rate."""
+def followed_rate(rate: float | None, before: float | None, settings: SoftSection) -> float | None:
+    """The share of overruns that the price follows, after a step with a share of `rate`: its mean over the steps, those
+    before weighted down by price_memory for every step. before: what it was until now; None where there was none."""
+    if rate is None or before is None:
+        return before if rate is None else rate
+    return settings.price_memory * before + (1 - settings.price_memory) * rate
+
+
+def next_price(price: float, rate: float | None, before: float | None, settings: SoftSection) -> float:
+    """The price after a step in which the followed share of overruns has come from `before` to `rate`:
+    price * exp(price_rate * (rate - epsilon) + price_gain * (rate - before)), within price_bounds.
+
+    Without a rate the price stays as it is; without one before it, the second term is 0.
+    """
     if rate is None or settings.overrun_rate is None:
         return price
     low, high = settings.price_bounds
-    return min(high, max(low, price + settings.price_rate * (rate - settings.overrun_rate)))
+    turned = 0.0 if before is None else settings.price_gain * (rate - before)
+    moved = price * math.exp(settings.price_rate * (rate - settings.overrun_rate) + turned)
+    return min(high, max(low, moved))

@@ -39,6 +39,7 @@ from tests.unit.actors.conversations import TOOLS, Maker, make_renderer, make_to
 
 NUM_EPISODES = 8
 NUM_TURNS = 6
+THINKING_BUDGET = 16
 EDITED_EVERY = 3
 LIMITS = Sampling(temperature=0.8, max_turn_tokens=500, max_episode_tokens=50_000, max_turns=1000)
 QUESTION = (Message("system", "Be brief."), Message("user", "Eva buys 17 plates. What is the bill?"))
@@ -164,6 +165,14 @@ class EpisodeSession(AdoptionSession):
         ended.set()
         block_size = int(self.engine._llm.vllm_config.cache_config.block_size)
         return {"block_size": block_size, **await self.talk(Talk(ended, waits_at=0), counted)}
+
+    async def programs_that_think(self) -> dict[str, Any]:
+        """Programs behind the gateway in a format of JSON calls, whose tickets have thinking budgets."""
+        from tests.integration.gateway.scene import think
+
+        await self.adopt(41, 1)
+        tokenizer = Tokenizer.from_file(str(self.model / "tokenizer.json"))
+        return await think(self.engine, Renderer(tokenizer, chat_format=ChatMlJson()), THINKING_BUDGET)
 
     async def parsers(self) -> dict[str, Any]:
         """Calls as the formats write them, and as the tool parsers of vLLM's server read them."""

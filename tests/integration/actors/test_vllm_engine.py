@@ -43,7 +43,10 @@ SCENES = (
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     dtype = request.param
-    scenes = [*SCENES, *{"float32": ("episodes", "prefix_caching", "parsers"), "bfloat16": ("killed",)}[dtype]]
+    scenes = [
+        *SCENES,
+        *{"float32": ("episodes", "prefix_caching", "parsers", "programs_that_think"), "bfloat16": ("killed",)}[dtype],
+    ]
     # What travels in a wider format than the engine's is rounded to that.
     wire_dtypes = (dtype, "float32", dtype)
     with play(tmp_path_factory.mktemp(dtype), dtype, scenes, wire_dtypes=wire_dtypes) as session:
@@ -156,6 +159,39 @@ def test_programs_behind_the_gateway_are_recorded_exactly(played: Played) -> Non
     assert len(seen["told"]) < len(recorded)
     assert set(seen["told"]) <= set(recorded)
     assert (seen["responses_status"], seen["unfinished"], seen["failure"]) == ("incomplete", 0, "None")
+
+
+def test_programs_keep_to_their_thinking_budgets_and_what_ends_a_thought_is_not_trained_on(played: Played) -> None:
+    """Every sampled token is exact in its context, the forced end of a thought included in that context."""
+    if played.dtype != "float32":
+        pytest.skip("played in the other session")
+    stopped = []
+    for episode in played.seen["programs_that_think"]["episodes"]:
+        assert episode["failure"] == "None"
+        pieces = sampled_pieces(episode["segments"])
+        played.assert_exact(pieces, {(41, 1)}, TEMPERATURE)
+        num_sampled = sum(sum(segment["mask"]) for segment in episode["segments"])
+        assert num_sampled == sum(usage[0] for usage in episode["usages"])
+        num_thinking, num_overrun, num_stopped = episode["account"]
+        assert num_thinking == sum(usage[1] for usage in episode["usages"]) > 0
+        assert num_overrun == 0
+        low, none = 4, 0  # tokens that these efforts leave of the budget
+        for (_, thought, num_replies), most in zip(episode["usages"], [16, 16, 16, low, none], strict=True):
+            assert thought <= most * num_replies
+        assert episode["usages"][-1][0] <= 7
+        # What was forced stands in the segments where it was forced, unmasked, and the policy went on behind it.
+        stop = episode["stop_ids"]
+        found = [
+            at
+            for segment in episode["segments"]
+            for at in range(len(segment["ids"]) - len(stop))
+            if segment["ids"][at : at + len(stop)] == stop and at and segment["mask"][at - 1]
+        ]
+        assert len(found) == num_stopped
+        stopped.append(num_stopped)
+        assert episode["num_turns"] == 6
+    assert all(number <= 5 for number in stopped)  # one in a reply, and none in that of no effort
+    assert stopped[1] >= 2  # the model never writes that word; it ends a turn early at times
 
 
 def sampled_pieces(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:

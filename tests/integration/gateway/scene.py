@@ -15,8 +15,11 @@ from openai import AsyncOpenAI
 
 from actors.engine import Engine
 from actors.gateway.server import Gateway
+from actors.gateway.session import Session
 from actors.renderer import Renderer
+from actors.thinking import Thinking
 from broker.process.settings import GatewaySection
+from broker.process.thinking_settings import ThinkingSection
 from broker.protocol.trajectory import Mode, Sampling, TaskRef, Ticket
 
 LONG = 400  # tokens; what is to happen meanwhile happens long before they are sampled
@@ -35,21 +38,37 @@ def ask(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
+def ticket_of(name: str, sampling: Sampling = SAMPLING, budget: int | None = None) -> Ticket:
+    return Ticket(
+        ticket_id=name,
+        group_id="g",
+        group_size=1,
+        task=TaskRef(env="words", split="train", index=0),
+        mode=Mode.TRAIN,
+        sampling=sampling,
+        thinking_budget=budget,
+    )
+
+
+def recorded(session: Session) -> list[dict[str, Any]]:
+    return [
+        {
+            "ids": segment.token_ids_T.tolist(),
+            "mask": segment.loss_mask_T.tolist(),
+            "logprobs": segment.logprobs_T.tolist(),
+            "runs": [list(run) for run in segment.version_runs],
+        }
+        for segment in session.segments()
+    ]
+
+
 async def converse(
     engine: Engine, renderer: Renderer, update: Callable[[], Awaitable[object]], unfinished: Callable[[], int]
 ) -> dict[str, Any]:
     """Play the scene; `update` changes the weights, `unfinished` counts the engine's requests."""
     gateway = Gateway(engine, renderer, GatewaySection(), port=0, max_model_len=1024)
     await gateway.start()
-    ticket = Ticket(
-        ticket_id="program",
-        group_id="g",
-        group_size=1,
-        task=TaskRef(env="words", split="train", index=0),
-        mode=Mode.TRAIN,
-        sampling=SAMPLING,
-    )
-    session = gateway.open(ticket, None)
+    session = gateway.open(ticket_of("program"), None)
     endpoint = gateway.endpoint(session, 0.0)
     try:
         async with AsyncOpenAI(base_url=endpoint.url, api_key=endpoint.key, max_retries=0) as client:
@@ -63,18 +82,73 @@ async def converse(
         await gateway.shut(session)
         seen["unfinished"] = unfinished()
         seen["failure"] = repr(session.failure)
-        seen["segments"] = [
-            {
-                "ids": segment.token_ids_T.tolist(),
-                "mask": segment.loss_mask_T.tolist(),
-                "logprobs": segment.logprobs_T.tolist(),
-                "runs": [list(run) for run in segment.version_runs],
-            }
-            for segment in session.segments()
-        ]
+        seen["segments"] = recorded(session)
         return seen
     finally:
         await gateway.close()
+
+
+async def think(engine: Engine, renderer: Renderer, budget: int) -> dict[str, Any]:
+    """Calls of programs whose tickets have a thinking budget, in a format with JSON calls and tools of its own telling.
+
+    Thinking is opened by the context and closed by a letter, which a model of random weights writes at times, or by a
+    word, which it never writes; so both ends are seen.
+    """
+    seen: dict[str, Any] = {"episodes": []}
+    for closing in ("e", "</think>"):
+        settings = ThinkingSection(tags=("#", closing), opens="context", stop_phrase=" Stop.")
+        gateway = Gateway(engine, renderer, GatewaySection(), settings, port=0, max_model_len=1024)
+        await gateway.start()
+        sampling = Sampling(temperature=SAMPLING.temperature, max_turn_tokens=60, max_episode_tokens=2000, max_turns=20)
+        session = gateway.open(ticket_of(f"think{closing}", sampling, budget), None)
+        endpoint = gateway.endpoint(session, 0.0)
+        try:
+            async with AsyncOpenAI(base_url=endpoint.url, api_key=endpoint.key, max_retries=0) as client:
+                usages = await _thinker(client)
+            await gateway.shut(session)
+        finally:
+            await gateway.close()
+        account = session.account
+        stop_ids = Thinking(settings, renderer).stop_ids
+        seen["episodes"].append(
+            {
+                "segments": recorded(session),
+                "usages": usages,
+                "account": [account.num_thinking_tokens, account.num_overrun_tokens, account.num_forced_stops],
+                "stop_ids": stop_ids,
+                "failure": repr(session.failure),
+                "num_turns": session.num_turns,
+            }
+        )
+    return seen
+
+
+async def _thinker(client: AsyncOpenAI) -> list[list[int]]:
+    """Conversations that keep their thoughts and one that drops them, replies side by side, an effort of `low`; tokens
+    sampled and those of them while thinking, of each call."""
+    usages: list[list[int]] = []
+
+    async def say(messages: list[Any], **options: Any) -> dict[str, Any]:
+        answer: Any = await client.chat.completions.create(
+            model="m",
+            messages=messages,
+            tools=[TOOL],
+            **options,
+        )
+        details = answer.usage.completion_tokens_details
+        usages.append([answer.usage.completion_tokens, details.reasoning_tokens, len(answer.choices)])
+        said: dict[str, Any] = answer.choices[-1].message.model_dump(exclude_none=True)
+        return said
+
+    messages = [ask("Eva buys 17 plates.")]
+    messages.append(await say(messages))
+    messages += [ask("What is the bill?"), {"role": "tool", "tool_call_id": "x", "content": "72"}]
+    messages.append(await say(messages, n=2))
+    messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
+    await say([*messages, ask("Sure?")])
+    await say([ask("coins")], reasoning_effort="low")
+    await say([ask("coins")], reasoning_effort="none", max_completion_tokens=7)
+    return usages
 
 
 async def _say(client: AsyncOpenAI, messages: list[Any], max_tokens: int, **options: Any) -> Any:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from broker.protocol.trajectory import Outcome
+from envs.interface import Action, ToolCall
 from envs.program.examples.shop import ShopProgram
 from envs.registry import create_environment
 from tests.integration.gateway.words import AGENTS, WordProgram, reference_episode
+from tests.unit.actors.conversations import make_renderer
 
 PACKAGES = Path(sysconfig.get_path("purelib"))
 NODE = shutil.which("node", path="/usr/bin")
@@ -38,6 +40,26 @@ async def test_the_openai_sdk_in_the_sandbox() -> None:
         pytest.skip(f"the sandbox's user may not enter {PACKAGES}")
     packages = {"mounts": {"/opt/packages": str(PACKAGES)}, "variables": {"PYTHONPATH": "/opt/packages"}}
     await check(WordProgram("openai_sdk.py", "python3", **packages))
+
+
+async def test_the_openai_sdk_with_a_policy_that_speaks_and_thinks_as_qwen_does() -> None:
+    """The budget ends the second thought; what the program was told of the first comes back as it was said."""
+    renderer = make_renderer("qwen3")
+    turns = [
+        Action("", (ToolCall("look", {"word": "3"}),), thinking="look"),
+        Action("w3", thinking="one two three four five six seven eight nine ten eleven twelve"),
+    ]
+    program = WordProgram("openai_sdk.py", "python", turns=turns, trusted=True)
+    trajectory, (text,) = await reference_episode(program, renderer, budget=24)
+    head = trajectory.head
+    assert (head.outcome, head.reward, head.num_turns, head.num_tool_calls) == (Outcome.COMPLETED, 1.0, 2, 1)
+    assert (head.num_forced_stops, head.num_overrun_tokens) == (1, 0)
+    call = '<tool_call>\n{"name": "look", "arguments": {"word": "3"}}\n</tool_call>'
+    assert (
+        "Think for at most 24 tokens in each turn.<|im_end|>\n<|im_start|>assistant\n[<think>\nlook\n</think>" in text
+    )
+    assert f"{call}<|im_end|>]\n<|im_start|>user\n<tool_response>\nw3\n</tool_response><|im_end|>" in text
+    assert text.endswith("] Time is up, so I answer with what I have.</think>\n\n[w3<|im_end|>]")
 
 
 @pytest.mark.skipif(NODE is None, reason="node is not installed")

@@ -86,9 +86,11 @@ async def gateway(renderer: Renderer) -> AsyncIterator[Gateway]:
         await made.close()
 
 
-async def reference_episode(environment: Environment) -> tuple[Trajectory, list[str]]:
+async def reference_episode(
+    environment: Environment, renderer: Renderer | None = None, budget: int | None = None
+) -> tuple[Trajectory, list[str]]:
     """The trajectory of a reference episode, and its segments as texts with what was said in brackets."""
-    renderer = Renderer(make_tokenizer())
+    renderer = renderer or Renderer(make_tokenizer())
     ticket = Ticket(
         ticket_id="t",
         group_id="g",
@@ -97,6 +99,7 @@ async def reference_episode(environment: Environment) -> tuple[Trajectory, list[
         mode=Mode.REFERENCE,
         sampling=Sampling(max_turn_tokens=200, max_episode_tokens=1000, max_turns=8),
         deadline_s=120,
+        thinking_budget=budget,
     )
     async with gateway(renderer) as door:
         trajectory = await door.run_episode(ticket, environment, "actor")

@@ -73,3 +73,26 @@ async def test_a_demonstration_is_written_as_a_policy_with_that_budget_would_hav
         assert turn == "<think>\n\n\n</think>\n\nw3<|im_end|>"
     else:
         assert turn.replace("<think>\n", "<think>") == f"{text}<|im_end|>"
+
+
+@pytest.mark.parametrize("opens", ["policy", "context"])
+@pytest.mark.parametrize("per", ["turn", "episode"])
+@pytest.mark.parametrize("budget", [1, 8, 10, 100])
+async def test_a_demonstration_keeps_a_soft_budget_by_itself(budget: int, per: str, opens: str) -> None:
+    """Nobody stops it before twice the budget: what it shows has to be shorter, and its end is trained on."""
+    soft = {"overrun_rate": 0.1, "limit": 2.0}
+    played = Played(thinking={"opens": opens, "per": per, "soft": soft})
+    played.environment = ThinkerEnvironment(DEMONSTRATION)
+    await played.run([], budget, mode=Mode.REFERENCE, sampling={"max_turn_tokens": 150})
+    thinking, overrun, forced = played.account
+    turn = "".join(part for _, part in played.parts()).partition("<|im_start|>assistant\n")[2]
+    assert played.head.reward == 1.0
+    if budget == 1:  # less than the closing tag
+        assert (turn == "w3<|im_end|>") == (opens == "policy")
+        return
+    assert (overrun, forced) == (0, 0)
+    assert played.parts()[-1][1].endswith("</think>\n\nw3<|im_end|>")
+    assert played.parts()[-1][0]  # all of it was said by the demonstration
+    closing = played.tokens("</think>")
+    whole = closing + played.tokens("plates plates plates")
+    assert thinking == min(budget, whole) > closing

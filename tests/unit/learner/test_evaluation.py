@@ -184,6 +184,8 @@ def test_the_audit_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
 def test_state_survives_json_and_forgets_incomplete_evaluations() -> None:
     state = TrainerState(phase="train", step=3, curriculum={"next_group": 9}, unacked=["x"], audit_bytes=17)
     state.evaluations = {"before": make_evaluation("before", [1.0]), "step-2": Evaluation("step-2", 4)}
+    state.overrun_price, state.overrun_rate = 0.7, 0.25
     again = TrainerState.from_json(json.loads(json.dumps(state.to_json())))
     assert set(again.evaluations) == {"before"}
     assert again.to_json() == state.to_json()
+    assert (again.overrun_price, again.overrun_rate) == (0.7, 0.25)

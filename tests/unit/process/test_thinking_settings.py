@@ -53,7 +53,8 @@ def test_nothing_is_budgeted_by_default() -> None:
         (["eval.budgets=[-1]"], "eval.budgets.0"),
         (['thinking.tags=["<a>", "<a>"]'], "two texts, neither of which is part of the other"),
         (['thinking.stop_phrase="</think>"'], "contains a tag"),
-        (["thinking.soft.price=20"], "it must lie between them"),
+        (["thinking.soft.price=20"], "it must lie between them, and both above 0"),
+        (["thinking.soft.price_bounds=[0, 1]"], "it must lie between them, and both above 0"),
         (["thinking.soft.limit=1"], "greater than 1"),
     ],
 )

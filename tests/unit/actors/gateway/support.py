@@ -10,10 +10,14 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from actors.engine import Sample
+from actors.gateway.chat_format import Interpreter
 from actors.gateway.server import Gateway
 from actors.gateway.session import Session
+from actors.renderer import Renderer
 from actors.rollout import run_episode
+from actors.thinking import Thinking
 from broker.process.settings import GatewaySection
+from broker.process.thinking_settings import ThinkingSection
 from broker.protocol.codec import pack_trajectories
 from broker.protocol.trajectory import Segment, Ticket, Trajectory
 from envs.interface import (
@@ -74,6 +78,11 @@ def marked(segment: Any) -> str:
     return text + "]" * inside
 
 
+def interpreter(renderer: Renderer = RENDERER, **thinking: Any) -> Interpreter:
+    section = ThinkingSection.model_validate(thinking)
+    return Interpreter(renderer.chat_format, Thinking(section, renderer))
+
+
 def check_record(prompts: Sequence[Sequence[int]], samples: Sequence[Sample], segments: Sequence[Segment]) -> None:
     """What must hold of a record, whatever was called: it has what was sampled, each token once, after its prompt."""
     recorded = [pair for s in segments for pair in _pairs(s.token_ids_T[s.loss_mask_T], s.logprobs_T[s.loss_mask_T])]
@@ -103,9 +112,16 @@ def _pairs(ids: Any, logprobs: Any) -> list[tuple[int, float]]:
 
 
 @asynccontextmanager
-async def listening(engine: ScriptedEngine, max_model_len: int = 2000, **settings: Any) -> AsyncIterator[Gateway]:
+async def listening(
+    engine: ScriptedEngine,
+    max_model_len: int = 2000,
+    thinking: dict[str, Any] | None = None,
+    renderer: Renderer = RENDERER,
+    **settings: Any,
+) -> AsyncIterator[Gateway]:
     section = GatewaySection(**{"tell_tools": False} | settings)
-    gateway = Gateway(engine, RENDERER, section, port=0, max_model_len=max_model_len)
+    rules = ThinkingSection.model_validate(thinking or {})
+    gateway = Gateway(engine, renderer, section, rules, port=0, max_model_len=max_model_len)
     await gateway.start()
     try:
         yield gateway
@@ -121,12 +137,16 @@ async def opened(
     sampling: dict[str, Any] | None = None,
     max_model_len: int = 2000,
     otherwise: str = "run",
+    budget: int | None = None,
+    thinking: dict[str, Any] | None = None,
+    renderer: Renderer = RENDERER,
+    engine: ScriptedEngine | None = None,
     **settings: Any,
 ) -> AsyncIterator[Open]:
     """One episode's door, without a program. otherwise: gateway.sampling, what becomes of other wishes."""
-    engine = ScriptedEngine(RENDERER, script)
-    async with listening(engine, max_model_len, sampling=otherwise, **settings) as gateway:
-        session = gateway.open(make_ticket(sampling=ROOMY | (sampling or {})), reference)
+    engine = engine or ScriptedEngine(renderer, script)
+    async with listening(engine, max_model_len, thinking, renderer, sampling=otherwise, **settings) as gateway:
+        session = gateway.open(make_ticket(sampling=ROOMY | (sampling or {}), thinking_budget=budget), reference)
         endpoint = gateway.endpoint(session, 0.0)
         async with AsyncOpenAI(base_url=endpoint.url, api_key=endpoint.key, max_retries=0) as client:
             yield Open(gateway, session, engine, endpoint, client)

@@ -216,7 +216,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"logprobs": True, "top_logprobs": 2}, "top_logprobs"),
     ({"parallel_tool_calls": False}, "parallel_tool_calls"),
-    ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ({"reasoning_effort": "huge"}, "reasoning_effort"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"store": True}, "store"),
     ({"top_k": 5}, "top_k"),

@@ -169,7 +169,7 @@ async def test_at_the_deadline_the_partial_turn_is_kept_and_graded() -> None:
         except openai.AuthenticationError:
             raise TimeoutError from None
 
-    trajectory = await run(ProgramEnvironment(patient), [SCRIPT[0], "<hang>"], make_ticket(deadline_s=0.3))
+    trajectory = await run(ProgramEnvironment(patient), [SCRIPT[0], "<hang>"], make_ticket(deadline_s=1.0))
     assert (trajectory.head.outcome, trajectory.head.reward) == (Outcome.TIMEOUT, 1.0)
     assert trajectory.num_sampled == len(RENDERER.turn(SCRIPT[0])) + 1
 

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.engine import Sample
-from actors.formats.chatml_json import ChatMlJson
 from actors.gateway.conversation import Answer, ChatMessage, Question, ToolChoice
 from actors.gateway.errors import ApiError
-from actors.gateway.server import Gateway
 from actors.gateway.session import Session
-from actors.gateway.voices import EngineVoice
+from actors.gateway.voices import Voice
 from actors.renderer import Renderer
-from broker.process.lifecycle import ErgonError
 from broker.process.settings import GatewaySection
 from broker.protocol.trajectory import Sampling, VersionRun
-from tests.unit.actors.gateway.support import ROOMY, check_record
-from tests.unit.actors.support import ADD, LOOKUP, ScriptedEngine, make_renderer, make_ticket, make_tokenizer
+from envs.interface import Action, ToolCall
+from tests.unit.actors.conversations import NAMES, TOOLS, make_renderer
+from tests.unit.actors.gateway.support import ROOMY, check_record, interpreter
+from tests.unit.actors.support import ScriptedEngine, make_ticket
 
-RENDERER = make_renderer()
 USER = ChatMessage("user", "Say word 3.")
 STARTS = [(USER,), (ChatMessage("system", "Be brief."), USER)]
-TEXTS = ["yes", "no", "<tool>look a</tool>", 'well <tool>add {"a": 1, "b": 2}</tool>', "<tool>bad", "a</tool>"]
+ACTIONS = [
+    Action("yes"),
+    Action("no", thinking="hm"),
+    Action("", (ToolCall("look", {"word": "a"}),)),
+    Action("", (ToolCall("add", {"a": 1, "b": 2}),), thinking="add them"),
+]
+MALFORMED = ["<tool>bad", "a</tool>", "<tool_call>bad", '{"name": "bad"', "<think>bad"]
 
 
 class HeldEngine(ScriptedEngine):
     """Answers when the test says so, with the ids that it says; remembers all prompts and samples."""
 
-    def __init__(self) -> None:
-        super().__init__(RENDERER, [])
+    def __init__(self, renderer: Renderer) -> None:
+        super().__init__(renderer, [])
         self.waiting: dict[str, tuple[list[int], asyncio.Future[Sample]]] = {}
         self.record: list[tuple[list[int], Sample]] = []
 
@@ -61,7 +65,7 @@ class HeldEngine(ScriptedEngine):
 
     async def abort(self, request_id: str) -> None:
         if request_id in self.waiting:
-            self.answer(request_id, RENDERER.turn("partial")[:2], "abort")
+            self.answer(request_id, self._renderer.turn("partial")[:2], "abort")
 
 
 class Play:
@@ -69,9 +73,11 @@ class Play:
 
     def __init__(self, data: st.DataObject) -> None:
         self.data = data
-        self.engine = HeldEngine()
-        voice = EngineVoice(self.engine, Sampling(), RENDERER.stop_token_ids)
-        self.session = Session(make_ticket(sampling=ROOMY), voice, RENDERER, GatewaySection(), 5000)
+        self.renderer = make_renderer(self.draw(NAMES, "format"))
+        self.engine = HeldEngine(self.renderer)
+        ticket, ends = make_ticket(sampling=ROOMY), (self.renderer, interpreter(self.renderer))
+        voice = Voice(ticket, self.engine, *ends, 5000)
+        self.session = Session(ticket, voice, *ends, GatewaySection(), 5000)
         self.known: list[tuple[ChatMessage, ...]] = list(STARTS)
         self.calls: dict[asyncio.Task[Answer], tuple[ChatMessage, ...]] = {}
 
@@ -103,12 +109,14 @@ class Play:
         if len(messages) > 2 and self.draw([True, False, False], "edit"):
             gone = self.data.draw(st.integers(0, len(messages) - 2), "forgotten")
             messages = messages[:gone] + messages[gone + 1 :]
+        if self.draw([True, False, False], "thoughts dropped"):
+            messages = tuple(replace(message, thought="") for message in messages)
         if self.draw([True, False], "more is said"):
             role = self.draw(["user", "tool"], "by")
             messages = (*messages, ChatMessage(role, self.draw(["go on", "why?"], "words")))
         question = Question(
             messages,
-            self.draw([(), (LOOKUP, ADD)], "tools"),
+            self.draw([(), TOOLS], "tools"),
             num_replies=self.draw([1, 1, 2, 3], "n"),
             max_tokens=self.draw([None, 5], "max_tokens"),
         )
@@ -118,13 +126,14 @@ class Play:
         self.calls[asyncio.ensure_future(self.session.answer(question))] = messages
 
     def answer(self) -> None:
-        text = self.draw(TEXTS, "says")
+        renderer = self.renderer
+        text = self.draw([*(renderer.write(action, TOOLS) for action in ACTIONS), *MALFORMED], "says")
         # Also tokens that the tokenizer would not choose.
         ids = (
-            [RENDERER.turn(c)[0] for c in text] if self.draw([True, False], "by letters") else RENDERER.turn(text)[:-1]
+            [renderer.voice(c)[0] for c in text] if self.draw([True, False], "by letters") else renderer.turn(text)[:-1]
         )
         finish = self.draw(["stop", "length"], "finish")
-        ids += RENDERER.turn("") if finish == "stop" else []
+        ids += renderer.turn("") if finish == "stop" else []
         self.engine.answer(self.draw(list(self.engine.waiting), "whom"), ids, finish)
 
     def listen(self) -> None:
@@ -134,14 +143,7 @@ class Play:
             self.known += [(*messages, reply.message) for reply in call.result().replies]
 
 
-@settings(max_examples=50)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_the_record_is_what_the_engine_sampled_each_token_once(data: st.DataObject) -> None:
     asyncio.run(Play(data).run())
-
-
-async def test_a_chat_format_whose_calls_programs_cannot_be_told_is_refused() -> None:
-    renderer = Renderer(make_tokenizer(), "a model", ChatMlJson())
-    gateway = Gateway(ScriptedEngine(renderer, []), renderer, GatewaySection(), port=0, max_model_len=100)
-    with pytest.raises(ErgonError, match=r'"tagged" alone, this model\'s is "chatml_json"; set model.tool_format'):
-        await gateway.start()

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.engine import Sample
-from actors.gateway.chat_format import parse, told, written
-from actors.gateway.conversation import ChatMessage, FunctionCall
+from actors.gateway.conversation import ChatMessage, FunctionCall, Utterance
 from actors.gateway.stitching import Prompt, Stitcher
 from broker.protocol.trajectory import VersionRun
-from tests.unit.actors.gateway.support import check_record
+from tests.unit.actors.gateway.support import check_record, interpreter
 from tests.unit.actors.support import ADD, LOOKUP, make_renderer
 
 RENDERER = make_renderer()
+INTERPRETER = interpreter()
 TOOLS = (LOOKUP, ADD)
 USER = ChatMessage("user", "Say word 3.")
 
@@ -29,32 +29,48 @@ def sample_of(ids: list[int], version: int = 4, finish: Any = "stop") -> Sample:
     return Sample(np.asarray(ids, np.int32), logprobs, runs, finish)
 
 
+def utterance(forced: list[int], sample: Sample) -> Utterance:
+    """A turn that begins with these ids and goes on as sampled."""
+    num, zeros = len(forced), np.zeros(len(forced), np.float32)
+    return Utterance(
+        np.concatenate([np.asarray(forced, np.int32), sample.token_ids_N]),
+        np.arange(num + sample.token_ids_N.size) >= num,
+        np.concatenate([zeros, sample.logprobs_N]),
+        sample.version_runs,
+        sample.finish,
+        num,
+    )
+
+
 @dataclass
 class Episode:
     """A stitcher, and all that went through it."""
 
-    stitcher: Stitcher = field(default_factory=lambda: Stitcher(RENDERER, written))
+    stitcher: Stitcher = field(default_factory=lambda: Stitcher(RENDERER, INTERPRETER))
     prompts: list[Prompt] = field(default_factory=list)
+    sampled_from: list[list[int]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
 
     def call(self, *messages: ChatMessage, says: str, opening: str = "", cut: bool = False) -> ChatMessage:
-        return self.answer(self.stitcher.render(messages, TOOLS, opening), says, cut=cut)
-
-    def answer(self, prompt: Prompt, says: str, *, cut: bool = False, version: int = 4) -> ChatMessage:
         ids = RENDERER.turn(says)[:-1] if cut else RENDERER.turn(says)
-        return self.answer_ids(prompt, ids, version)
+        return self.answer_ids(self.stitcher.render(messages, TOOLS, ()), ids, opening=opening)
 
-    def answer_ids(self, prompt: Prompt, ids: list[int], version: int = 4) -> ChatMessage:
+    def answer(self, prompt: Prompt, says: str, *, version: int = 4) -> ChatMessage:
+        return self.answer_ids(prompt, RENDERER.turn(says), version)
+
+    def answer_ids(self, prompt: Prompt, ids: list[int], version: int = 4, opening: str = "") -> ChatMessage:
         sample = sample_of(ids, version)
-        forced = prompt.ids[len(prompt.ids) - prompt.num_forced :]
-        spoken = parse(RENDERER.text([*forced, *ids]), TOOLS)
+        forced = RENDERER.voice(opening) if opening else []
+        turn = utterance(forced, sample)
+        spoken = INTERPRETER.spoken(RENDERER.text(ids), False, opening, TOOLS)
         calls = tuple(
             FunctionCall(f"call_{len(self.samples)}_{number}", call.name, json.dumps(dict(call.arguments)))
             for number, call in enumerate(spoken.calls)
         )
         message = ChatMessage("assistant", spoken.content, calls)
-        self.stitcher.record(prompt, sample, message, RENDERER.text([*forced, *ids]))
+        self.stitcher.record(prompt, turn, message, spoken.said)
         self.prompts.append(prompt)
+        self.sampled_from.append([*prompt.ids, *forced])
         self.samples.append(sample)
         return message
 
@@ -70,7 +86,7 @@ class Episode:
         return texts
 
     def check(self) -> None:
-        check_record([prompt.ids for prompt in self.prompts], self.samples, self.stitcher.segments())
+        check_record(self.sampled_from, self.samples, self.stitcher.segments())
 
 
 def tool(content: str) -> ChatMessage:
@@ -94,7 +110,7 @@ def test_what_was_sampled_is_reused_and_not_tokenised_again() -> None:
     episode = Episode()
     letters = [RENDERER.turn(letter)[0] for letter in "answer"]
     assert letters != RENDERER.turn("answer")[:-1]  # not as the tokenizer would write it
-    prompt = episode.stitcher.render((USER,), TOOLS)
+    prompt = episode.stitcher.render((USER,), TOOLS, ())
     first = episode.answer_ids(prompt, [*letters, *RENDERER.turn("")])
     episode.call(USER, first, ChatMessage("user", "Again."), says="yes")
     assert episode.prompts[1].ids[len(prompt.ids) :][: len(letters)] == letters
@@ -141,7 +157,7 @@ def test_words_that_only_begin_like_a_turn_that_was_cut_are_words() -> None:
     episode.call(USER, says="an", cut=True)
     other = ChatMessage("user", "Other.")
     episode.call(other, ChatMessage("assistant", "answer"), USER, says="yes")
-    opened = RENDERER.open([written(other, ())])
+    opened = RENDERER.open([INTERPRETER.written(other, ())])
     assert episode.prompts[1].ids[len(opened) :][: len(RENDERER.turn("answer"))] == RENDERER.turn("answer")
     episode.check()
 
@@ -149,7 +165,7 @@ def test_words_that_only_begin_like_a_turn_that_was_cut_are_words() -> None:
 def test_branches_are_segments_that_share_context_and_train_it_once() -> None:
     episode = Episode()
     first = episode.call(USER, says="one")
-    prompts = [episode.stitcher.render((USER, first, ChatMessage("user", "More.")), TOOLS) for _ in range(2)]
+    prompts = [episode.stitcher.render((USER, first, ChatMessage("user", "More.")), TOOLS, ()) for _ in range(2)]
     for prompt, says in zip(prompts, ["two", "three"], strict=True):  # in flight at the same time
         episode.answer(prompt, says)
     start = "<|im_start|>user\nSay word 3.<|im_end|>\n<|im_start|>assistant\n"
@@ -164,13 +180,13 @@ def test_branches_are_segments_that_share_context_and_train_it_once() -> None:
 def test_an_edited_history_begins_anew_with_the_ids_that_were_sampled_in_it() -> None:
     episode = Episode()
     letters = [RENDERER.turn(letter)[0] for letter in "answer"]
-    first = episode.answer_ids(episode.stitcher.render((USER,), TOOLS), [*letters, *RENDERER.turn("")])
+    first = episode.answer_ids(episode.stitcher.render((USER,), TOOLS, ()), [*letters, *RENDERER.turn("")])
     episode.call(ChatMessage("user", "Summary."), first, ChatMessage("user", "More."), says="yes")
     assert episode.texts()[1] == (
         "<|im_start|>user\nSummary.<|im_end|>\n<|im_start|>assistant\nanswer<|im_end|>\n"
         "<|im_start|>user\nMore.<|im_end|>\n<|im_start|>assistant\n[yes<|im_end|>]"
     )
-    opened = RENDERER.open([written(ChatMessage("user", "Summary."), ())])
+    opened = RENDERER.open([INTERPRETER.written(ChatMessage("user", "Summary."), ())])
     assert episode.prompts[1].ids[len(opened) :][: len(letters)] == letters
     assert episode.prompts[1].parent is None
     episode.check()
@@ -204,22 +220,22 @@ def test_a_forced_opening_is_context_of_the_turn_it_begins() -> None:
 
 def test_versions_of_a_segment_are_run_length_coded() -> None:
     episode = Episode()
-    first = episode.answer(episode.stitcher.render((USER,), TOOLS), "one", version=4)
-    second = episode.answer(episode.stitcher.render((USER, first), TOOLS), "two", version=4)
-    episode.answer(episode.stitcher.render((USER, first, second), TOOLS), "three", version=5)
+    first = episode.answer(episode.stitcher.render((USER,), TOOLS, ()), "one", version=4)
+    second = episode.answer(episode.stitcher.render((USER, first), TOOLS, ()), "two", version=4)
+    episode.answer(episode.stitcher.render((USER, first, second), TOOLS, ()), "three", version=5)
     (segment,) = episode.stitcher.segments()
     sizes = [len(RENDERER.turn(text)) for text in ("one", "two", "three")]
     assert segment.version_runs == (VersionRun(1, 4, sizes[0] + sizes[1]), VersionRun(1, 5, sizes[2]))
 
 
 def test_tools_are_told_in_the_system_message() -> None:
-    messages = told((USER,), TOOLS)
+    messages = INTERPRETER.told((USER,), TOOLS, "")
     assert [message.role for message in messages] == ["system", "user"]
     assert "<tool>look WORD</tool> Look a word up." in messages[0].content
-    merged = told((ChatMessage("system", "Be brief."), USER), TOOLS)
+    merged = INTERPRETER.told((ChatMessage("system", "Be brief."), USER), TOOLS, "")
     assert [message.role for message in merged] == ["system", "user"]
     assert merged[0].content.startswith("Be brief.\n\nTools:")
-    assert told((USER,), ()) == (USER,)
+    assert INTERPRETER.told((USER,), (), "") == (USER,)
 
 
 TEXTS = st.sampled_from(["yes", "no", "<tool>look a</tool>", 'well <tool>add {"a": 1, "b": 2}</tool>', "<tool>bad", ""])
@@ -231,10 +247,10 @@ WORDS = st.sampled_from(["go on", "why?", "w3"])
 def test_random_calls_branches_and_edits(data: st.DataObject) -> None:
     episode = Episode()
     known: list[tuple[ChatMessage, ...]] = [(USER,), (ChatMessage("system", "s"), USER)]
-    waiting: list[tuple[Prompt, tuple[ChatMessage, ...]]] = []
+    waiting: list[tuple[Prompt, tuple[ChatMessage, ...], str]] = []
     for _ in range(data.draw(st.integers(1, 14), "number of acts")):
         if waiting and data.draw(st.booleans(), "an answer comes"):
-            prompt, messages = waiting.pop(data.draw(st.integers(0, len(waiting) - 1), "which"))
+            prompt, messages, opening = waiting.pop(data.draw(st.integers(0, len(waiting) - 1), "which"))
             text = data.draw(TEXTS, "says")
             # Also tokens that the tokenizer would not choose, and turns that are cut.
             ids = (
@@ -243,7 +259,7 @@ def test_random_calls_branches_and_edits(data: st.DataObject) -> None:
                 else RENDERER.turn(text)[:-1]
             )
             ids += [] if data.draw(st.booleans(), "cut") else RENDERER.turn("")
-            reply = episode.answer_ids(prompt, ids, version=data.draw(st.integers(4, 5), "version"))
+            reply = episode.answer_ids(prompt, ids, data.draw(st.integers(4, 5), "version"), opening)
             known.append((*messages, reply))
             continue
         messages = data.draw(st.sampled_from(known), "conversation")
@@ -255,5 +271,5 @@ def test_random_calls_branches_and_edits(data: st.DataObject) -> None:
         if data.draw(st.booleans(), "more is said"):
             messages = (*messages, ChatMessage(data.draw(st.sampled_from(["user", "tool"])), data.draw(WORDS)))
         opening = "<tool>" if data.draw(st.integers(0, 5), "forced") == 0 else ""
-        waiting.append((episode.stitcher.render(messages, TOOLS, opening), messages))
+        waiting.append((episode.stitcher.render(messages, TOOLS, ()), messages, opening))
     episode.check()
