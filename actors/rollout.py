@@ -178,7 +178,7 @@ class _Rollout:
                 outcome, observation = await self._turn(episode)
                 if outcome is not None:
                     return outcome
-                if self.record.num_turns == self._ticket.sampling.max_turns:
+                if self.record.num_turns >= min(self._ticket.sampling.max_turns, self._environment.max_turns):
                     return Outcome.TRUNCATED_TURNS
                 if not self._take(observation):
                     return Outcome.TRUNCATED_TOKENS

@@ -176,7 +176,8 @@ class Environment(ABC):
     """A family of tasks with tools. Shared by all episodes of a process, so stateless or locked.
 
     self_driven: its episodes are of the second kind, SelfDrivenEpisode, and need an endpoint. max_turns: how many turns
-    an episode may need; what plays an episode allows so many unless told otherwise.
+    an episode may need. An actor allows so many, or the run's `sampling.max_turns` where that is less, and grades the
+    episode then as it stands; what else plays an episode allows so many unless told otherwise.
     """
 
     name: str

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+from msgspec.structs import replace
 
 from actors import metrics
 from actors.engine import Sample
@@ -36,10 +37,17 @@ class Session:
     """Of one episode, from before its program starts until after it has ended; single use.
 
     key, report_key: what calls and reports must bring. failure: what makes the episode void, once `failed` is set.
+    max_turns: the environment's bound beside the ticket's, None for none.
     """
 
     def __init__(
-        self, ticket: Ticket, voice: Voice, renderer: Renderer, settings: GatewaySection, max_model_len: int
+        self,
+        ticket: Ticket,
+        voice: Voice,
+        renderer: Renderer,
+        settings: GatewaySection,
+        max_model_len: int,
+        max_turns: int | None = None,
     ) -> None:
         self.key = f"sk-ergon-{secrets.token_urlsafe(32)}"
         self.report_key = f"rk-ergon-{secrets.token_urlsafe(32)}"
@@ -55,7 +63,9 @@ class Session:
         self._voice = voice
         self._renderer = renderer
         self._settings = settings
-        self._budget = Budget(ticket.sampling, max_model_len)
+        sampling = ticket.sampling
+        self._max_turns = sampling.max_turns if max_turns is None else min(max_turns, sampling.max_turns)
+        self._budget = Budget(replace(sampling, max_turns=self._max_turns), max_model_len)
         self._stitcher = Stitcher(renderer, written)
         self._working: dict[asyncio.Task[Answer], asyncio.Event] = {}
         self._num_open = 0
@@ -85,7 +95,7 @@ class Session:
     @contextmanager
     def admitted(self) -> Iterator[None]:
         """While a request is read and answered. Raises ApiError for more at once than could ever be answered."""
-        if self._num_open >= self.ticket.sampling.max_turns + SPARE_REQUESTS:
+        if self._num_open >= self._max_turns + SPARE_REQUESTS:
             raise ApiError(
                 429,
                 f"{self._num_open} calls of this episode are open, and the run allows no more turns; wait",

@@ -89,7 +89,7 @@ class SamplingSection(Section):
     max_episode_tokens: int = Field(default=128, ge=1)
     """Most tokens the policy may sample in one episode."""
     max_turns: int = Field(default=4, ge=1)
-    """Most turns in one episode."""
+    """Most turns in one episode; an environment that declares fewer (`Environment.max_turns`) has fewer."""
     deadline_s: float = Field(default=120.0, gt=0)
     """Seconds an episode may take before it is graded as it stands (outcome `timeout`)."""
 
