@@ -159,7 +159,8 @@ async def _serve(
         if not await _connected(client, stop):
             return
         ends = (client.tickets, client.sender, engine, weights)
-        actor = Actor(actor_id, *ends, renderer, environments, settings.actor, settings.thinking, gateway)
+        staleness = settings.learner.max_staleness
+        actor = Actor(actor_id, *ends, renderer, environments, settings.actor, settings.thinking, gateway, staleness)
         await actor.run(stop)
 
 

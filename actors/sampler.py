@@ -18,7 +18,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from actors.engine import Engine, EngineDeadError, FinishReason, Sample
 from actors.renderer import Renderer
@@ -97,9 +97,13 @@ class Sampler:
         thinking: ThinkingSection,
         max_model_len: int,
         deadline: float,
+        interrupt: asyncio.Future[None] | None = None,
     ) -> None:
-        """max_model_len: tokens the engine takes at most, prompt and answer together. deadline: see below."""
+        """max_model_len: tokens the engine takes at most, prompt and answer together. deadline: see below. interrupt:
+        once it is done, turns are left unfinished."""
         self.account = Account()
+        self.unfinished: Turn | None = None
+        """The turn that was interrupted, in this sampler or in the one before it; the next `turn` goes on with it."""
         self.deadline = deadline
         """When requests are aborted, by time.monotonic(); the episode's, or that of the turn."""
         self.thinking = Thinking(thinking, renderer)
@@ -110,21 +114,29 @@ class Sampler:
         self._budget = ticket.thinking_budget
         self._limit = thinking.limit(self._budget)
         self._num_requests = 0
+        self._interrupt = interrupt
+        self._interrupted = False
 
     async def turn(self, trace: Trace, text: str | None = None) -> Turn | None:
-        """Sample the next turn, or write `text`, a reference policy's; None where there is no room for a token.
+        """Sample the next turn, or write `text`, a reference policy's; None where there is no room for a token. One
+        that ends with "abort" and is `unfinished` was interrupted, otherwise it has run out of time.
 
         Raises InfraFailureError, and EngineDeadError where no further request can be served.
         """
         allowed = self._allowed()
-        header, is_open = self._header(trace, allowed)
-        if self._room(trace, 0, len(header)) <= 0:
+        turn, self.unfinished = self.unfinished or self._begin(trace, allowed), None
+        if turn is None:
             return None
-        trace.add_context(header, ())
-        script = None if text is None else Script(self.thinking, self._renderer, text, allowed, is_open)
-        turn, thought = Turn(is_open), Thought([], is_open)
+        script = None if text is None else Script(self.thinking, self._renderer, text, allowed, turn.began_open)
+        thought = self.thinking.find(turn.ids, turn.began_open)
         self._num_requests = 0
         while (room := self._room(trace, turn.num_sampled)) > 0:
+            if thought.is_open and allowed is not None and _spent(turn, thought) >= allowed:
+                if self._room(trace, turn.num_sampled, len(self.thinking.stop_ids)) <= 0:
+                    break  # nothing could be answered any more
+                self._stop_thinking(trace, turn, script)
+                thought = thought._replace(is_open=False)
+                continue
             stop = self._renderer.stop_token_ids
             if allowed and (thought.is_open or not turn.ids):
                 opening = 0 if thought.is_open else self.thinking.num_open_tokens
@@ -137,13 +149,19 @@ class Sampler:
             turn.extend(sample.token_ids_N.tolist(), True)
             if self._ends(turn, sample, room):
                 break
-            if thought.is_open and allowed is not None and _spent(turn, thought) >= allowed:
-                if self._room(trace, turn.num_sampled, len(self.thinking.stop_ids)) <= 0:
-                    break  # nothing could be answered any more
-                self._stop_thinking(trace, turn, script)
-                thought = thought._replace(is_open=False)
-        self._book(_spent(turn, self.thinking.find(turn.ids, turn.began_open)))
+        if turn.finish == "abort" and self._interrupted:
+            self.unfinished = turn  # its thinking is booked when it ends
+        else:
+            self._book(_spent(turn, self.thinking.find(turn.ids, turn.began_open)))
         return turn
+
+    def _begin(self, trace: Trace, allowed: int | None) -> Turn | None:
+        """A new turn, whose header is in the trace; None where there is no room for a token after it."""
+        header, is_open = self._header(trace, allowed)
+        if self._room(trace, 0, len(header)) <= 0:
+            return None
+        trace.add_context(header, ())
+        return Turn(is_open)
 
     def _ends(self, turn: Turn, sample: Sample, num_asked: int) -> bool:
         """Whether the turn is over with this sample, which it has already."""
@@ -222,7 +240,8 @@ class Sampler:
             trace.model_s += time.monotonic() - started
 
     async def _generate(self, trace: Trace, max_tokens: int, stop_token_ids: Sequence[int]) -> Sample:
-        """Sample on; at the deadline the request is aborted and what it has sampled is kept (finish "abort")."""
+        """Sample on; at the deadline, or where it is interrupted, the request is aborted and what it has sampled is
+        kept (finish "abort")."""
         ticket = self._ticket
         request_id = f"{ticket.ticket_id}.{ticket.attempt}.{trace.num_turns}"
         if self._num_requests:
@@ -232,8 +251,12 @@ class Sampler:
             self._engine.generate(trace.ids, ticket.sampling, max_tokens, stop_token_ids, request_id)
         )
         try:
-            await asyncio.wait({request}, timeout=max(0.0, self.deadline - time.monotonic()))
+            ended: set[asyncio.Future[Any]] = {request} if self._interrupt is None else {request, self._interrupt}
+            left_s = max(0.0, self.deadline - time.monotonic())
+            await asyncio.wait(ended, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             aborted = not request.done()
+            in_time = time.monotonic() < self.deadline
+            self._interrupted = in_time and self._interrupt is not None and self._interrupt.done()
             while not request.done():
                 # Repeated, because an engine ignores the id of a request that has not reached it yet.
                 await self._engine.abort(request_id)

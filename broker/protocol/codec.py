@@ -34,7 +34,12 @@ Parcel = TrajectoryBody | Deliver
 
 def array_bytes(trajectory: Trajectory) -> int:
     """Bytes that its arrays have on the wire."""
-    return TOKEN_BYTES * sum(segment.token_ids_T.size for segment in trajectory.segments)
+    return sum(map(segment_bytes, trajectory.segments))
+
+
+def segment_bytes(segment: Segment) -> int:
+    """Bytes that the arrays of a segment have on the wire."""
+    return TOKEN_BYTES * segment.token_ids_T.size
 
 
 def pack_trajectories(trajectories: Sequence[Trajectory], body: type[Parcel] = TrajectoryBody) -> Message:

@@ -22,7 +22,9 @@ from actors.actor import Actor
 from actors.engine import EngineLoad, Sample
 from actors.restarting import RestartingEngine
 from actors.weights import WeightAdopter
+from broker.client import HandoverStatus
 from broker.process.settings import ActorSection
+from broker.protocol.partials import Partial
 from broker.protocol.trajectory import PolicyVersion, Sampling, TaskRef, Ticket, Trajectory, VersionRun
 from envs import timeouts
 from envs.interface import Action, Environment, Episode, Observation, SandboxError, Task
@@ -105,6 +107,12 @@ class Endless:
         number = next(self.numbers)
         task = TaskRef(env="letters", split="train", index=number)
         return make_ticket(f"{number}", task=task, deadline_s=0.05 if FATES[number % len(FATES)] == "hang" else 60.0)
+
+    def take_partial(self, ticket_id: str) -> Partial | None:
+        return None
+
+    async def hand_over(self, ticket_id: str, partial: Partial) -> HandoverStatus:
+        raise AssertionError("no environment here has snapshots")
 
     async def withdrawn(self, ticket_id: str) -> None:
         if FATES[int(ticket_id) % len(FATES)] != "withdrawn":
