@@ -15,8 +15,8 @@ releases = Counter("ergon_actor_releases", "Leases given back without a trajecto
 handovers = Counter(
     "ergon_actor_handovers",
     "Unfinished episodes of an actor that drains: handed_over, refused (no room at the broker), unwanted (the lease "
-    "had run out), failed (its state could not be said); and of one that goes on with them: resumed, and stale or "
-    "unreadable, which begin anew",
+    "had run out), failed (nothing was sampled yet, or its state could not be said); and of one that goes on with "
+    "them: resumed, and stale or unreadable, which begin anew",
     ["result"],
 )
 handover_bytes = Counter("ergon_actor_handover_bytes", "Bytes of the unfinished episodes handed over")
