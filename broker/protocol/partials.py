@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from broker.protocol.array_checks import ARRAY_DTYPES, ARRAY_NAMES, check_arrays
-from broker.protocol.codec import check_segment_shapes, join_arrays
+from broker.protocol.codec import MAX_BODY_BYTES, check_segment_shapes, join_arrays
 from broker.protocol.commands import (
     MAX_SNAPSHOT_BYTES,
     Continue,
@@ -30,6 +30,7 @@ from broker.protocol.frames import Array, Message
 from broker.protocol.trajectory import PolicyVersion, Segment, Ticket
 
 PARTIAL_NAMES: Final = (*ARRAY_NAMES, "snapshot")
+MAX_PARTIAL_BODY_BYTES: Final = MAX_BODY_BYTES - 16_384  # of a HANDOVER: a CONTINUE has the ticket besides
 PARTIAL_DTYPES: Final = (*ARRAY_DTYPES, np.dtype("|u1"))
 
 BodyT = TypeVar("BodyT", Handover, Continue)
@@ -72,13 +73,16 @@ def pack_handover(ticket_id: str, partial: Partial) -> Message:
     )
     arrays = (*arrays, np.frombuffer(partial.snapshot, np.uint8))
     _check(content, ticket_id, arrays)
-    return content.pack(arrays)
+    message = content.pack(arrays)
+    _check_body(message, ticket_id)
+    return message
 
 
 def read_handover(message: Message) -> Handover:
     """The heads of a HANDOVER, all of it checked. Raises ProtocolError (BAD_MESSAGE)."""
     content = parse_body(message, Handover)
     _check(content, content.ticket_id, message.arrays)
+    _check_body(message, content.ticket_id)
     return content
 
 
@@ -122,6 +126,11 @@ def _check(content: Handover | Continue, ticket_id: str, arrays: Sequence[Array]
         raise _bad(
             f"{_name(ticket_id)}: head.turn.num_tokens is {turn.num_tokens}; the last segment has {lengths[-1]} tokens"
         )
+
+
+def _check_body(message: Message, ticket_id: str) -> None:
+    if (num_bytes := len(message.body)) > MAX_PARTIAL_BODY_BYTES:
+        raise _bad(f"{_name(ticket_id)}: its heads have {num_bytes} bytes; at most {MAX_PARTIAL_BODY_BYTES}")
 
 
 def _name(ticket_id: str) -> str:

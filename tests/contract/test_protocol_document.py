@@ -226,6 +226,13 @@ def test_what_the_text_says_of_a_parcel_is_so() -> None:
         assert f"{name} `{dtype.str}`" in " ".join(parcels.split())
 
 
+def test_what_the_text_says_of_a_partial_is_so() -> None:
+    text = " ".join(section("Partials").split())
+    assert f"Its body has at most {partials.MAX_PARTIAL_BODY_BYTES:,} bytes" in text
+    assert f"at most {commands.MAX_SNAPSHOT_BYTES >> 20} MiB" in text
+    assert f"more than {commands.OFFER_BYTES >> 20} MiB of arrays it SHOULD be offered first" in text
+
+
 # --- the example
 
 

@@ -49,8 +49,17 @@ def test_the_oldest_version_is_that_of_any_segment() -> None:
 
 
 SEGMENT = make_segment()
+MANY = 360_000  # runs of one token: a head that has no room for a ticket beside it
+
+
+def of_many_runs() -> Partial:
+    parts = [make_segment(0, (VersionRun(1, 1 << 40, 1), VersionRun(1, 1 << 41, 1)) * (MANY // 20)) for _ in range(10)]
+    return Partial(PartialHead(), tuple(parts), b"")
+
+
 BAD: list[tuple[Callable[[], Partial], str]] = [
     (lambda: make_partial(0), "segments is (): Expected `array` of length >= 1"),
+    (of_many_runs, "partial of ticket a1: its heads have"),
     (lambda: make_partial(num_turns=-1), "head.num_turns is -1"),
     (lambda: make_partial(total_s=float("nan")), "head.total_s is nan"),
     (lambda: make_partial(turn=UnfinishedTurn(num_tokens=7)), "head.turn.num_tokens is 7; the last segment has 6"),
