@@ -312,10 +312,10 @@ async def test_a_fault_of_our_own_in_one_episode_costs_no_other(monkeypatch: pyt
     rig.gate.opened.set()
     run = rig.actor._episode
 
-    async def faulty(ticket: Ticket) -> Trajectory:
+    async def faulty(ticket: Ticket, begun: Partial | None) -> Trajectory:
         if ticket.ticket_id == "odd":
             raise IndexError("a bug")
-        return await run(ticket)
+        return await run(ticket, begun)
 
     monkeypatch.setattr(rig.actor, "_episode", faulty)
     task = rig.start()
