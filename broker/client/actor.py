@@ -180,7 +180,7 @@ class ActorClient:
         "kept": that is durable; "refused": the broker has no room, the lease is given back without it; "unwanted": the
         lease had run out, or the ticket was withdrawn. Waits up to RELEASE_TIMEOUT_S for the broker's answer, and is
         "unwanted" without one: the lease runs out by itself. Raises ProtocolError where the partial is not well-formed,
-        ErgonError where the connection has ended for good.
+        ErgonError where the connection has ended for good; the lease is held then as before.
         """
         message = pack_handover(ticket_id, partial)
         try:
@@ -196,7 +196,8 @@ class ActorClient:
         finally:
             with self._connection.lock:
                 self._handovers.pop(ticket_id, None)
-                self._held.pop(ticket_id, None)
+        with self._connection.lock:
+            self._held.pop(ticket_id, None)
         assert status in HANDOVER_STATUSES
         return cast(HandoverStatus, status)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +53,14 @@ def same(one: Partial, other: Partial | None) -> bool:
             for name in ("token_ids_T", "loss_mask_T", "logprobs_T")
         )
     )
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
+    """Leases last, however busy the machine is."""
+    running = BrokerProcess(tmp_path, lease_s=120.0)
+    yield running
+    running.kill()
 
 
 @asynccontextmanager
@@ -137,7 +145,7 @@ async def test_a_damaged_partial_costs_what_was_sampled_and_not_the_ticket(broke
         assert (await asyncio.to_thread(learner.status)).total("partial_damaged") == 1
 
 
-async def test_where_all_partials_have_no_room_the_lease_is_given_back_alone(tmp_path: Any) -> None:
+async def test_where_all_partials_have_no_room_the_lease_is_given_back_alone(tmp_path: Path) -> None:
     broker = BrokerProcess(tmp_path, partials_mb=1)
     try:
         async with learner_of(broker) as learner:
@@ -191,3 +199,4 @@ async def test_a_refused_handover_is_its_makers_error() -> None:
         rig.broker.refuse(ErrorCode.BAD_MESSAGE, "a1")
         with pytest.raises(ProtocolError, match="a1 is refused"):
             await call
+        assert rig.actor.leases == {"a1"}  # to be given back
