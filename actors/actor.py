@@ -16,11 +16,13 @@ import logging
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from actors import metrics
+from actors.ends import Sender, Tickets
 from actors.engine import Engine, EngineDeadError
 from actors.gateway.server import Gateway
+from actors.handover import EpisodeInterruptedError, HandoverError, is_stale
 from actors.precedence import Precedence
 from actors.renderer import Renderer
 from actors.rollout import NO_BUDGETS, InfraFailureError, run_episode
@@ -29,7 +31,9 @@ from actors.window import Window
 from broker.client import ReleaseReason
 from broker.process.settings import ActorSection
 from broker.process.thinking_settings import ThinkingSection
+from broker.protocol.codec import segment_bytes
 from broker.protocol.errors import ProtocolError
+from broker.protocol.partials import Partial
 from broker.protocol.trajectory import Mode, Ticket, Trajectory
 from envs.interface import Environment
 from envs.timeouts import num_abandoned
@@ -41,33 +45,10 @@ T = TypeVar("T")
 
 POLL_S = 0.2
 HEALTH_POLL_S = 1.0
+HAND_OVER_S = 3.0  # of a drain, its end: what is still unfinished is handed over
 END_LIMIT_S = 5.0  # after a drain, for what was cut short: episodes close, leases are given back
 LOOK_S = 0.5  # between two looks at the engine's load
 INCREASE = 0.125  # of the engine's batch, in episodes, from one look to the next
-
-
-class Tickets(Protocol):
-    """broker.client's TicketSource."""
-
-    async def lease(self) -> Ticket:
-        """Wait for a ticket; its lease is renewed until it is sent or released."""
-        ...
-
-    async def withdrawn(self, ticket_id: str) -> None:
-        """Wait until the result of a leased ticket is not wanted any more."""
-        ...
-
-    async def release(self, ticket_id: str, reason: ReleaseReason, error: str = "") -> None:
-        """Give a lease back."""
-        ...
-
-
-class Sender(Protocol):
-    """broker.client's TrajectorySender."""
-
-    async def send(self, trajectory: Trajectory) -> str:
-        """Hand over a trajectory; returns its status once it is durable."""
-        ...
 
 
 class Actor:
@@ -85,8 +66,12 @@ class Actor:
         settings: ActorSection,
         thinking: ThinkingSection = NO_BUDGETS,
         gateway: Gateway | None = None,
+        max_staleness: int | None = None,
     ) -> None:
+        """max_staleness: versions that the oldest token of an episode may be older than the one that is served, for it
+        to be gone on with; None for any number."""
         self._actor_id = actor_id
+        self._max_staleness = max_staleness
         self._gateway = gateway
         self._tickets = tickets
         self._sender = sender
@@ -107,6 +92,7 @@ class Actor:
     async def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set, then drain. Raises what else ended it: EngineDeadError, ProtocolError."""
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._interrupt: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         services = [self._spawn(each) for each in (self._weights.run(), self._watch_engine(), self._follow_load())]
         stopping = self._spawn(_wait(stop))
         self._fill()
@@ -150,12 +136,18 @@ class Actor:
         """THE loop's body: one ticket, from its lease to its end."""
         with self._interruptible():
             ticket = await self._tickets.lease()
+        begun = self._tickets.take_partial(ticket.ticket_id)
         try:
             if ticket.mode is not Mode.REFERENCE:
                 with self._interruptible():
                     await self._weights.at_least(ticket.min_version)
             with self._counted(ticket):
-                trajectory = await self._while_wanted(ticket)
+                trajectory = await self._while_wanted(ticket, begun)
+        except EpisodeInterruptedError as interrupted:
+            await self._hand_over(ticket, interrupted.partial)
+        except HandoverError as error:
+            metrics.handovers.labels("failed").inc()
+            await self._give_back(ticket, "drain", str(error))
         except InfraFailureError as error:
             await self._give_back(ticket, "infra_failure", str(error))
         except EngineDeadError as error:
@@ -172,9 +164,9 @@ class Actor:
             if trajectory is not None:
                 await self._send(trajectory)
 
-    async def _while_wanted(self, ticket: Ticket) -> Trajectory | None:
+    async def _while_wanted(self, ticket: Ticket, begun: Partial | None) -> Trajectory | None:
         """The ticket's episode; None where the broker withdrew the ticket, which stops the episode."""
-        episode = self._spawn(self._episode(ticket))
+        episode = self._spawn(self._episode(ticket, begun))
         withdrawn = self._spawn(self._tickets.withdrawn(ticket.ticket_id))
         try:
             await asyncio.wait({episode, withdrawn}, return_when=asyncio.FIRST_COMPLETED)
@@ -188,14 +180,18 @@ class Actor:
         logger.info("episode stopped ticket=%s reason=its result is not wanted any more", ticket.ticket_id)
         return None
 
-    async def _episode(self, ticket: Ticket) -> Trajectory:
+    async def _episode(self, ticket: Ticket, begun: Partial | None) -> Trajectory:
         environment = self._environments.get(ticket.task.env)
         if environment is None:
             known = ", ".join(self._environments)
             raise InfraFailureError(
                 f"environment {ticket.task.env!r} is not in this actor's settings, which have {known}"
             )
-        with metrics.running_episodes.track_inprogress(), self._precedence.of(ticket, self._engine) as engine:
+        if begun is not None and is_stale(begun, self._engine.policy_version, self._max_staleness):
+            metrics.handovers.labels("stale").inc()
+            begun = None
+        place = self._precedence.of(ticket, self._engine, begun is not None)
+        with metrics.running_episodes.track_inprogress(), place as engine:
             trajectory = await run_episode(
                 ticket,
                 environment,
@@ -206,6 +202,8 @@ class Actor:
                 turn_timeout_s=self._settings.turn_timeout_s,
                 thinking=self._thinking,
                 gateway=self._gateway,
+                begun=begun,
+                interrupt=self._interrupt,
             )
         metrics.observe_episode(trajectory)
         return trajectory
@@ -221,20 +219,45 @@ class Actor:
             status = "refused"
         metrics.sends.labels(status).inc()
 
+    async def _hand_over(self, ticket: Ticket, partial: Partial) -> None:
+        try:
+            status = await self._tickets.hand_over(ticket.ticket_id, partial)
+        except asyncio.CancelledError:
+            await self._give_back(ticket, "drain", "the actor stopped")
+            raise
+        except ProtocolError as error:
+            if error.fatal:
+                raise
+            # This one partial is at fault, not the channel.
+            metrics.handovers.labels("failed").inc()
+            await self._give_back(ticket, "drain", f"its partial was refused: {error}")
+            return
+        logger.info("handed over ticket=%s status=%s tokens=%d", ticket.ticket_id, status, partial.num_sampled)
+        metrics.handovers.labels("handed_over" if status == "kept" else status).inc()
+        if status == "kept":
+            metrics.handover_bytes.inc(len(partial.snapshot) + sum(map(segment_bytes, partial.segments)))
+            metrics.handover_tokens.inc(partial.num_sampled)
+
     async def _give_back(self, ticket: Ticket, reason: ReleaseReason, error: str) -> None:
         metrics.releases.labels(reason).inc()
         logger.warning("ticket given back ticket=%s reason=%s error=%s", ticket.ticket_id, reason, error)
         await self._tickets.release(ticket.ticket_id, reason, error)
 
     async def _drain(self) -> None:
-        """Lease no more; give back what has not begun; finish what has, for at most `drain_s`."""
+        """Lease no more; give back what has not begun; finish what has, for at most `drain_s`, and at the end of that
+        hand over what is unfinished."""
         self._draining = True
         for slot in self._waiting & self._slots:
             assert slot is not None
             slot.cancel()
         unfinished = set(self._slots)
+        drain_s = self._settings.drain_s
+        last_s = min(HAND_OVER_S, drain_s / 2) if self._settings.handover else 0.0
         if unfinished:
-            _, unfinished = await asyncio.wait(unfinished, timeout=self._settings.drain_s)
+            _, unfinished = await asyncio.wait(unfinished, timeout=drain_s - last_s)
+        if unfinished and last_s:
+            self._interrupt.set_result(None)
+            _, unfinished = await asyncio.wait(unfinished, timeout=last_s)
         logger.info("drained unfinished=%d", len(unfinished))
 
     async def _follow_load(self) -> None:

@@ -12,6 +12,15 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 episodes = Counter("ergon_actor_episodes", "Episodes run to their end", ["env", "mode", "outcome"])
 sends = Counter("ergon_actor_sends", "Trajectories handed to the broker, by its answer", ["status"])
 releases = Counter("ergon_actor_releases", "Leases given back without a trajectory", ["reason"])
+handovers = Counter(
+    "ergon_actor_handovers",
+    "Unfinished episodes of an actor that drains: handed_over, refused (no room at the broker), unwanted (the lease "
+    "had run out), failed (nothing was sampled yet, or its state could not be said); and of one that goes on with "
+    "them: resumed, and stale or unreadable, which begin anew",
+    ["result"],
+)
+handover_bytes = Counter("ergon_actor_handover_bytes", "Bytes of the unfinished episodes handed over")
+handover_tokens = Counter("ergon_actor_handover_tokens", "Sampled tokens in the unfinished episodes handed over")
 withdrawn_episodes = Counter("ergon_actor_withdrawn_episodes", "Episodes stopped because their result was not wanted")
 tokens_sampled = Counter("ergon_actor_tokens_sampled", "Tokens sampled by the policy", ["mode"])
 turns = Counter("ergon_actor_turns", "Turns completed", ["env", "mode"])

@@ -1,6 +1,6 @@
 """Who goes first in the engine's queue: episodes that have begun before fresh ones, so that groups get finished.
 
-    evaluations and retried tickets  <  groups by when their first ticket came  <  fewer turns played
+    evaluations, retried and continued tickets  <  groups by when their first ticket came  <  fewer turns played
 
 An evaluation, or what is left of a group that had a failure, is waited for. Of the others the oldest group comes first,
 all its tickets with it, and within it who is furthest; what is younger waits, which costs it nothing that the others
@@ -30,11 +30,11 @@ class Precedence:
         self._groups: dict[str, tuple[int, int]] = {}  # of groups with episodes here: (age, number of episodes)
 
     @contextmanager
-    def of(self, ticket: Ticket, engine: Engine) -> Iterator[Engine]:
-        """The engine as this ticket's episode is to use it, while that runs."""
+    def of(self, ticket: Ticket, engine: Engine, is_begun: bool = False) -> Iterator[Engine]:
+        """The engine as this ticket's episode is to use it, while that runs. is_begun: by another actor."""
         age, num = self._groups.get(ticket.group_id) or (next(self._ages), 0)
         self._groups[ticket.group_id] = age, num + 1
-        urgent = ticket.mode is Mode.EVAL or ticket.attempt > 0
+        urgent = ticket.mode is Mode.EVAL or ticket.attempt > 0 or is_begun
         try:
             yield _Queued(engine, (age - GROUPS if urgent else age) * TURNS)
         finally:

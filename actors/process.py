@@ -73,6 +73,7 @@ def run_actor(settings: Settings, index: int) -> None:
         checkpoint_shapes(model)  # a bad path is told before anything slow starts
         renderer = Renderer.load(model, settings.model.tool_format)
         environments = make_environments(settings)
+        _tell_bounds(environments, settings.sampling.max_turns)
         seed = (settings.run.seed * 1009 + index) % 2**31
         status.engine = RestartingEngine(
             lambda: VllmEngine.start(model, settings.actor, seed),
@@ -97,6 +98,16 @@ def make_environments(settings: Settings) -> dict[str, Environment]:
         return {section.name: create_environment(section.name, section.options) for section in settings.environments}
     except ErgonEnvError as error:
         raise ErgonError(str(error)) from error
+
+
+def _tell_bounds(environments: Mapping[str, Environment], max_turns: int) -> None:
+    """Whose own bound is lower than the run's."""
+    for environment in environments.values():
+        if environment.max_turns < max_turns:
+            logger.info(
+                "the environment has fewer turns than the run allows environment=%s max_turns=%d sampling.max_turns=%d",
+                *(environment.name, environment.max_turns, max_turns),
+            )
 
 
 async def _serve(
@@ -148,7 +159,8 @@ async def _serve(
         if not await _connected(client, stop):
             return
         ends = (client.tickets, client.sender, engine, weights)
-        actor = Actor(actor_id, *ends, renderer, environments, settings.actor, settings.thinking, gateway)
+        staleness = settings.learner.max_staleness
+        actor = Actor(actor_id, *ends, renderer, environments, settings.actor, settings.thinking, gateway, staleness)
         await actor.run(stop)
 
 

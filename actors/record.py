@@ -66,6 +66,19 @@ class Record:
         """The trajectory's segments, at least one; the last is the one that grows, unless nothing was sampled in it."""
         return (*self.ended, self._segment()) if self.runs or not self.ended else tuple(self.ended)
 
+    def all_segments(self) -> tuple[Segment, ...]:
+        """Those of an unfinished episode: the last is the one that grows, whatever is in it."""
+        return (*self.ended, self._segment())
+
+    def take_up(self, segments: Sequence[Segment]) -> None:
+        """Of a fresh record: go on after these segments of an unfinished episode. What their messages were is not
+        known, and nobody but a reference policy asks."""
+        *ended, last = segments
+        self.ended = ended
+        self.ids, self.mask = last.token_ids_T.tolist(), last.loss_mask_T.tolist()
+        self.logprobs, self.runs = last.logprobs_T.tolist(), list(last.version_runs)
+        self.num_sampled = sum(segment.num_sampled for segment in segments)
+
     def _segment(self) -> Segment:
         return Segment(
             np.asarray(self.ids, np.int32),

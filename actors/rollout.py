@@ -6,7 +6,7 @@ the infrastructure's fault (sandbox, engine) raises instead, so that the ticket 
 
 Out of time is the episode at its ticket's deadline, or with a turn that takes longer than a turn may, sampling and
 tools together. A tool call that does is no end: its environment answers it with an error, and the episode goes on.
-How a turn is sampled is the sampler's. Never leases, sends or adopts.
+How a turn is sampled is the sampler's, and what an interrupted episode is handover.py's. Never leases, sends or adopts.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import numpy as np
 
 from actors import metrics
 from actors.engine import Engine, EngineDeadError
+from actors.handover import SNAPSHOT_LIMIT_S, EpisodeInterruptedError, HandoverError, make_partial, take_up
 from actors.record import Record
 from actors.renderer import Renderer
 from actors.sampler import InfraFailureError as InfraFailureError
 from actors.sampler import Sampler, Turn
 from broker.process.thinking_settings import ThinkingSection
+from broker.protocol.partials import Partial
 from broker.protocol.trajectory import MAX_SEGMENTS, Mode, Outcome, Ticket, Trajectory, TrajectoryHead
 from envs.interface import (
     Action,
@@ -64,13 +66,17 @@ async def run_episode(
     thinking: ThinkingSection = NO_BUDGETS,
     turn_timeout_s: float | None = None,
     gateway: Gateway | None = None,
+    begun: Partial | None = None,
+    interrupt: asyncio.Future[None] | None = None,
 ) -> Trajectory:
     """Run the ticket's episode to its end, within `ticket.deadline_s` seconds plus the time that grading takes.
 
     max_model_len: tokens the engine takes at most, prompt and answer together. thinking: the run's rules for budgets.
     turn_timeout_s: seconds one turn may take, None for as long as the episode. gateway: where episodes that drive
-    themselves reach the policy; they are its to run. Raises InfraFailureError, and EngineDeadError where no further
-    episode can run either; cancelling it ends the request and closes the sandbox.
+    themselves reach the policy; they are its to run. begun: what another actor has begun of it, to go on with.
+    interrupt: once it is done, an episode whose environment has snapshots is left where it is. Raises
+    EpisodeInterruptedError with what it is then, HandoverError where that cannot be said; InfraFailureError, and
+    EngineDeadError where no further episode can run either; cancelling it ends the request and closes the sandbox.
     """
     if environment.self_driven:
         if gateway is None:
@@ -78,11 +84,16 @@ async def run_episode(
         return await gateway.run_episode(ticket, environment, actor_id)
     started = time.monotonic()
     deadline = started + ticket.deadline_s
-    sampler = Sampler(ticket, engine, renderer, thinking, max_model_len, deadline)
-    rollout = _Rollout(ticket, environment, sampler, renderer, max_model_len, deadline, turn_timeout_s)
-    outcome, reward = await rollout.run()
+    if not environment.snapshots or ticket.mode is Mode.REFERENCE:  # a reference policy has a state of its own
+        begun = interrupt = None
+    sampler = Sampler(ticket, engine, renderer, thinking, max_model_len, deadline, interrupt)
+    rollout = _Rollout(ticket, environment, sampler, renderer, max_model_len, deadline, turn_timeout_s, interrupt)
+    ended = await rollout.run(begun)
     record, account = rollout.record, sampler.account
-    total_s = time.monotonic() - started
+    total_s = time.monotonic() - started + rollout.spent_s
+    if isinstance(ended, bytes):
+        raise EpisodeInterruptedError(make_partial(record, sampler, total_s, ended))
+    outcome, reward = ended
     head = TrajectoryHead(
         ticket=ticket,
         kind=rollout.kind,
@@ -103,6 +114,10 @@ async def run_episode(
     return Trajectory(head, record.segments())
 
 
+class _InterruptedError(Exception):
+    """The episode is to be left where it is."""
+
+
 class _Rollout:
     """The act of running one ticket; single use."""
 
@@ -115,8 +130,10 @@ class _Rollout:
         max_model_len: int,
         deadline: float,
         turn_timeout_s: float | None,
+        interrupt: asyncio.Future[None] | None,
     ) -> None:
         self.record = Record()
+        self.spent_s = 0.0  # of the deadline, by another actor
         self.sampler = sampler
         self.kind = ""
         self._ticket = ticket
@@ -126,13 +143,18 @@ class _Rollout:
         self._deadline = self._episode_deadline = deadline  # of what is being done; of the episode
         self._turn_timeout_s = turn_timeout_s
         self._reference: ReferencePolicy | None = None
+        self._interrupt = interrupt
 
-    async def run(self) -> tuple[Outcome, Reward]:
-        """Start, act, grade, close; always in this order, and close whatever happens."""
+    async def run(self, begun: Partial | None) -> tuple[Outcome, Reward] | bytes:
+        """Start, act, grade, close; always in this order, and close whatever happens. The environment's snapshot where
+        it was interrupted. begun: go on with it instead of starting."""
         episode: Episode | None = None
         try:
-            episode = self._open_episode()
-            outcome = await self._act_out(episode)
+            if begun is not None:
+                episode = await self._restore(begun)
+            is_begun = episode is not None
+            episode = episode or self._open_episode()
+            outcome = await self._act_out(episode, is_begun)
             # Also a partial state has a grade: an episode cut short is a fact about the policy, not a failure.
             reward = await self._timed(episode.grade(), GRADE_LIMIT_S)
             check_reward(reward)
@@ -140,6 +162,9 @@ class _Rollout:
             raise
         except SandboxError as error:
             raise InfraFailureError(f"sandbox: {error}") from error
+        except _InterruptedError:
+            assert episode is not None
+            return await self._snapshot(episode)
         except Exception:
             # Whatever else leaves an environment is its own failure, on purpose or not.
             logger.exception("environment failed ticket=%s task=%s", self._ticket.ticket_id, self._ticket.task)
@@ -151,10 +176,38 @@ class _Rollout:
                 await close_episode(episode, self._ticket)
         return outcome, reward
 
-    def _open_episode(self) -> Episode:
+    def _task(self) -> Task:
         ref = self._ticket.task
-        task: Task = self._environment.task(ref.split, ref.index)  # type: ignore[arg-type]  # the environment checks it
+        task = self._environment.task(ref.split, ref.index)  # type: ignore[arg-type]  # the environment checks it
         self.kind = task.kind
+        return task
+
+    async def _restore(self, begun: Partial) -> Episode | None:
+        """The episode that another actor has begun; None where it cannot be gone on with, and begins anew."""
+        try:
+            episode = await self._timed(self._environment.restore(self._task(), begun.snapshot))
+        except SandboxError:
+            raise
+        except Exception as error:  # noqa: BLE001  the bytes are a stranger's, and the environment is its author's
+            metrics.handovers.labels("unreadable").inc()
+            self.record.tool_s = 0.0
+            logger.warning("a partial begins anew ticket=%s reason=%s", self._ticket.ticket_id, error)
+            return None
+        take_up(begun, self.record, self.sampler)
+        self.spent_s = begun.head.total_s
+        self._episode_deadline -= self.spent_s
+        self._deadline = self._episode_deadline
+        metrics.handovers.labels("resumed").inc()
+        return episode
+
+    async def _snapshot(self, episode: Episode) -> bytes:
+        try:
+            return await within(episode.snapshot(), SNAPSHOT_LIMIT_S)
+        except Exception as error:
+            raise HandoverError(f"no snapshot: {error}") from error
+
+    def _open_episode(self) -> Episode:
+        task = self._task()
         if self._ticket.mode is Mode.REFERENCE:
             self._reference = self._environment.demonstrator(task)
         episode = self._environment.episode(task)
@@ -164,16 +217,19 @@ class _Rollout:
             )
         return episode
 
-    async def _act_out(self, episode: Episode) -> Outcome:
+    async def _act_out(self, episode: Episode, is_begun: bool) -> Outcome:
         """Turn after turn until something ends the episode; says what."""
         try:
-            first = await self._timed(episode.start())
-            self.record.begin(self._opening(first), first)
+            if not is_begun:
+                first = await self._timed(episode.start())
+                self.record.begin(self._opening(first), first)
             while True:
+                if self._interrupt is not None and self._interrupt.done():
+                    raise _InterruptedError
                 outcome, observation = await self._turn(episode)
                 if outcome is not None:
                     return outcome
-                if self.record.num_turns == self._ticket.sampling.max_turns:
+                if self.record.num_turns >= min(self._ticket.sampling.max_turns, self._environment.max_turns):
                     return Outcome.TRUNCATED_TURNS
                 if not self._take(observation):
                     return Outcome.TRUNCATED_TOKENS
@@ -228,6 +284,8 @@ class _Rollout:
         if turn is None or turn.finish == "length":
             return Outcome.TRUNCATED_TOKENS, Observation()
         if turn.finish == "abort":
+            if sampler.unfinished is not None:
+                raise _InterruptedError
             return self._out_of_time(), Observation()
         text = self._renderer.text(turn.ids)
         record.messages.append(Message("assistant", text))

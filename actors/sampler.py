@@ -18,7 +18,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from actors.engine import Engine, EngineDeadError, FinishReason, Sample
 from actors.renderer import Renderer
@@ -108,10 +108,13 @@ class Sampler:
         max_model_len: int,
         deadline: float,
         cut: asyncio.Event | None = None,
+        interrupt: asyncio.Future[None] | None = None,
     ) -> None:
         """max_model_len: tokens the engine takes at most, prompt and answer together. deadline: see below. cut: once
-        it is set, requests are aborted, too."""
+        it is set, requests are aborted, too. interrupt: once it is done, turns are left unfinished."""
         self.account = Account()
+        self.unfinished: Turn | None = None
+        """The turn that was interrupted, in this sampler or in the one before it; the next `turn` goes on with it."""
         self.deadline = deadline
         """When requests are aborted, by time.monotonic(); the episode's, or that of the turn."""
         self.thinking = Thinking(thinking, renderer)
@@ -123,11 +126,14 @@ class Sampler:
         self._limit = thinking.limit(self._budget)
         self._num_requests = 0
         self._cut_now = cut
+        self._interrupt = interrupt
+        self._interrupted = False
 
     async def turn(
         self, trace: Trace, text: str | None = None, *, opening: Sequence[int] = (), most: int | None = None
     ) -> Turn | None:
-        """Sample the next turn, or write `text`, a reference policy's; None where there is no room for a token.
+        """Sample the next turn, or write `text`, a reference policy's; None where there is no room for a token. One
+        that ends with "abort" and is `unfinished` was interrupted, otherwise it has run out of time or was cut.
 
         opening: tokens that the actor begins the turn with; such a turn does not think where its thinking is limited,
         or opened for it. most: thinking tokens that it may have at most, whatever the ticket allows. Raises
@@ -136,16 +142,20 @@ class Sampler:
         allowed = self._allowed(most)
         if opening and (allowed is not None or self._header(trace, None)[1]):
             allowed = 0
-        header, is_open = self._header(trace, allowed)
-        header = [*header, *opening]
-        if self._room(trace, 0, len(header)) <= 0:
+        turn, self.unfinished = self.unfinished or self._begin(trace, allowed, opening), None
+        if turn is None:
             return None
-        trace.add_context(header, ())
         ends = self.thinking, self._renderer
-        script = None if text is None else Script(*ends, text, allowed, is_open, self._kept(most))
-        turn, thought = Turn(is_open), Thought([], is_open)
+        script = None if text is None else Script(*ends, text, allowed, turn.began_open, self._kept(most))
+        thought = self.thinking.find(turn.ids, turn.began_open)
         self._num_requests = 0
         while (room := self._room(trace, turn.num_sampled)) > 0:
+            if thought.is_open and allowed is not None and _spent(turn, thought) >= allowed:
+                if self._room(trace, turn.num_sampled, len(self.thinking.stop_ids)) <= 0:
+                    break  # nothing could be answered any more
+                self._stop_thinking(trace, turn, script)
+                thought = thought._replace(is_open=False)
+                continue
             stop = self._renderer.stop_token_ids
             if allowed and (thought.is_open or not turn.ids):
                 of_tag = 0 if thought.is_open else self.thinking.num_open_tokens
@@ -158,14 +168,21 @@ class Sampler:
             turn.extend(sample.token_ids_N.tolist(), True)
             if self._ends(turn, sample, room):
                 break
-            if thought.is_open and allowed is not None and _spent(turn, thought) >= allowed:
-                if self._room(trace, turn.num_sampled, len(self.thinking.stop_ids)) <= 0:
-                    break  # nothing could be answered any more
-                self._stop_thinking(trace, turn, script)
-                thought = thought._replace(is_open=False)
-        spent = _spent(turn, self.thinking.find(turn.ids, turn.began_open))
-        self.account.book(spent, self._budget, self.thinking.settings.per)
+        if turn.finish == "abort" and self._interrupted:
+            self.unfinished = turn  # its thinking is booked when it ends
+        else:
+            spent = _spent(turn, self.thinking.find(turn.ids, turn.began_open))
+            self.account.book(spent, self._budget, self.thinking.settings.per)
         return turn
+
+    def _begin(self, trace: Trace, allowed: int | None, opening: Sequence[int]) -> Turn | None:
+        """A new turn, whose header and opening are in the trace; None where there is no room for a token after them."""
+        header, is_open = self._header(trace, allowed)
+        header = [*header, *opening]
+        if self._room(trace, 0, len(header)) <= 0:
+            return None
+        trace.add_context(header, ())
+        return Turn(is_open)
 
     def _ends(self, turn: Turn, sample: Sample, num_asked: int) -> bool:
         """Whether the turn is over with this sample, which it has already."""
@@ -244,8 +261,8 @@ class Sampler:
             trace.model_s += time.monotonic() - started
 
     async def _generate(self, trace: Trace, max_tokens: int, stop_token_ids: Sequence[int]) -> Sample:
-        """Sample on; at the deadline, or once it is cut, the request is aborted and what it has sampled is kept (finish
-        "abort")."""
+        """Sample on; at the deadline, once it is cut, or where it is interrupted, the request is aborted and what it has
+        sampled is kept (finish "abort")."""
         ticket = self._ticket
         request_id = f"{ticket.ticket_id}.{ticket.attempt}.{trace.num_turns}"
         if self._num_requests:
@@ -256,10 +273,15 @@ class Sampler:
         )
         cutting = [asyncio.ensure_future(self._cut_now.wait())] if self._cut_now else []
         try:
+            ended: set[asyncio.Future[Any]] = {request, *cutting}
+            if self._interrupt is not None:
+                ended.add(self._interrupt)
             left_s = max(0.0, self.deadline - time.monotonic())
             timeout = left_s if left_s < float("inf") else None
-            await asyncio.wait({request, *cutting}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ended, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             aborted = not request.done()
+            in_time = time.monotonic() < self.deadline
+            self._interrupted = in_time and self._interrupt is not None and self._interrupt.done()
             while not request.done():
                 # Repeated, because an engine ignores the id of a request that has not reached it yet.
                 await self._engine.abort(request_id)

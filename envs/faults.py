@@ -55,10 +55,22 @@ class FaultInjector:
     def __init__(self, profile: FaultProfile, seed: str) -> None:
         self._profile = profile
         self._random = random.Random(f"faults|{seed}")
-        self._in_a_row = 0
+        self._in_a_row = self._num_drawn = 0
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """How many were drawn, and how many of the last ones in a row went wrong."""
+        return self._num_drawn, self._in_a_row
+
+    def go_to(self, num_drawn: int, num_in_a_row: int) -> None:
+        """Of a fresh injector: be where another one of its seed was at this position."""
+        for _ in range(4 * num_drawn):
+            self._random.random()
+        self._num_drawn, self._in_a_row = num_drawn, num_in_a_row
 
     def draw(self) -> Fault:
         """The next call's fault. Always four random numbers, so that what one call met does not shift the others'."""
+        self._num_drawn += 1
         which, status, keep, slow = (self._random.random() for _ in range(4))
         profile = self._profile
         delay_s = round(slow / profile.slow * profile.slow_s, 1) if slow < profile.slow else 0.0

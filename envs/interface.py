@@ -36,6 +36,10 @@ class SandboxError(ErgonEnvError):
     """The sandbox could not be made or died: infrastructure (outcome `infra_failure`), so the ticket is retried."""
 
 
+class SnapshotError(ErgonEnvError):
+    """An episode's state cannot be put into bytes, or these bytes are no state of an episode of this task."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tool:
     """A tool as the policy is told of it. `parameters` is a JSON schema of type object."""
@@ -129,6 +133,13 @@ class Episode(ABC):
     async def close(self) -> None:
         """Release everything; idempotent."""
 
+    async def snapshot(self) -> bytes:
+        """Optional, between two turns: the whole state, for `Environment.restore` of any process. Changes nothing.
+
+        Raises SnapshotError where it cannot be said: what only a running process knows, for example.
+        """
+        raise SnapshotError(f"a {type(self).__name__} cannot say its state")
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
@@ -176,12 +187,15 @@ class Environment(ABC):
     """A family of tasks with tools. Shared by all episodes of a process, so stateless or locked.
 
     self_driven: its episodes are of the second kind, SelfDrivenEpisode, and need an endpoint. max_turns: how many turns
-    an episode may need; what plays an episode allows so many unless told otherwise.
+    an episode may need. An actor allows so many, or the run's `sampling.max_turns` where that is less, and grades the
+    episode then as it stands; what else plays an episode allows so many unless told otherwise. snapshots: whether
+    `Episode.snapshot` and `restore` are there, so that an actor that is told to stop can hand its episodes over.
     """
 
     name: str
     self_driven: bool = False
     max_turns: int = 8
+    snapshots: bool = False
 
     @property
     @abstractmethod
@@ -195,6 +209,15 @@ class Environment(ABC):
     @abstractmethod
     def episode(self, task: Task) -> Episode | SelfDrivenEpisode:
         """A fresh episode of the task, of the kind that `self_driven` says."""
+
+    async def restore(self, task: Task, snapshot: bytes) -> Episode:
+        """An episode of the task that goes on where the one stood whose state these bytes are, `start` being done: the
+        same actions have the same answers and the same grade.
+
+        The bytes come from another machine and may be anything: they are checked in every field, and never unpickled.
+        Raises SnapshotError for what is not a state of this task, and SandboxError.
+        """
+        raise SnapshotError(f"the environment {self.name!r} restores no episodes")
 
     @abstractmethod
     def reference(self, task: Task) -> ReferencePolicy:

@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from envs.interface import Action, Environment, Message, ReferencePolicy, Reward, Split, Task
+from envs.interface import Action, Environment, Episode, Message, ReferencePolicy, Reward, Split, Task
 from envs.tools import ToolEpisode, ToolSet
 
 TOWNS = (
@@ -58,6 +58,7 @@ class SignpostsEnvironment(Environment):
     """
 
     name = "signposts"
+    snapshots = True
     tools = NO_TOOLS.tools
 
     def __init__(
@@ -92,6 +93,10 @@ class SignpostsEnvironment(Environment):
     def episode(self, task: Task) -> SignpostsEpisode:
         """A fresh attempt."""
         return SignpostsEpisode(task, self._tags[1])
+
+    async def restore(self, task: Task, snapshot: bytes) -> Episode:
+        """See Environment."""
+        return self.episode(task).restored(snapshot)
 
     def reference(self, task: Task) -> ReferencePolicy:
         """Solves the task by thinking."""

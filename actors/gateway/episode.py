@@ -37,8 +37,8 @@ END_LIMIT_S = 30.0
 class Door(Protocol):
     """What an episode needs of the gateway."""
 
-    def open(self, ticket: Ticket, reference: ReferencePolicy | None) -> Session:
-        """Let the calls of an episode in."""
+    def open(self, ticket: Ticket, reference: ReferencePolicy | None, max_turns: int | None = None) -> Session:
+        """Let the calls of an episode in, with no more turns than this and the ticket's."""
         ...
 
     def endpoint(self, session: Session, deadline: float) -> Endpoint:
@@ -122,7 +122,8 @@ class _Drive:
         task = self._environment.task(ref.split, ref.index)  # type: ignore[arg-type]  # the environment checks it
         self.kind = task.kind
         is_reference = self._ticket.mode is Mode.REFERENCE
-        self.session = self._door.open(self._ticket, self._environment.demonstrator(task) if is_reference else None)
+        demonstrator = self._environment.demonstrator(task) if is_reference else None
+        self.session = self._door.open(self._ticket, demonstrator, self._environment.max_turns)
         episode = self._environment.episode(task)
         if not isinstance(episode, SelfDrivenEpisode):
             raise TypeError(f"{self._environment.name!r} made a {type(episode).__name__}, and says it is self_driven")

@@ -114,11 +114,12 @@ class Gateway:
         host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         return f"http://{host}:{self._port}/v1"
 
-    def open(self, ticket: Ticket, reference: ReferencePolicy | None) -> Session:
-        """Let an episode's calls in; the reference policy answers them where there is one, the engine otherwise."""
+    def open(self, ticket: Ticket, reference: ReferencePolicy | None, max_turns: int | None = None) -> Session:
+        """Let an episode's calls in; the reference policy answers them where there is one, the engine otherwise.
+        max_turns: the environment's bound beside the ticket's, None for none."""
         ends = (self._renderer, self._interpreter)
         voice = Voice(ticket, self._engine, *ends, self._max_model_len, reference)
-        session = Session(ticket, voice, *ends, self._settings, self._max_model_len)
+        session = Session(ticket, voice, *ends, self._settings, self._max_model_len, max_turns)
         self._sessions[_hash(session.key)] = session
         self._reports[_hash(session.report_key)] = session
         return session

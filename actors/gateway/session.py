@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 
 from actors import metrics
@@ -39,6 +40,7 @@ class Session:
     """Of one episode, from before its program starts until after it has ended; single use.
 
     key, report_key: what calls and reports must bring. failure: what makes the episode void, once `failed` is set.
+    max_turns: the environment's bound beside the ticket's, None for none.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Session:
         interpreter: Interpreter,
         settings: GatewaySection,
         max_model_len: int,
+        max_turns: int | None = None,
     ) -> None:
         self.key = f"sk-ergon-{secrets.token_urlsafe(32)}"
         self.report_key = f"rk-ergon-{secrets.token_urlsafe(32)}"
@@ -65,7 +68,9 @@ class Session:
         self._renderer = renderer
         self._interpreter = interpreter
         self._settings = settings
-        self._budget = Budget(ticket.sampling, max_model_len)
+        sampling = ticket.sampling
+        self._max_turns = sampling.max_turns if max_turns is None else min(max_turns, sampling.max_turns)
+        self._budget = Budget(msgspec.structs.replace(sampling, max_turns=self._max_turns), max_model_len)
         self._allowance = Allowance(ticket, interpreter.thinking.settings)
         self._stitcher = Stitcher(renderer, interpreter)
         self._working: dict[asyncio.Task[Answer], asyncio.Event] = {}
@@ -102,7 +107,7 @@ class Session:
     @contextmanager
     def admitted(self) -> Iterator[None]:
         """While a request is read and answered. Raises ApiError for more at once than could ever be answered."""
-        if self._num_open >= self.ticket.sampling.max_turns + SPARE_REQUESTS:
+        if self._num_open >= self._max_turns + SPARE_REQUESTS:
             raise ApiError(
                 429,
                 f"{self._num_open} calls of this episode are open, and the run allows no more turns; wait",

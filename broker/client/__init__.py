@@ -4,15 +4,17 @@
 (who looks after it). The weight channel's ends are in `broker.weights`.
 """
 
-from broker.client.actor import ActorClient, TicketSource, TrajectorySender
+from broker.client.actor import ActorClient
+from broker.client.halves import TicketSource, TrajectorySender
 from broker.client.learner import BrokerStatus, DeadLetter, LearnerClient
 from broker.client.operator import OperatorClient
-from broker.protocol.commands import ReleaseReason, SendStatus
+from broker.protocol.commands import HandoverStatus, ReleaseReason, SendStatus
 
 __all__ = [
     "ActorClient",
     "BrokerStatus",
     "DeadLetter",
+    "HandoverStatus",
     "LearnerClient",
     "OperatorClient",
     "ReleaseReason",

@@ -1,4 +1,4 @@
-"""An actor's side of the experience channel: tickets in, trajectories out, on asyncio.
+"""An actor's side of the experience channel: tickets in, trajectories and partials out, on asyncio.
 
 Owns which leases this process holds and which results are not yet durable; sends them again after every reconnection.
 What is asked and handed in within one turn of the event loop travels together. Never runs an episode. The connection's
@@ -13,20 +13,26 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final, cast, get_args
 
 from broker.client.connection import Connection, ConnectionClosedError
+from broker.client.halves import TicketSource, TrajectorySender
 from broker.client.parcels import Parcels
 from broker.client.tickets import TicketQueue
 from broker.process.lifecycle import ErgonError
 from broker.process.security import OPEN, Security
 from broker.protocol.commands import (
+    OFFER_BYTES,
     Clear,
+    Continue,
     Durable,
     ErrorBody,
+    HandedOver,
+    HandoverStatus,
     Heartbeat,
     Hello,
     Lease,
+    Offer,
     Release,
     Released,
     ReleaseReason,
@@ -39,11 +45,17 @@ from broker.protocol.commands import (
 )
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
+from broker.protocol.partials import Partial, pack_handover, unpack_continue
 from broker.protocol.trajectory import Ticket, Trajectory
 
 log = logging.getLogger(__name__)
 
 RELEASE_TIMEOUT_S = 5.0
+
+SEND_STATUSES: Final = get_args(SendStatus)
+HANDOVER_STATUSES: Final = get_args(HandoverStatus)
+
+Answer = SendStatus | HandoverStatus | int
 
 
 class ActorClient:
@@ -81,15 +93,17 @@ class ActorClient:
             security=security,
         )
         # Guarded by the connection's lock: what `_on_welcome` repeats.
-        self._held: dict[str, Ticket] = {}  # leased, and not yet durable or given back
+        # Leased, and not yet durable or given back; with what another actor has begun of it until it is asked for.
+        self._held: dict[str, Partial | None] = {}
         self._parcels = Parcels()  # results that are not answered
+        self._handovers: dict[str, Message] = {}  # unanswered, by ticket id
         self._releases: dict[str, Message] = {}  # unanswered, by request id
         self._credit = 0  # tickets asked for since HELLO
         self._received = 0  # tickets received since HELLO
         self._epoch = 0  # HELLOs so far
         # On the loop only.
         self._queue = TicketQueue()
-        self._answers: dict[str, asyncio.Future[SendStatus | int]] = {}  # by ticket id or request id
+        self._answers: dict[str, asyncio.Future[Answer]] = {}  # by ticket id or request id
         self._flushing = False  # `_flush` is about to run
         self.tickets = TicketSource(self)
         self.sender = TrajectorySender(self)
@@ -128,6 +142,14 @@ class ActorClient:
         if ticket_id in self.leases:
             await self._queue.withdrawn(ticket_id)
 
+    def take_partial(self, ticket_id: str) -> Partial | None:
+        """What another actor has begun of a ticket that was leased here, once; None where its episode begins anew."""
+        with self._connection.lock:
+            partial = self._held.get(ticket_id)
+            if partial is not None:
+                self._held[ticket_id] = None
+        return partial
+
     async def send(self, trajectory: Trajectory) -> SendStatus:
         """Hand in the result of a ticket; returns when it is durable, however often the broker restarts meanwhile.
         Results of other tickets that are handed in at the same time may share its message, and never its fate.
@@ -149,8 +171,35 @@ class ActorClient:
             with self._connection.lock:
                 self._parcels.discard(ticket_id)
                 self._held.pop(ticket_id, None)
-        assert isinstance(status, str)
-        return status
+        assert status in SEND_STATUSES
+        return cast(SendStatus, status)
+
+    async def hand_over(self, ticket_id: str, partial: Partial) -> HandoverStatus:
+        """Give a lease back, at no cost, with what its episode is so far; another actor may go on with it.
+
+        "kept": that is durable; "refused": the broker has no room, the lease is given back without it; "unwanted": the
+        lease had run out, or the ticket was withdrawn. Waits up to RELEASE_TIMEOUT_S for the broker's answer, and is
+        "unwanted" without one: the lease runs out by itself. Raises ProtocolError where the partial is not well-formed,
+        ErgonError where the connection has ended for good; the lease is held then as before.
+        """
+        message = pack_handover(ticket_id, partial)
+        try:
+            with self._answer(ticket_id) as answer:
+                with self._connection.lock:
+                    self._handovers[ticket_id] = message
+                    self._send(_offered(ticket_id, message))
+                async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                    status = await answer
+        except TimeoutError:
+            log.warning("Handover not answered; the lease will run out. ticket=%s", ticket_id)
+            status = "unwanted"
+        finally:
+            with self._connection.lock:
+                self._handovers.pop(ticket_id, None)
+        with self._connection.lock:
+            self._held.pop(ticket_id, None)
+        assert status in HANDOVER_STATUSES
+        return cast(HandoverStatus, status)
 
     async def release(self, ticket_id: str, reason: ReleaseReason, error: str = "") -> None:
         """Give a lease back: "drain" costs the ticket no attempt, "infra_failure" costs one.
@@ -189,11 +238,11 @@ class ActorClient:
                     self._held.pop(ticket_id, None)
 
     @contextlib.contextmanager
-    def _answer(self, key: str) -> Iterator[asyncio.Future[SendStatus | int]]:
+    def _answer(self, key: str) -> Iterator[asyncio.Future[Answer]]:
         """What the broker will say, over reconnections, of the ticket or request."""
         self._check()
         assert self._loop is not None, "connect() comes first"
-        future: asyncio.Future[SendStatus | int] = self._loop.create_future()
+        future: asyncio.Future[Answer] = self._loop.create_future()
         self._answers[key] = future
         try:
             yield future
@@ -250,7 +299,7 @@ class ActorClient:
         for ticket_id, status in results:
             self._settle(ticket_id, status)
 
-    def _settle(self, key: str, outcome: SendStatus | int | Exception) -> None:
+    def _settle(self, key: str, outcome: Answer | Exception) -> None:
         future = self._answers.get(key)
         if future is None or future.done():
             return
@@ -292,7 +341,8 @@ class ActorClient:
     def _on_welcome(self, _welcome: Message, _first: bool) -> None:
         # Leases first: what the broker granted and this list does not name was lost on the way.
         self._send(self._heartbeat())
-        for message in (*self._parcels.again(), *self._releases.values()):
+        handovers = (_offered(ticket_id, message) for ticket_id, message in self._handovers.items())
+        for message in (*self._parcels.again(), *handovers, *self._releases.values()):
             self._send(message)
         self._credit = self._received = 0
         self._epoch += 1
@@ -300,7 +350,12 @@ class ActorClient:
 
     def _on_message(self, message: Message) -> None:
         if message.command == TicketBody.COMMAND:
-            self._on_tickets(parse_body(message, TicketBody).tickets)
+            self._on_tickets([(ticket, None) for ticket in parse_body(message, TicketBody).tickets])
+        elif message.command == Continue.COMMAND:
+            self._on_tickets([unpack_continue(message)])
+        elif message.command == HandedOver.COMMAND:
+            handed_over = parse_body(message, HandedOver)
+            self._post(self._settle, handed_over.ticket_id, handed_over.status)
         elif message.command == Withdrawn.COMMAND:
             with self._connection.lock:  # a result on its way will be answered
                 ids = [key for key in parse_body(message, Withdrawn).ticket_ids if key not in self._parcels]
@@ -309,7 +364,7 @@ class ActorClient:
         elif message.command == Clear.COMMAND:
             ticket_id = parse_body(message, Clear).ticket_id
             with self._connection.lock:
-                self._send(self._parcels.cleared(ticket_id))
+                self._send(self._handovers.get(ticket_id) or self._parcels.cleared(ticket_id))
         elif message.command == Durable.COMMAND:
             results = parse_body(message, Durable).results
             with self._connection.lock:
@@ -325,13 +380,13 @@ class ActorClient:
         else:
             raise ProtocolError(ErrorCode.UNKNOWN_COMMAND, f"the broker sent {message.command!r:.40} to an actor")
 
-    def _on_tickets(self, tickets: Sequence[Ticket]) -> None:
+    def _on_tickets(self, tickets: Sequence[tuple[Ticket, Partial | None]]) -> None:
         new = []
         with self._connection.lock:
-            for ticket in tickets:
+            for ticket, partial in tickets:
                 if ticket.ticket_id not in self._held:
                     new.append(ticket)
-                self._held[ticket.ticket_id] = ticket
+                    self._held[ticket.ticket_id] = partial
         self._post(self._take, len(tickets), new, self._epoch)
 
     def _on_error(self, body: ErrorBody) -> None:
@@ -351,31 +406,8 @@ class ActorClient:
         self._post(self._fail_waiters, failure)
 
 
-class TicketSource:
-    """Where an actor's loop gets its tickets."""
-
-    def __init__(self, client: ActorClient) -> None:
-        self._client = client
-
-    async def lease(self) -> Ticket:
-        """See ActorClient.lease."""
-        return await self._client.lease()
-
-    async def withdrawn(self, ticket_id: str) -> None:
-        """See ActorClient.withdrawn."""
-        await self._client.withdrawn(ticket_id)
-
-    async def release(self, ticket_id: str, reason: ReleaseReason, error: str = "") -> None:
-        """See ActorClient.release."""
-        await self._client.release(ticket_id, reason, error)
-
-
-class TrajectorySender:
-    """Where an actor's loop puts its trajectories."""
-
-    def __init__(self, client: ActorClient) -> None:
-        self._client = client
-
-    async def send(self, trajectory: Trajectory) -> SendStatus:
-        """See ActorClient.send."""
-        return await self._client.send(trajectory)
+def _offered(ticket_id: str, handover: Message) -> Message:
+    """A large partial is offered first, as a large trajectory is."""
+    if handover.array_bytes <= OFFER_BYTES:
+        return handover
+    return Offer(ticket_id=ticket_id, num_bytes=handover.array_bytes).pack()

@@ -19,6 +19,7 @@ from broker.protocol.codec import read_parcel
 from broker.protocol.commands import parse_body
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message
+from broker.protocol.partials import read_handover
 from broker.protocol.trajectory import Outcome
 
 _INFRA_FAILURE: Final = Outcome.INFRA_FAILURE
@@ -80,6 +81,15 @@ def on_release(peer: Peer, message: Message, _ended: Ended) -> Request:
     return Request(
         ledger.Release(peer.session, body.ticket_ids, body.reason, body.error),
         lambda done: wire.Released(request_id=body.request_id, count=done.count).pack(),
+    )
+
+
+def on_handover(peer: Peer, message: Message, _ended: Ended) -> Request:
+    """A lease given back with what its episode is so far; refused where that is not well-formed."""
+    body = read_handover(message)
+    return Request(
+        ledger.HandOver(peer.session, body.ticket_id, message.array_bytes),
+        lambda done: wire.HandedOver(ticket_id=body.ticket_id, status=done.handover).pack(),
     )
 
 
@@ -159,6 +169,7 @@ HANDLERS: Final[Mapping[str, Callable[[Peer, Message, Ended], Request]]] = {
     wire.Lease.COMMAND: on_lease,
     wire.TrajectoryBody.COMMAND: on_trajectory,
     wire.Release.COMMAND: on_release,
+    wire.Handover.COMMAND: on_handover,
     wire.Resume.COMMAND: on_resume,
     wire.Issue.COMMAND: on_issue,
     wire.Credit.COMMAND: on_credit,

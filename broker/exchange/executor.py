@@ -28,9 +28,12 @@ from broker.ledger.events import (
     Count,
     Deliver,
     Finished,
+    GoOn,
     Grant,
     JournalEnds,
+    JournalPartial,
     JournalResults,
+    PartialLost,
     PeerGone,
     Reply,
     Results,
@@ -42,6 +45,9 @@ from broker.ledger.ledger import Ledger
 from broker.process.settings import BrokerSection
 from broker.protocol import commands as wire
 from broker.protocol.frames import Frame, Message
+from broker.protocol.partials import pack_continue
+from broker.protocol.trajectory import Ticket
+from broker.store.blobs import DamagedError
 from broker.store.journal import Journal, StoreFullError
 
 log = logging.getLogger(__name__)
@@ -77,6 +83,7 @@ class Executor:
             self._journal.ended(),
             self._journal.next_seq(),
             time.monotonic() + grace_s,
+            self._settings.partials_mb << 20,
         )
 
     def close(self) -> None:
@@ -121,7 +128,9 @@ class Executor:
                 case JournalResults():
                     assert isinstance(request.event, Results), "only trajectories are written as results"
                     self.round.write(Write(action, frames, message, len(request.event.results)))
-                case Grant() | Withdraw() | Deliver() | AnnounceDead():
+                case JournalPartial(lost=False):
+                    self.round.write(Write(action, frames))
+                case Grant() | GoOn() | Withdraw() | Deliver() | AnnounceDead():
                     self._post(action)
                 case JournalEnds(rows):
                     self.round.write(Write(action))
@@ -129,7 +138,7 @@ class Executor:
                 case _:
                     self.round.write(Write(action))
 
-    def _post(self, action: Grant | Withdraw | Deliver | AnnounceDead) -> None:
+    def _post(self, action: Grant | GoOn | Withdraw | Deliver | AnnounceDead) -> None:
         peer = self._peers.by_session(action.session)
         if peer is None:
             raise AssertionError(f"the ledger serves session {action.session}, which is not connected")
@@ -138,7 +147,7 @@ class Executor:
                 self.round.outbox.grant(peer.routing, tickets)
             case Withdraw(_, ticket_ids):
                 self.round.outbox.add(peer.routing, wire.Withdrawn(ticket_ids=ticket_ids).pack())
-            case Deliver():
+            case Deliver() | GoOn():
                 self.round.outgoing.append(Outgoing(peer, action))
             case AnnounceDead(_, ticket_id, group_id, mode, error):
                 letter = wire.Dead(ticket_id=ticket_id, group_id=group_id, mode=mode, error=error)
@@ -227,6 +236,9 @@ class Executor:
             for peer, item in told.outgoing:
                 if self._peers.get(peer.routing) is not peer:
                     continue  # that connection has ended
+                if isinstance(item, GoOn):
+                    yield peer.routing, self._continued(item.ticket)
+                    continue
                 if isinstance(item, Message):
                     peer.outflow.add(item)
                     continue
@@ -238,3 +250,14 @@ class Executor:
                         if (place := place_of(key)) is not None
                     ]
                 )
+
+    def _continued(self, ticket: Ticket) -> Message:
+        """The ticket with its partial; alone where that is damaged, or was ended by what has happened meanwhile."""
+        parcel = self._journal.partial(ticket.ticket_id)
+        if parcel is not None:
+            try:
+                return pack_continue(ticket, self._journal.load(parcel))
+            except DamagedError as error:
+                log.error("A partial is damaged; its episode begins anew. ticket=%s error=%s", ticket.ticket_id, error)
+                self.execute(Request(PartialLost(ticket.ticket_id)))
+        return wire.TicketBody(tickets=(ticket,)).pack()

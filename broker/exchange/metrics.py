@@ -88,6 +88,13 @@ drift = Gauge(
     ["env", "quantity"],
 )
 drift_alarm = Gauge("ergon_broker_drift_alarm", "1 while any ergon_broker_drift is at least broker.drift_alarm.")
+handovers = Counter(
+    "ergon_broker_handovers_total",
+    "Unfinished episodes: kept (handed over by an actor that drains), refused (no room within broker.partials_mb; the "
+    "episode begins anew), continued (sent to the next actor), damaged (could not be read; the episode begins anew).",
+    ["event"],
+)
+partial_bytes = Gauge("ergon_broker_partial_bytes", "Bytes of the unfinished episodes that wait to be continued.")
 issued = Counter("ergon_broker_issued_total", "Tickets issued.")
 acked = Counter("ergon_broker_acked_total", "Trajectories and dead letters acked by the learner.")
 cancelled = Counter("ergon_broker_cancelled_total", "Tickets cancelled.")
@@ -126,6 +133,10 @@ COUNTS: Final = {
     "expired": leases.labels("expired"),
     "released_drain": leases.labels("drain"),
     "released_infra_failure": leases.labels("infra_failure"),
+    "handover_kept": handovers.labels("kept"),
+    "handover_refused": handovers.labels("refused"),
+    "continued": handovers.labels("continued"),
+    "partial_damaged": handovers.labels("damaged"),
     "issued": issued,
     "acked": acked,
     "cancelled": cancelled,
@@ -174,8 +185,8 @@ def observe_drift(drifts: Mapping[tuple[str, str], float], threshold: float) -> 
     drift_alarm.set(any(value >= threshold for value in drifts.values()))
 
 
-def observe(status: StatusReply, on_hold: bool, num_bytes: int) -> None:
-    """Set the gauges."""
+def observe(status: StatusReply, on_hold: bool, num_bytes: int, num_partial_bytes: int) -> None:
+    """Set the gauges. num_bytes: of the store."""
     for state, by_mode in status.tickets.items():
         for mode, num in by_mode.items():
             tickets.labels(state, mode).set(num)
@@ -184,3 +195,4 @@ def observe(status: StatusReply, on_hold: bool, num_bytes: int) -> None:
     store_full.set(status.full)
     leases_on_hold.set(on_hold)
     store_bytes.set(num_bytes)
+    partial_bytes.set(num_partial_bytes)

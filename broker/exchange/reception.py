@@ -99,7 +99,7 @@ class Reception:
             self.admission.offer(routing, offer.ticket_id, offer.num_bytes)
         else:
             self._executor.execute(HANDLERS[message.command](peer, message, self), routing, frames, message)
-            if spec.body is wire.TrajectoryBody and self.admission.num_bytes:
+            if spec.body in (wire.TrajectoryBody, wire.Handover) and self.admission.num_bytes:
                 self.admission.arrived(routing, about(message))
 
     # --- HELLO

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from broker.exchange.outbox import Outbox
 from broker.exchange.peers import Peer
-from broker.ledger.events import Deliver
+from broker.ledger.events import Deliver, GoOn
 from broker.protocol.frames import Frame, Message
 from broker.store.journal import JournalAction
 
@@ -23,10 +23,11 @@ class Write(NamedTuple):
 
 
 class Outgoing(NamedTuple):
-    """What the learner is to get over this connection of its: results of the store, or a message in their order."""
+    """What a peer is to get over this connection of its: the learner results of the store, or a message in their order;
+    an actor a partial of the store."""
 
     peer: Peer
-    item: Deliver | Message
+    item: Deliver | GoOn | Message
 
 
 @dataclass(slots=True)

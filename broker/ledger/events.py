@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from broker.protocol.commands import ReleaseReason, SendStatus, TicketState
+from broker.protocol.commands import HandoverStatus, ReleaseReason, SendStatus, TicketState
 from broker.protocol.trajectory import Mode, Outcome, Ticket
 
 
@@ -85,6 +85,22 @@ class Release:
     ticket_ids: tuple[str, ...]
     reason: ReleaseReason
     error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """A lease given back with a partial, whose arrays have `num_bytes`."""
+
+    session: str
+    ticket_id: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartialLost:
+    """The stored partial of a leased ticket cannot be read: its episode is run from the start."""
+
+    ticket_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +197,8 @@ Event = (
     | Renew
     | Results
     | Release
+    | HandOver
+    | PartialLost
     | PeerGone
     | LearnerJoined
     | Resume
@@ -223,6 +241,16 @@ class JournalResults:
 
     source: str
     rows: tuple[TakenRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JournalPartial:
+    """Write the message that the event brought: it is the partial of this ticket now; or, where it is `lost`, that the
+    ticket has none. A result, a new attempt and the end of the ticket end its partial, too."""
+
+    seq: int
+    ticket_id: str
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +307,14 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True)
+class GoOn:
+    """Send the ticket to this actor, with the journal's partial."""
+
+    session: str
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
 class Withdraw:
     """Tell this actor that the results of these tickets are not wanted any more."""
 
@@ -308,12 +344,14 @@ class AnnounceDead:
 @dataclass(frozen=True, slots=True)
 class Reply:
     """Answer the event's sender once the journal is durable: a count (with `returned` for a Resume, and (ticket id,
-    reason) of what was `refused` to an operator), or the `statuses` of results by ticket, in their order."""
+    reason) of what was `refused` to an operator), the `statuses` of results by ticket, in their order, or what became
+    of a `handover`."""
 
     count: int = 0
     returned: int = 0
     statuses: tuple[tuple[str, SendStatus], ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
+    handover: HandoverStatus = "unwanted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,11 +381,13 @@ class Settle:
 Action = (
     JournalTickets
     | JournalResults
+    | JournalPartial
     | JournalAttempt
     | JournalEnds
     | JournalRecall
     | JournalPurge
     | Grant
+    | GoOn
     | Withdraw
     | Deliver
     | AnnounceDead
@@ -363,7 +403,8 @@ class Restored:
     """One live ticket as the journal has it, for rebuilding the ledger: issued, delivered or dead.
 
     A lease and an assignment are not written: actors name their leases in the next heartbeat, the learner what it holds
-    in the RESUME of its next connection. `result_seq` is the place of a trajectory or dead letter among the results."""
+    in the RESUME of its next connection. `result_seq` is the place of a trajectory or dead letter among the results.
+    `partial_bytes`: of the partial that the next lease begins with, 0 where there is none."""
 
     seq: int
     ticket: Ticket
@@ -371,3 +412,4 @@ class Restored:
     result_seq: int = 0
     source: str = ""
     error: str = ""
+    partial_bytes: int = 0

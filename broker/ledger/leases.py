@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from msgspec.structs import replace
 
@@ -15,8 +16,12 @@ from broker.ledger.events import (
     Action,
     ActorJoined,
     Count,
+    GoOn,
     Grant,
+    HandOver,
     JournalAttempt,
+    JournalPartial,
+    PartialLost,
     Release,
     Renew,
     Reply,
@@ -41,10 +46,13 @@ class Actor:
 
 
 class Leases:
-    """Every lease. `on_hold`: nothing is granted; before `grant_from` neither."""
+    """Every lease. `on_hold`: nothing is granted; before `grant_from` neither. `max_partial_bytes`: of all partials."""
 
-    def __init__(self, table: TicketTable, lease_s: float, max_attempts: int, grant_from: float) -> None:
+    def __init__(
+        self, table: TicketTable, lease_s: float, max_attempts: int, grant_from: float, max_partial_bytes: int
+    ) -> None:
         self.on_hold = False
+        self._max_partial_bytes = max_partial_bytes
         self.actors: dict[str, Actor] = {}  # by session
         self._table, self._lease_s, self._max_attempts, self._grant_from = table, lease_s, max_attempts, grant_from
         self._session_of: dict[str, str] = {}  # by actor id
@@ -104,6 +112,7 @@ class Leases:
             return []
         num, expires_at = 0, now + self._lease_s
         granted: dict[str, list[Ticket]] = {}
+        going_on: list[Action] = []
         while waiting and (entry := table.pop_issued()) is not None:
             session = next(iter(waiting))
             actor = self.actors[session]
@@ -115,14 +124,18 @@ class Leases:
             actor.leases.add(entry.ticket.ticket_id)
             table.lease(entry, "grant", session, expires_at)
             num += 1
-            if session in granted:
+            if entry.partial_bytes:
+                going_on.append(GoOn(session, entry.ticket))
+            elif session in granted:
                 granted[session].append(entry.ticket)
             else:
                 granted[session] = [entry.ticket]
         if not num:
             return []
         grants = [Grant(session, tuple(tickets)) for session, tickets in granted.items()]
-        return [*grants, Count("granted", num)]
+        if going_on:
+            going_on.append(Count("continued", len(going_on)))
+        return [*grants, *going_on, Count("granted", num)]
 
     # --- the life of a lease
 
@@ -169,6 +182,7 @@ class Leases:
         ticket_id, attempt = entry.ticket.ticket_id, entry.ticket.attempt + 1
         entry.ticket = replace(entry.ticket, attempt=attempt)
         entry.error = error
+        self._table.set_partial(entry, 0)  # it may be what made the attempt fail
         if attempt < self._max_attempts:
             self.end(entry, "return")
             return JournalAttempt(entry.seq, ticket_id, attempt, error)
@@ -191,12 +205,39 @@ class Leases:
                 self.end(entry, "return")
             else:
                 actions.append(self._fail(entry, event.error, counts))
-        actor = self.actors.get(event.session)
-        if event.reason == "drain" and actor is not None:
-            # It is stopping: without this the ticket would be leased to the same actor at once.
-            actor.want = actor.granted
-            self._waiting.pop(event.session, None)
+        if event.reason == "drain":
+            self._stops(event.session)
         return [*actions, *totals(counts), Count(f"released_{event.reason}", num), Reply(count=num)]
+
+    def hand_over(self, event: HandOver) -> list[Action]:
+        """A lease given back with what its episode is so far, which is kept where there is room. One that was kept
+        before and cannot be replaced stays: it is the beginning of the same attempt."""
+        entry, table = self._table.entries.get(event.ticket_id), self._table
+        self._stops(event.session)
+        if entry is None or entry.state is not T.LEASED or entry.holder != event.session:
+            return [Reply(handover="unwanted")]
+        actions: list[Action] = []
+        kept = table.partial_bytes - entry.partial_bytes + event.num_bytes <= self._max_partial_bytes
+        if kept:
+            table.set_partial(entry, event.num_bytes)
+            actions.append(JournalPartial(entry.seq, event.ticket_id))
+        self.end(entry, "return")
+        name: Literal["kept", "refused"] = "kept" if kept else "refused"
+        return [*actions, Count("released_drain"), Count(f"handover_{name}"), Reply(handover=name)]
+
+    def partial_lost(self, event: PartialLost) -> list[Action]:
+        """The next lease begins with nothing."""
+        entry = self._table.entries.get(event.ticket_id)
+        if entry is None or not entry.partial_bytes:
+            return []
+        self._table.set_partial(entry, 0)
+        return [JournalPartial(entry.seq, event.ticket_id, lost=True), Count("partial_damaged")]
+
+    def _stops(self, session: str) -> None:
+        """The actor drains: without this a ticket that it gives back would be leased to it again at once."""
+        if (actor := self.actors.get(session)) is not None:
+            actor.want = actor.granted
+            self._waiting.pop(session, None)
 
     def expire(self, now: float) -> list[Action]:
         """Fail the leases that have run out."""

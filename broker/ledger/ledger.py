@@ -26,6 +26,7 @@ from broker.ledger.events import (
     Event,
     Finish,
     Finished,
+    HandOver,
     Hold,
     Issue,
     JournalAttempt,
@@ -33,6 +34,7 @@ from broker.ledger.events import (
     JournalResults,
     JournalTickets,
     LearnerJoined,
+    PartialLost,
     PeerGone,
     Purge,
     Release,
@@ -64,7 +66,7 @@ class Ledger:
     """The ledger of one broker. `restored`, `ended` and `next_seq` come from the journal.
 
     Until `grant_from`, no ticket is granted: after a restart, actors that still run an episode get the chance to say so
-    before it is given to another.
+    before it is given to another. All partials have `max_partial_bytes` of arrays at most.
     """
 
     def __init__(
@@ -75,9 +77,10 @@ class Ledger:
         ended: Mapping[tuple[T, Mode], int] | None = None,
         next_seq: int = 1,
         grant_from: float = float("-inf"),
+        max_partial_bytes: int = 256 << 20,
     ) -> None:
         self._table = TicketTable(restored, ended or {}, next_seq)
-        self._leases = Leases(self._table, lease_s, max_attempts, grant_from)
+        self._leases = Leases(self._table, lease_s, max_attempts, grant_from, max_partial_bytes)
         self._deliveries = Deliveries(self._table)
         self._letters = Letters(self._table, CANCELLED_ERROR)
         self._handlers: Mapping[type, Callable[[Any, float], list[Action]]] = {
@@ -87,6 +90,8 @@ class Ledger:
             Renew: self._leases.renew,
             Results: self._results,
             Release: lambda event, _: self._leases.release(event),
+            HandOver: lambda event, _: self._leases.hand_over(event),
+            PartialLost: lambda event, _: self._leases.partial_lost(event),
             PeerGone: self._peer_gone,
             LearnerJoined: self._learner_joined,
             Resume: lambda event, _: self._deliveries.resume(event),
@@ -114,6 +119,11 @@ class Ledger:
     def actors(self) -> dict[str, Actor]:
         """Actors by session, to be looked at."""
         return self._leases.actors
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of all partials."""
+        return self._table.partial_bytes
 
     def __contains__(self, ticket_id: str) -> bool:
         return ticket_id in self._table.entries

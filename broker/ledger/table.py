@@ -116,6 +116,7 @@ class Entry:
     result_seq: int = 0
     source: str = ""
     error: str = ""
+    partial_bytes: int = 0  # of the partial that the next lease begins with; 0 where there is none
     announced: bool = False  # a dead letter that the learner holds
 
 
@@ -125,6 +126,8 @@ class TicketTable:
     def __init__(self, restored: Iterable[Restored], ended: Mapping[tuple[T, Mode], int], next_seq: int) -> None:
         self.entries: dict[str, Entry] = {}
         self.schedule = Schedule()
+        self.partial_bytes = 0
+        """Of all partials."""
         self._groups: dict[str, Group] = {}
         self._next_seq = next_seq
         self._tallies: dict[Mode, list[int]] = {}  # by state, in the order of _STATES
@@ -138,6 +141,7 @@ class TicketTable:
         for row in restored:
             entry = self._insert(row.seq, row.ticket, row.state)
             entry.result_seq, entry.source, entry.error = row.result_seq, row.source, row.error
+            self.set_partial(entry, row.partial_bytes)
             if row.state is not _ISSUED:
                 self.queue_again(entry)
 
@@ -207,6 +211,8 @@ class TicketTable:
             self.schedule.discard(entry.ticket.ticket_id)
             entry.group.num_issued -= 1
         if step.open_change or step.dead_change:
+            if entry.partial_bytes:  # nobody is to go on with it
+                self.set_partial(entry, 0)
             group = entry.group
             group.num_open += step.open_change
             group.num_dead += step.dead_change
@@ -239,6 +245,8 @@ class TicketTable:
             group.num_issued -= 1
         tally[_DELIVERED_PLACE] += 1
         entry.state, entry.source = _DELIVERED, source
+        if entry.partial_bytes:
+            self.set_partial(entry, 0)
         group.num_open = num_open = group.num_open - 1
         if group.num_issued:  # others of the group wait
             self.schedule.set_missing(ticket.task.env, ticket.group_id, num_open)
@@ -258,6 +266,11 @@ class TicketTable:
         """A lease lasts until `expires_at`, which is not before that of any other."""
         entry.expires_at = expires_at
         self._leases.move_to_end(entry.ticket.ticket_id)
+
+    def set_partial(self, entry: Entry, num_bytes: int) -> None:
+        """The ticket has a partial of so many bytes in the place of the one before, or none."""
+        self.partial_bytes += num_bytes - entry.partial_bytes
+        entry.partial_bytes = num_bytes
 
     def bury(self, entry: Entry) -> None:
         """Forget a dead ticket whose letter was acked."""

@@ -89,7 +89,7 @@ class SamplingSection(Section):
     max_episode_tokens: int = Field(default=128, ge=1)
     """Most tokens the policy may sample in one episode."""
     max_turns: int = Field(default=4, ge=1)
-    """Most turns in one episode."""
+    """Most turns in one episode; an environment that declares fewer (`Environment.max_turns`) has fewer."""
     deadline_s: float = Field(default=120.0, gt=0)
     """Seconds an episode may take before it is graded as it stands (outcome `timeout`)."""
 
@@ -148,6 +148,10 @@ class ActorSection(Section):
     process."""
     drain_s: float = Field(default=20.0, ge=0)
     """After SIGTERM, seconds to finish episodes before their leases are given back."""
+    handover: bool = True
+    """Hand over what is unfinished at the end of `drain_s`, where its environment supports snapshots: the next actor
+    goes on with the same tokens. For this the last 3 s of `drain_s` are used, or its half where it is short. Off: such
+    episodes begin anew."""
 
     @model_validator(mode="after")
     def _check_episodes(self) -> ActorSection:
@@ -184,6 +188,9 @@ class BrokerSection(Section):
     """A message of trajectories whose arrays are larger has them beside the broker's data file, not in it."""
     keep_ended: int = Field(default=1_000_000, ge=0)
     """Ended tickets remembered, the newest ones, at about 150 bytes each; an id that is older may be issued anew."""
+    partials_mb: int = Field(default=256, ge=0)
+    """MiB of unfinished episodes, handed over by actors that drain, that wait to be continued; what finds no room is
+    not kept, and its episode begins anew. 0: none is kept."""
     max_inflight_mb: int = Field(default=512, ge=1)
     """MiB of trajectories on their way to the learner or untaken in its memory, overstepped by one of them at most."""
     max_message_mb: int = Field(default=1024, ge=1, le=1024)

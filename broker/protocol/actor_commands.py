@@ -1,4 +1,4 @@
-"""What actors say and hear: leases, trajectories, and what becomes of them. Owns those bodies, and no state."""
+"""What actors say and hear: leases, trajectories, partials, and what becomes of them. Owns their bodies, no state."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ from typing import Annotated, ClassVar, Final, Literal
 from msgspec import Meta
 
 from broker.protocol.common import MAX_IDS, MAX_TICKETS, Body, Ids, Text
-from broker.protocol.trajectory import MAX_SEGMENTS, Count, Facts, Name, Positive, Ticket, TrajectoryHead, VersionRun
+from broker.protocol.trajectory import (
+    MAX_SEGMENTS,
+    Count,
+    Facts,
+    Name,
+    Positive,
+    Seconds,
+    Ticket,
+    TrajectoryHead,
+    VersionRun,
+)
 
 MAX_ITEMS: Final = 256  # trajectories in one message
 PARCEL_BYTES: Final = 1 << 20  # of arrays; what has more travels alone
-OFFER_BYTES: Final = 1 << 20  # a trajectory with more bytes of arrays is offered before it is sent
+OFFER_BYTES: Final = 1 << 20  # a trajectory, or a partial, with more bytes of arrays is offered before it is sent
+MAX_SNAPSHOT_BYTES: Final = 16 << 20  # of an environment's state in a partial
 
 SendStatus = Literal["accepted", "late", "duplicate", "unwanted"]
 ReleaseReason = Literal["drain", "infra_failure"]
+HandoverStatus = Literal["kept", "refused", "unwanted"]
 
 
 class Lease(Body, frozen=True, kw_only=True):
@@ -98,3 +110,55 @@ class Released(Body, frozen=True, kw_only=True):
     COMMAND: ClassVar[str] = "RELEASED"
     request_id: Name
     count: Count
+
+
+class UnfinishedTurn(Facts, frozen=True, kw_only=True):
+    """The turn that was being sampled: the last `num_tokens` of the last segment, those that the actor wrote into it
+    included. `began_open`: whether thinking was open before the first of them."""
+
+    num_tokens: Count
+    began_open: bool = False
+
+
+class PartialHead(Facts, frozen=True, kw_only=True):
+    """What of an unfinished episode is neither a token nor the environment's. Counts as in TrajectoryHead, of the turns
+    that have ended; `num_forced_stops` counts that of the unfinished turn, too. Seconds: used up, in all, by sampling,
+    by the environment."""
+
+    num_turns: Count = 0
+    num_tool_calls: Count = 0
+    num_malformed: Count = 0
+    num_thinking_tokens: Count = 0
+    num_overrun_tokens: Count = 0
+    num_forced_stops: Count = 0
+    turn: UnfinishedTurn | None = None
+    total_s: Seconds = 0.0
+    model_s: Seconds = 0.0
+    tool_s: Seconds = 0.0
+
+
+class Handover(Body, frozen=True, kw_only=True):
+    """The actor, which drains, gives a lease back at no cost with what its episode is so far. Four arrays follow: those
+    of a parcel of one, and the environment's snapshot |u1."""
+
+    COMMAND: ClassVar[str] = "HANDOVER"
+    ticket_id: Name
+    head: PartialHead
+    segments: Annotated[tuple[SegmentHead, ...], Meta(min_length=1, max_length=MAX_SEGMENTS)]
+
+
+class HandedOver(Body, frozen=True, kw_only=True):
+    """What became of a HANDOVER; `kept`: the partial is durable. See HandoverStatus in PROTOCOL.md."""
+
+    COMMAND: ClassVar[str] = "HANDED_OVER"
+    ticket_id: Name
+    status: HandoverStatus
+
+
+class Continue(Body, frozen=True, kw_only=True):
+    """A ticket, leased to the receiver, whose episode another actor has begun. Arrays as of HANDOVER."""
+
+    COMMAND: ClassVar[str] = "CONTINUE"
+    ticket: Ticket
+    head: PartialHead
+    segments: Annotated[tuple[SegmentHead, ...], Meta(min_length=1, max_length=MAX_SEGMENTS)]

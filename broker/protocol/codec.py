@@ -34,7 +34,12 @@ Parcel = TrajectoryBody | Deliver
 
 def array_bytes(trajectory: Trajectory) -> int:
     """Bytes that its arrays have on the wire."""
-    return TOKEN_BYTES * sum(segment.token_ids_T.size for segment in trajectory.segments)
+    return sum(map(segment_bytes, trajectory.segments))
+
+
+def segment_bytes(segment: Segment) -> int:
+    """Bytes that the arrays of a segment have on the wire."""
+    return TOKEN_BYTES * segment.token_ids_T.size
 
 
 def pack_trajectories(trajectories: Sequence[Trajectory], body: type[Parcel] = TrajectoryBody) -> Message:
@@ -43,7 +48,7 @@ def pack_trajectories(trajectories: Sequence[Trajectory], body: type[Parcel] = T
     items, segments = [], list[Segment]()
     for trajectory in trajectories:
         for index, segment in enumerate(trajectory.segments):
-            _check_shapes(segment, f"{_name(trajectory)}: segment {index}")
+            check_segment_shapes(segment, f"{_name(trajectory)}: segment {index}")
         heads = tuple(
             SegmentHead(num_tokens=segment.token_ids_T.size, version_runs=segment.version_runs)
             for segment in trajectory.segments
@@ -52,7 +57,7 @@ def pack_trajectories(trajectories: Sequence[Trajectory], body: type[Parcel] = T
         segments += trajectory.segments
     content = check(body(items=tuple(items)))
     arrays = tuple(
-        _join([(segment.token_ids_T, segment.loss_mask_T, segment.logprobs_T)[i] for segment in segments], dtype)
+        join_arrays([(segment.token_ids_T, segment.loss_mask_T, segment.logprobs_T)[i] for segment in segments], dtype)
         for i, dtype in enumerate(ARRAY_DTYPES)
     )
     _check_parcel(content, arrays)
@@ -104,12 +109,14 @@ def pick(message: Message, content: Parcel, indexes: Sequence[int]) -> Message:
     ends = list(accumulate(sum(head.num_tokens for head in item.segments) for item in content.items))
     spans = [slice(ends[i - 1] if i else 0, ends[i]) for i in indexes]
     arrays = tuple(
-        _join([array[span] for span in spans], dtype) for array, dtype in zip(message.arrays, ARRAY_DTYPES, strict=True)
+        join_arrays([array[span] for span in spans], dtype)
+        for array, dtype in zip(message.arrays, ARRAY_DTYPES, strict=True)
     )
     return type(content)(items=tuple(content.items[i] for i in indexes)).pack(arrays)
 
 
-def _join(parts: Sequence[Array], dtype: np.dtype[np.generic]) -> Array:
+def join_arrays(parts: Sequence[Array], dtype: np.dtype[np.generic]) -> Array:
+    """One array of this type; what is one already, and of it, is not copied."""
     if len(parts) == 1:
         return parts[0].astype(dtype, copy=False)
     return np.concatenate(parts, dtype=dtype)
@@ -119,8 +126,8 @@ def _name(trajectory: Trajectory) -> str:
     return f"trajectory of ticket {trajectory.ticket.ticket_id}"
 
 
-def _check_shapes(segment: Segment, where: str) -> None:
-    """What only a sender can get wrong: the wire has one length and one type for each array."""
+def check_segment_shapes(segment: Segment, where: str) -> None:
+    """What only a sender can get wrong: the wire has one length and one type for each array. Raises ProtocolError."""
     shape = segment.token_ids_T.shape
     if len(shape) != 1 or shape[0] == 0:
         raise _bad(f"{where}: token_ids has shape {shape}; it must be one-dimensional and not empty")

@@ -124,7 +124,8 @@ class StatusReply(Body, frozen=True, kw_only=True):
         return sum(by_mode.values()) if mode is None else by_mode.get(mode.value, 0)
 
     def total(self, name: str) -> int:
-        """One of the totals: issued, granted, reclaimed, expired, released_drain, released_infra_failure, accepted,
-        late, repeated, duplicate, unwanted, dead, requeued, purged, damaged, cancelled, acked, group_complete,
-        group_short, and outcome_completed and so on. 0 before the first."""
+        """One of the totals: issued, granted, reclaimed, expired, released_drain, released_infra_failure,
+        handover_kept, handover_refused, continued, partial_damaged, accepted, late, repeated, duplicate, unwanted,
+        dead, requeued, purged, damaged, cancelled, acked, group_complete, group_short, and outcome_completed and so
+        on. 0 before the first."""
         return self.totals.get(name, 0)

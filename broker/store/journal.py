@@ -22,6 +22,7 @@ from broker.ledger.events import (
     EndedRow,
     JournalAttempt,
     JournalEnds,
+    JournalPartial,
     JournalPurge,
     JournalRecall,
     JournalResults,
@@ -46,7 +47,9 @@ PROBE_BYTES: Final = 65_536
 FULL_BATCH: Final = 128  # ends in one commit of a full store: some 400 pages, a fifth of the reserve
 _PROBE_KEY: Final = b"probe"
 
-JournalAction = JournalTickets | JournalResults | JournalAttempt | JournalEnds | JournalRecall | JournalPurge
+JournalAction = (
+    JournalTickets | JournalResults | JournalPartial | JournalAttempt | JournalEnds | JournalRecall | JournalPurge
+)
 
 
 class StoreFullError(Exception):
@@ -119,8 +122,8 @@ class Journal:
     # --- writing
 
     def apply(self, action: JournalAction, frames: Sequence[Frame] = ()) -> None:
-        """Write one action into the open transaction. `frames`: the message whose trajectories a JournalResults stores;
-        they must not change until the commit has ended. Raises StoreFullError.
+        """Write one action into the open transaction. `frames`: the message whose trajectories a JournalResults stores,
+        or the partial of a JournalPartial; they must not change until the commit has ended. Raises StoreFullError.
 
         While the disk is full, ends are committed at once and a few at a time: the reserve is small, and what the first
         ones free serves the next."""
@@ -132,8 +135,10 @@ class Journal:
                     self._seen(max(seq for seq, _ in rows))
                 case JournalResults(_, rows) if rows:
                     self._grew = True
-                    self._parcels.put(action, frames)
+                    self._parcels.put(action.source, rows, frames)
                     self._seen(max(row.result_seq for row in rows))
+                case JournalPartial():
+                    self._partial(action, frames)
                 case JournalEnds(rows) if self.reserved:
                     self._end(rows)
                 case JournalEnds(rows):
@@ -142,6 +147,7 @@ class Journal:
                         self.commit()
                 case JournalAttempt():
                     self._tickets.attempt(action)
+                    self._parcels.drop_partial(action.ticket_id)
                     self._seen(action.result_seq)
                 case JournalRecall(seq, ticket_id):
                     self._parcels.drop(ticket_id)
@@ -154,12 +160,20 @@ class Journal:
     def _seen(self, seq: int) -> None:
         self._counters.next_seq = max(self._counters.next_seq, seq + 1)
 
+    def _partial(self, action: JournalPartial, frames: Sequence[Frame]) -> None:
+        if action.lost:
+            self._parcels.drop_partial(action.ticket_id)
+        else:
+            self._grew = True
+            self._parcels.put_partial(action.seq, action.ticket_id, frames)
+
     def _end(self, rows: Sequence[EndedRow]) -> None:
         if not rows:
             return
         drop, source_of, ended = self._parcels.drop, self._tickets.source, []
         for row in rows:
             source = drop(row.ticket_id)
+            self._parcels.drop_partial(row.ticket_id)
             ended.append((row.ticket_id, row.state, source_of(row.seq) if source is None else source))
         self._tickets.remove(rows)
         self._counters.end = self._ended.add(ended, self._counters.end)
@@ -293,8 +307,13 @@ class Journal:
         """Where a live ticket's result lies; None where it has none."""
         return self._parcels.place(ticket_id)
 
+    def partial(self, ticket_id: str) -> int | None:
+        """The parcel that holds a live ticket's partial; None where it has none."""
+        return self._parcels.partial(ticket_id)
+
     def load(self, parcel: int) -> Message:
-        """The stored TRAJECTORY of the results in this parcel, its arrays views of one buffer or file.
+        """The stored TRAJECTORY of the results in this parcel, or the HANDOVER of a partial, its arrays views of one
+        buffer or file.
 
         Raises DamagedError where it is not what was written.
         """
@@ -302,7 +321,7 @@ class Journal:
 
     def live(self) -> Iterator[Restored]:
         """Every live ticket, in the order of issue."""
-        return self._tickets.live(self._parcels.taken(self._tickets.counts()))
+        return self._tickets.live(self._parcels.taken(self._tickets.counts()), self._parcels.partials())
 
     def ended(self) -> dict[tuple[TicketState, Mode], int]:
         """Number of ended tickets by state and mode, forgotten ones included."""

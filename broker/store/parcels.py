@@ -1,7 +1,8 @@
 """The stored trajectories, by the parcel: a row for each message, and a file beside for arrays above a size.
 
 Owns the table `parcels` and the blobs that it names: writing, verified reading, and deleting a parcel once none of its
-results is wanted. Knows in memory where the result of a live ticket lies. Never begins or ends a transaction: the
+results is wanted. A partial is a parcel of its own. Knows in memory where the result or the partial of a live ticket
+lies. Never begins or ends a transaction: the
 journal does, and says here what became of it.
 """
 
@@ -17,7 +18,7 @@ import lmdb
 import msgspec
 import xxhash
 
-from broker.ledger.events import JournalResults, TakenRow
+from broker.ledger.events import TakenRow
 from broker.process.lifecycle import ErgonError
 from broker.protocol.frames import PREAMBLE, Frame, Message, decode
 from broker.store.blobs import Blob, BlobStore, DamagedError
@@ -57,6 +58,7 @@ class Parcels:
         self._blobs = BlobStore(directory, durable)
         self._parcels: dict[int, _Parcel] = {}
         self._places: dict[str, Place] = {}
+        self._partials: dict[str, tuple[int, int]] = {}  # by ticket: its parcel, and the bytes of its arrays
         self._garbage: set[Blob] = set()  # blobs whose rows were deleted
         self._orphans: list[int] = []  # rows found of which no result is wanted
         self.last = 0
@@ -73,6 +75,7 @@ class Parcels:
         result of a live ticket."""
         self._parcels.clear()
         self._places.clear()
+        self._partials.clear()
         self._orphans.clear()
         self.last = last
         for parcel, head, rows in self._scan(counts):
@@ -81,7 +84,10 @@ class Parcels:
                 continue
             self._parcels[parcel] = _Parcel(head.source, head.blob, len(rows))
             for row in rows:
-                self._places[row.ticket_id] = Place(parcel, row.index)
+                if head.partial:
+                    self._partials[row.ticket_id] = parcel, sum(head.sizes[1:])
+                else:
+                    self._places[row.ticket_id] = Place(parcel, row.index)
 
     def open_blobs(self) -> None:
         """At the start: what no row names is room for others, whatever a crash has left there."""
@@ -93,9 +99,13 @@ class Parcels:
         return {
             row.seq: (row.result_seq, head.source)
             for _, head, rows in self._scan(counts)
-            if head is not None
+            if head is not None and not head.partial
             for row in rows
         }
+
+    def partials(self) -> dict[str, int]:
+        """The bytes of the partials, by ticket."""
+        return {ticket_id: num_bytes for ticket_id, (_, num_bytes) in self._partials.items()}
 
     def _scan(self, counts: Counts) -> Iterator[tuple[int, ParcelHead | None, list[TakenRow]]]:
         """Every parcel with those of its rows that count; no head where that cannot be read."""
@@ -113,10 +123,25 @@ class Parcels:
 
     # --- writing
 
-    def put(self, action: JournalResults, frames: Sequence[Frame]) -> None:
-        """Write the message in these frames. Arrays for a file go there from the frames, without a copy.
+    def put(self, source: str, rows: Sequence[TakenRow], frames: Sequence[Frame]) -> None:
+        """Write the message in these frames, whose trajectories are these results of the session `source`. Arrays for a
+        file go there from the frames, without a copy.
 
         Raises OSError or lmdb.Error where there is no room."""
+        parcel = self._write(source, tuple(rows), frames, partial=False)
+        for index, _, _, ticket_id in rows:
+            self._places[ticket_id] = Place(parcel, index)
+            if ticket_id in self._partials:
+                self.drop_partial(ticket_id)
+
+    def put_partial(self, seq: int, ticket_id: str, frames: Sequence[Frame]) -> None:
+        """Write the message in these frames, which is the partial of this ticket in the place of the one before. Raises
+        as `put`."""
+        parcel = self._write("", (TakenRow(0, seq, 0, ticket_id),), frames, partial=True)
+        self.drop_partial(ticket_id)
+        self._partials[ticket_id] = parcel, sum(map(len, frames[2:]))
+
+    def _write(self, source: str, rows: tuple[TakenRow, ...], frames: Sequence[Frame], *, partial: bool) -> int:
         content, blob = frames[1:], None
         sizes = tuple(map(len, content))
         num_bytes = sum(sizes)
@@ -126,7 +151,7 @@ class Parcels:
             blob = self._blobs.add(frames[2:])
             content, num_bytes = frames[1:2], sizes[0]
         self.tried_row_bytes = max(self.tried_row_bytes, num_bytes)
-        head = encode(ParcelHead(action.source, action.rows, sizes, blob))
+        head = encode(ParcelHead(source, rows, sizes, blob, partial))
         parts = (len(head).to_bytes(4, "little"), head, *content)
         digest = xxhash.xxh3_128()
         for part in parts:
@@ -134,29 +159,42 @@ class Parcels:
         self.last = parcel = self.last + 1
         value = b"".join((digest.digest(), *parts))
         self._db.write.put(pack_key(parcel), value, append=True, db=self._db.tables.parcels)
-        self._parcels[parcel] = _Parcel(action.source, blob, len(action.rows))
-        for index, _, _, ticket_id in action.rows:
-            self._places[ticket_id] = Place(parcel, index)
+        self._parcels[parcel] = _Parcel(source, blob, len(rows))
+        return parcel
 
     def drop(self, ticket_id: str) -> str | None:
         """A ticket's result is not wanted any more: whose it was, or None where there is none. Raises lmdb.Error."""
         place = self._places.pop(ticket_id, None)
         if place is None:
             return None
-        parcel = self._parcels[place.parcel]
+        return self._drop(place.parcel).source
+
+    def drop_partial(self, ticket_id: str) -> None:
+        """A ticket's partial, if it has one, is not wanted any more. Raises lmdb.Error."""
+        found = self._partials.pop(ticket_id, None)
+        if found is not None:
+            self._drop(found[0])
+
+    def _drop(self, number: int) -> _Parcel:
+        parcel = self._parcels[number]
         parcel.num_live -= 1
         if not parcel.num_live:
-            del self._parcels[place.parcel]
-            self._db.write.delete(pack_key(place.parcel), db=self._db.tables.parcels)
+            del self._parcels[number]
+            self._db.write.delete(pack_key(number), db=self._db.tables.parcels)
             if parcel.blob is not None:
                 self._garbage.add(parcel.blob)
-        return parcel.source
+        return parcel
 
     # --- reading
 
     def place(self, ticket_id: str) -> Place | None:
         """Where a live ticket's result lies; None where it has none."""
         return self._places.get(ticket_id)
+
+    def partial(self, ticket_id: str) -> int | None:
+        """The parcel of a live ticket's partial; None where it has none."""
+        found = self._partials.get(ticket_id)
+        return None if found is None else found[0]
 
     def load(self, parcel: int) -> Message:
         """The message as it came, its arrays views of one buffer or file. Raises DamagedError.

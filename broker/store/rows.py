@@ -71,12 +71,13 @@ class Counters(msgspec.Struct, array_like=True):
 
 class ParcelHead(msgspec.Struct, frozen=True, array_like=True):
     """What a parcel holds: whose results, from which session, the bytes of its frames (the envelope and each array),
-    and the blob that has the arrays, if one has."""
+    and the blob that has the arrays, if one has. `partial`: it is no result, but what its ticket goes on with."""
 
     source: str
     rows: tuple[TakenRow, ...]
     sizes: tuple[int, ...]
     blob: Blob | None
+    partial: bool = False
 
 
 decode_ticket: Final = msgspec.msgpack.Decoder(Ticket).decode

@@ -88,9 +88,9 @@ class LiveTickets:
                 self._states.discard(row.seq)
                 delete(key, b"", tables.states)
 
-    def live(self, taken: Mapping[int, tuple[int, str]]) -> Iterator[Restored]:
-        """Every live ticket, in the order of issue. `taken`: result_seq and source of the results by seq. Raises
-        ErgonError where a row cannot be read."""
+    def live(self, taken: Mapping[int, tuple[int, str]], partials: Mapping[str, int]) -> Iterator[Restored]:
+        """Every live ticket, in the order of issue. `taken`: result_seq and source of the results by seq. `partials`:
+        bytes of the partials by ticket. Raises ErgonError where a row cannot be read."""
         with self._db.read() as transaction:
             for key, packed in transaction.cursor(db=self._db.tables.tickets):
                 seq = number(key)
@@ -104,7 +104,8 @@ class LiveTickets:
                     yield Restored(seq, ticket, TicketState.DELIVERED, *taken[seq], state.error)
                 else:
                     where = TicketState.DEAD if state.dead else TicketState.ISSUED
-                    yield Restored(seq, ticket, where, state.result_seq, state.source, state.error)
+                    num_bytes = partials.get(ticket.ticket_id, 0)
+                    yield Restored(seq, ticket, where, state.result_seq, state.source, state.error, num_bytes)
 
     def _state(self, transaction: Any, seq: int) -> State:
         if seq not in self._states:

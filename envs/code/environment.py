@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
+from msgspec import Meta
+
 from envs.code.families import FAMILIES
 from envs.code.problem import FUNCTION, Problem, problem, results, same
 from envs.interface import (
@@ -24,12 +27,14 @@ from envs.interface import (
     ReferencePolicy,
     Reward,
     SandboxError,
+    SnapshotError,
     Split,
     Task,
     Tool,
     ToolCall,
 )
 from envs.sandbox import AnySandbox, Limits, SandboxPool
+from envs.snapshots import State, pack, unpack
 from envs.tools import ToolEpisode, ToolError, ToolSet
 from envs.tools.output import shown
 
@@ -37,6 +42,7 @@ LIMITS = Limits(processes=8, memory_bytes=256 << 20, work_bytes=4 << 20, tmp_byt
 RUNNER = "/opt/code/runner.py"
 RECORDS_BYTES = 256 << 10
 MAX_SOURCE = 32 << 10
+MAX_FILES = 8 << 20  # an archive of the sandbox's files: its two file systems together, and the archive's own
 FENCE = re.compile(r"```(?:python|py)?\n(.*?)```", re.DOTALL)
 ASK = "{question}\n\nYou may try code with the tool. Answer with the whole function in one ```python block."
 
@@ -53,6 +59,13 @@ def candidate(text: str | None) -> str | None:
     """The source in the one code block of the final answer; None for anything else."""
     blocks = FENCE.findall(text or "")
     return blocks[0] if len(blocks) == 1 and 0 < len(blocks[0]) <= MAX_SOURCE and "\0" not in blocks[0] else None
+
+
+class CodeState(State, kw_only=True):
+    """Beside the counts: an archive of the sandbox's files, None while no program was run. Nothing that runs on after
+    its program is in it."""
+
+    files: Annotated[bytes, Meta(max_length=MAX_FILES)] | None = None
 
 
 class CodeEpisode(ToolEpisode):
@@ -81,6 +94,27 @@ class CodeEpisode(ToolEpisode):
             raise ToolError("the program could not be written; is the disk full?") from error
         result = await self._sandbox.shell("python3 -I -S program.py", timeout_s=self._tool_timeout_s)
         return shown(result, self._tool_timeout_s)
+
+    async def snapshot(self) -> bytes:
+        """See Episode. Raises SnapshotError where the sandbox's files cannot be read."""
+        if self.final_text is not None:
+            raise SnapshotError("the episode is over")
+        try:
+            files = None if self._sandbox is None else await self._sandbox.snapshot(MAX_FILES)
+        except (OSError, SandboxError) as error:
+            raise SnapshotError(str(error)) from error
+        counts = msgspec.structs.asdict(self.state())
+        return pack(self.task, CodeState(**counts, files=files))
+
+    async def resume(self, snapshot: bytes) -> None:
+        """Of a fresh episode: go on from a snapshot. Raises SnapshotError and SandboxError."""
+        state = unpack(self.task, snapshot, CodeState)
+        self.set_state(state)
+        if state.files is not None:
+            try:
+                self._sandbox = await self._pool.restore(state.files)
+            except OSError as error:
+                raise SnapshotError(str(error)) from error
 
     async def grade(self) -> Reward:
         """1 where all hidden calls give the right value, else 0. `passed`: the fraction; `tampered`: bad records."""
@@ -131,6 +165,7 @@ class CodeEnvironment(Environment):
     """
 
     name = "code"
+    snapshots = True
 
     def __init__(
         self,
@@ -165,9 +200,15 @@ class CodeEnvironment(Environment):
         prompt = (Message("user", ASK.format(question=made.question)),)
         return Task(self.name, split, index, made.family, prompt, {"problem": made})
 
-    def episode(self, task: Task) -> Episode:
+    def episode(self, task: Task) -> CodeEpisode:
         """A fresh attempt."""
         return CodeEpisode(task, self._pool, *self._timeouts_s)
+
+    async def restore(self, task: Task, snapshot: bytes) -> Episode:
+        """See Environment."""
+        episode = self.episode(task)
+        await episode.resume(snapshot)
+        return episode
 
     def reference(self, task: Task) -> ReferencePolicy:
         """Answers with the family's own solution."""

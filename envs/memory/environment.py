@@ -9,13 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from msgspec import field
+from msgspec.structs import replace
+
 from envs.interface import (
     Action,
     Environment,
     EnvironmentFailureError,
+    Episode,
     Message,
     Observation,
     Reward,
+    SnapshotError,
     Split,
     Task,
     Tool,
@@ -23,7 +28,8 @@ from envs.interface import (
 )
 from envs.memory.tales import KINDS, tale
 from envs.scripted import Script, ScriptedPolicy
-from envs.tools import ToolEpisode, ToolSet
+from envs.snapshots import Count, State
+from envs.tools import ToolEpisode, ToolError, ToolSet
 from envs.tools.memory import MEMORY_TOOLS, Memory
 
 RULES = (
@@ -52,8 +58,17 @@ def parse_answer(text: str | None) -> str | None:
     return match[1] if match else None
 
 
+class MemoryState(State, kw_only=True):
+    """Beside the counts: which session it is, and what is remembered."""
+
+    session: Count = 0
+    entries: dict[str, str] = field(default_factory=dict)
+
+
 class MemoryEpisode(ToolEpisode):
     """All sessions of one task."""
+
+    state_type = MemoryState
 
     def __init__(self, task: Task, capacity: int) -> None:
         super().__init__(task, TOOLS)
@@ -70,6 +85,22 @@ class MemoryEpisode(ToolEpisode):
             raise EnvironmentFailureError("the episode is over: it had its final answer already")
         self._session += 1
         return Observation((Message("user", sessions[self._session]),), history=self.task.prompt[:1])
+
+    def state(self) -> State:
+        """See ToolEpisode."""
+        return replace(super().state(), session=self._session, entries=self.memory.entries)
+
+    def set_state(self, state: MemoryState) -> None:
+        """See ToolEpisode. What is remembered is stored anew, so that nothing is that could not have been."""
+        super().set_state(state)
+        if state.session >= len(self.task.secret["sessions"]):
+            raise SnapshotError(f"it is in session {state.session}, and there are fewer")
+        self._session = state.session
+        try:
+            for key, text in state.entries.items():
+                self.memory.write(key, text)
+        except ToolError as error:
+            raise SnapshotError(f"its memory cannot be: {error}") from error
 
     async def grade(self) -> Reward:
         """1 for exactly the values that hold, else 0. last_session: whether it was reached."""
@@ -113,6 +144,7 @@ class MemoryEnvironment(Environment):
 
     name = "memory"
     max_turns = 40
+    snapshots = True
 
     def __init__(self, kinds: Sequence[str] | None = None, capacity: int = 700) -> None:
         known = {kind.name: kind for kind in KINDS}
@@ -141,6 +173,10 @@ class MemoryEnvironment(Environment):
     def episode(self, task: Task) -> MemoryEpisode:
         """A fresh attempt."""
         return MemoryEpisode(task, self._capacity)
+
+    async def restore(self, task: Task, snapshot: bytes) -> Episode:
+        """See Environment."""
+        return self.episode(task).restored(snapshot)
 
     def reference(self, task: Task) -> MemoryReference:
         """Solves the task through the tools."""

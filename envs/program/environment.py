@@ -45,6 +45,7 @@ class ProgramEnvironment(Environment):
     """
 
     self_driven = True
+    max_turns = 2**53 - 1  # a program may ask as often as the run allows
 
     def __init__(
         self,

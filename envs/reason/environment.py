@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from envs.interface import Action, Environment, Message, ReferencePolicy, Reward, Split, Task, Tool
+from envs.interface import Action, Environment, Episode, Message, ReferencePolicy, Reward, Split, Task, Tool
 from envs.reason.answers import parse
 from envs.reason.families import FAMILIES, Family, question
 from envs.tools import ToolEpisode, ToolSet
@@ -52,6 +52,7 @@ class ReasonEnvironment(Environment):
 
     name = "reason"
     max_turns = 2
+    snapshots = True
 
     def __init__(self, families: Sequence[str] | None = None, levels: Sequence[int] = (1, 2, 3)) -> None:
         known = {family.name: family for family in FAMILIES}
@@ -82,6 +83,10 @@ class ReasonEnvironment(Environment):
     def episode(self, task: Task) -> ReasonEpisode:
         """A fresh attempt."""
         return ReasonEpisode(task, self._families[task.kind])
+
+    async def restore(self, task: Task, snapshot: bytes) -> Episode:
+        """See Environment."""
+        return self.episode(task).restored(snapshot)
 
     def reference(self, task: Task) -> Answering:
         """Gives the right answer."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from envs.interface import SandboxError
-from envs.sandbox.backends import AnySandbox, check_backend, create_sandbox
+from envs.sandbox.backends import BACKENDS, AnySandbox, check_backend, create_sandbox
 from envs.sandbox.limits import Limits
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,13 @@ class SandboxPool:
         sandbox = await self._create()
         self._refill()
         return sandbox
+
+    async def restore(self, archive: bytes) -> AnySandbox:
+        """A sandbox like those of the pool, with the files of a snapshot. Raises OSError where they cannot be unpacked,
+        SandboxError where no sandbox can be made."""
+        if self._closed:
+            raise SandboxError("the sandbox pool is closed")
+        return await BACKENDS[self._backend].restore(archive, self._files, self._limits)
 
     async def _create(self) -> AnySandbox:
         return await create_sandbox(self._backend, self._files, self._limits)

@@ -234,7 +234,18 @@ class Sandbox:
 
         Raises OSError where the files cannot be read, SandboxError where no sandbox can be made.
         """
-        made = await Sandbox.create({SNAPSHOT: await self.snapshot()}, self._limits)
+        return await Sandbox.restore(await self.snapshot(), limits=self._limits)
+
+    @classmethod
+    async def restore(
+        cls, archive: bytes, files: Mapping[str, bytes] | None = None, limits: Limits | None = None
+    ) -> Sandbox:
+        """A new sandbox with these files and those of a snapshot. The archive is unpacked inside, where it can do no
+        more than a command.
+
+        Raises OSError where it cannot be unpacked, SandboxError where no sandbox can be made.
+        """
+        made = await cls.create({**(files or {}), SNAPSHOT: archive}, limits)
         try:
             await made._succeed(f"tar --extract --file={SNAPSHOT} --directory=/ --no-same-owner --no-overwrite-dir")
         except BaseException:

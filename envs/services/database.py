@@ -89,6 +89,18 @@ class Database:
         """Everything."""
         return {table: self.find(table, {}) for table in COLUMNS}
 
+    @property
+    def last_ids(self) -> dict[str, int]:
+        """The highest id that each table ever gave; no new row has a lower one."""
+        return {str(table): int(number) for table, number in self._db.execute("SELECT name, seq FROM sqlite_sequence")}
+
+    def set_last_ids(self, last_ids: Mapping[str, int]) -> None:
+        """Of a fresh database: give ids above these."""
+        for table, number in last_ids.items():
+            changed = self._db.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = ?", (number, table))
+            if not changed.rowcount:
+                self._db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (table, number))
+
     def close(self) -> None:
         """Gone; idempotent."""
         self._db.close()

@@ -10,13 +10,26 @@ import random
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+from msgspec.structs import replace
+
 from envs.faults import check_profile, profile_of
-from envs.interface import Environment, EnvironmentFailureError, Message, Reward, Split, Task, Tool
+from envs.interface import (
+    Environment,
+    EnvironmentFailureError,
+    Episode,
+    Message,
+    Reward,
+    SnapshotError,
+    Split,
+    Task,
+    Tool,
+)
 from envs.services.api import document
 from envs.services.database import differences
 from envs.services.reference import ServicesReference
 from envs.services.tasks import KINDS, Kind, problem
-from envs.services.world import USER, Clock, World
+from envs.services.world import USER, Clock, World, WorldState
+from envs.snapshots import State
 from envs.tools import ToolEpisode, ToolError, ToolSet
 
 MAX_WAIT_S = 120
@@ -78,8 +91,16 @@ def grade(task: Task, world: World) -> Reward:
     return Reward(correct, {"correct": correct, "finished": float(finished), "untouched": float(untouched)})
 
 
+class ServicesState(State, kw_only=True):
+    """Beside the counts: the world, None while nobody has asked for it."""
+
+    world: WorldState | None = None
+
+
 class ServicesEpisode(ToolEpisode):
     """One task in one world."""
+
+    state_type = ServicesState
 
     def __init__(self, task: Task) -> None:
         super().__init__(task, TOOLS)
@@ -94,6 +115,19 @@ class ServicesEpisode(ToolEpisode):
         if self._world is None:
             self._world = make_world(self.task)
         return self._world
+
+    def state(self) -> State:
+        """See ToolEpisode."""
+        return replace(super().state(), world=None if self._world is None else self._world.state())
+
+    def set_state(self, state: ServicesState) -> None:
+        """See ToolEpisode."""
+        super().set_state(state)
+        if state.world is not None:
+            try:
+                self.world.set_state(state.world)
+            except ValueError as error:
+                raise SnapshotError(f"its world cannot be: {error}") from error
 
     async def grade(self) -> Reward:
         """Of the state reached, whatever the policy says about it."""
@@ -115,6 +149,7 @@ class ServicesEnvironment(Environment):
 
     name = "services"
     max_turns = 60
+    snapshots = True
 
     def __init__(self, levels: Sequence[int] = (1, 2, 3), faults: str = "mild") -> None:
         if not levels or not set(levels) <= {1, 2, 3}:
@@ -148,6 +183,10 @@ class ServicesEnvironment(Environment):
     def episode(self, task: Task) -> ServicesEpisode:
         """A fresh attempt."""
         return ServicesEpisode(task)
+
+    async def restore(self, task: Task, snapshot: bytes) -> Episode:
+        """See Environment."""
+        return self.episode(task).restored(snapshot)
 
     def reference(self, task: Task) -> ServicesReference:
         """Solves the task through the tools."""

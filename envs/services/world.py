@@ -8,18 +8,24 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import sqlite3
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import parse_qsl, urlsplit
+
+import msgspec
+from msgspec import Meta
 
 from envs.faults import Fault, FaultInjector, FaultProfile
 from envs.services.api import ApiError, Request, Route, route_of
-from envs.services.database import Database, Rows
+from envs.services.database import COLUMNS, NUMBERS, Database, Rows
+from envs.snapshots import Count, Finite
 
 MAX_BODY = 8192
+MAX_DRAWN = 100_000  # requests of one episode, in a state from elsewhere
 TOKEN_REQUESTS = 60
 LOGIN = "/auth/token"
 USER = "agent"
@@ -70,6 +76,24 @@ class Limits:
     window_s: float = 60.0
 
 
+Number = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]  # what SQLite holds
+
+
+class WorldState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Everything that a world with a simulated clock knows at one moment. rows: values by table, in the order of
+    COLUMNS. last_ids: see Database. window: its number, and requests in it. tokens: requests that each is still good
+    for. kept: by idempotency key, what was asked (as a text), the status and the payload."""
+
+    rows: dict[str, list[list[Number | str]]]
+    last_ids: dict[str, Count]
+    now_s: Finite
+    num_drawn: Annotated[int, Meta(ge=0, le=MAX_DRAWN)]
+    num_in_a_row: Count
+    window: tuple[int, Count]
+    tokens: dict[str, Count]
+    kept: dict[str, tuple[tuple[str, str, str], int, Any]]
+
+
 class World:
     """The services of one episode. Same seed, same requests: same answers. Safe to call from several threads."""
 
@@ -117,6 +141,45 @@ class World:
         """The whole state, for the grader."""
         with self._lock:
             return self._db.rows()
+
+    def state(self) -> WorldState:
+        """All of it. The clock must be a simulated one."""
+        with self._lock:
+            num_drawn, num_in_a_row = self._faults.position
+            rows = {table: [list(row.values()) for row in found] for table, found in self._db.rows().items()}
+            return WorldState(
+                rows=rows,
+                last_ids=self._db.last_ids,
+                now_s=self._clock.now(),
+                num_drawn=num_drawn,
+                num_in_a_row=num_in_a_row,
+                window=self._window,
+                tokens=dict(self._tokens),
+                kept=dict(self._kept),
+            )
+
+    def set_state(self, state: WorldState) -> None:
+        """Of a fresh world with the same seed: be as the one that this is the state of. Raises ValueError where there
+        can be no such world."""
+        rows: Rows = {}
+        for table, found in state.rows.items():
+            names = COLUMNS.get(table, ())
+            if not all(_is_row(names, values) for values in found):
+                raise ValueError(f"no rows of a table {table:.40}")
+            rows[table] = [dict(zip(names, values, strict=True)) for values in found]
+        if not state.last_ids.keys() <= COLUMNS.keys():
+            raise ValueError("ids of unknown tables")
+        try:
+            db = Database(rows)
+            db.set_last_ids(state.last_ids)
+        except sqlite3.Error as error:
+            raise ValueError(str(error)) from error
+        with self._lock:
+            self._db.close()
+            self._db = db
+            self._clock.spend(state.now_s - self._clock.now())
+            self._faults.go_to(state.num_drawn, state.num_in_a_row)
+            self._window, self._tokens, self._kept = state.window, dict(state.tokens), dict(state.kept)
 
     def close(self) -> None:
         """Forget everything; idempotent."""
@@ -197,6 +260,11 @@ class World:
         for name in route.fields:
             if not name.endswith("?") and name not in body:
                 raise ApiError(400, f"the body needs {name}")
+
+
+def _is_row(names: Sequence[str], values: Sequence[int | str]) -> bool:
+    kinds = [int if name == "id" or name in NUMBERS else str for name in names]
+    return [type(value) for value in values] == kinds
 
 
 def _response(status: int, payload: Any, fault: Fault) -> Response:

@@ -80,7 +80,7 @@ def parse_answer(text: str | None) -> int | None:
 
 
 class ShopEpisode(ToolEpisode):
-    """One customer's question."""
+    """One customer's question. Its sandbox holds the price list and nothing else, so a snapshot needs none of it."""
 
     def __init__(self, task: Task, pool: SandboxPool, tool_timeout_s: float) -> None:
         super().__init__(task, TOOLS)
@@ -162,6 +162,7 @@ class ShopEnvironment(Environment):
     """
 
     name = "shop"
+    snapshots = True
 
     def __init__(
         self,
@@ -200,9 +201,13 @@ class ShopEnvironment(Environment):
         }
         return Task(self.name, split, index, found.kind.name, prompt, secret)
 
-    def episode(self, task: Task) -> Episode:
+    def episode(self, task: Task) -> ShopEpisode:
         """A fresh attempt."""
         return ShopEpisode(task, self._pool, self._tool_timeout_s)
+
+    async def restore(self, task: Task, snapshot: bytes) -> Episode:
+        """See Environment."""
+        return self.episode(task).restored(snapshot)
 
     def reference(self, task: Task) -> ReferencePolicy:
         """Solves the task through the tools."""

@@ -155,6 +155,7 @@ class HarborEnvironment(Environment):
     """
 
     name = "harbor"
+    max_turns = 50
 
     def __init__(
         self, path: str, heldout_every: int = 5, warm_sandboxes: int = 2, tool_timeout_s: float = 60.0

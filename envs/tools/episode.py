@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from envs.interface import Action, EnvironmentFailureError, Episode, Message, Observation, Reward, Task, ToolCall
+from envs.interface import (
+    Action,
+    EnvironmentFailureError,
+    Episode,
+    Message,
+    Observation,
+    Reward,
+    SnapshotError,
+    Task,
+    ToolCall,
+)
+from envs.snapshots import State, pack, unpack
 from envs.tools.typed import ERROR_PREFIX, ToolOutput, ToolSet
 
 MAX_CALLS_PER_TURN = 8
@@ -15,9 +26,15 @@ MAX_CALLS_PER_TURN = 8
 class ToolEpisode(Episode):
     """An episode whose policy acts through a `ToolSet`. Subclasses grade, and may prepare and release.
 
+    One that can be handed over (`Environment.snapshots`) holds what `state` says and nothing else: where there is more
+    than the counts, it extends `state` and `set_state`, and names its `state_type`. Its environment's `restore` is
+    `self.episode(task).restored(snapshot)`.
+
     `final_text`: the final answer, None until there is one. `num_tool_errors`: calls answered with an error so far,
     those that ran out of time included, which are `num_tool_timeouts`.
     """
+
+    state_type: ClassVar[type[State]] = State
 
     def __init__(self, task: Task, tools: ToolSet) -> None:
         self.task = task
@@ -64,3 +81,28 @@ class ToolEpisode(Episode):
 
     async def close(self) -> None:
         """Nothing to release."""
+
+    def state(self) -> State:
+        """What there is to know of the episode between two turns. Raises SnapshotError where that cannot be said."""
+        return self.state_type(
+            num_tool_calls=self.num_tool_calls,
+            num_tool_errors=self.num_tool_errors,
+            num_tool_timeouts=self.num_tool_timeouts,
+        )
+
+    def set_state(self, state: Any) -> None:
+        """Become the episode of this state, which is a `state_type`. Raises SnapshotError where it cannot be."""
+        self.num_tool_calls = state.num_tool_calls
+        self.num_tool_errors = state.num_tool_errors
+        self.num_tool_timeouts = state.num_tool_timeouts
+
+    async def snapshot(self) -> bytes:
+        """See Episode."""
+        if self.final_text is not None:
+            raise SnapshotError("the episode is over")
+        return pack(self.task, self.state())
+
+    def restored(self, snapshot: bytes) -> Self:
+        """Itself, which is fresh, with the state in these bytes. Raises SnapshotError."""
+        self.set_state(unpack(self.task, snapshot, self.state_type))
+        return self

@@ -34,6 +34,11 @@ class Memory:
         self._entries[key] = text
         return f"stored; {left - len(key) - len(text)} characters are left"
 
+    @property
+    def entries(self) -> dict[str, str]:
+        """Texts by key, in the order in which the keys came."""
+        return dict(self._entries)
+
     def search(self, query: str) -> str:
         """The entries that share most words with the query, best first."""
         wanted = _words(query)

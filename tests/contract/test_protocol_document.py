@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from msgspec import inspect
@@ -13,8 +13,8 @@ from msgspec import inspect
 import broker
 from broker.exchange.dispatch import HANDLERS
 from broker.ledger.table import TRANSITIONS
-from broker.protocol import array_checks, codec, commands, frames
-from broker.protocol.commands import COMMANDS, Role, SendStatus
+from broker.protocol import array_checks, codec, commands, frames, partials
+from broker.protocol.commands import COMMANDS, HandoverStatus, ReleaseReason, Role, SendStatus
 from broker.protocol.errors import FATAL_CODES, ErrorCode
 from broker.protocol.frames import DEFAULT_LIMITS
 from broker.protocol.trajectory import Facts, Outcome
@@ -22,6 +22,7 @@ from tests.contract import golden
 
 DOCUMENT = (Path(broker.__file__).parent / "PROTOCOL.md").read_text()
 PART_1 = DOCUMENT[: DOCUMENT.index("# Part 2")]
+LITERALS = (SendStatus, ReleaseReason, HandoverStatus)
 LARGEST = 1.7976931348623157e308
 
 
@@ -46,6 +47,13 @@ def table(heading: str) -> list[list[str]]:
     return tables(heading)[0]
 
 
+def num_arrays(body: type[Facts]) -> str:
+    """Of a parcel, or of a partial."""
+    fields = body.__struct_fields__
+    names = array_checks.ARRAY_NAMES if "items" in fields else partials.PARTIAL_NAMES if "segments" in fields else ()
+    return str(len(names)) if names else ""
+
+
 def test_every_command_is_documented_as_it_is() -> None:
     documented = {row[0]: (row[1], row[2], row[3], row[4]) for row in table("Commands")}
     real = {
@@ -53,7 +61,7 @@ def test_every_command_is_documented_as_it_is() -> None:
             spec.sender,
             ", ".join(role.value for role in Role if role in spec.roles),
             ", ".join(spec.body.__struct_fields__),
-            str(len(array_checks.ARRAY_NAMES)) if "items" in spec.body.__struct_fields__ else "",
+            num_arrays(spec.body),
         )
         for name, spec in COMMANDS.items()
     }
@@ -88,8 +96,8 @@ def spell_text(kind: inspect.StrType | inspect.EnumType | inspect.LiteralType) -
         return "text" if kind.max_length is None else f"text ≤ {kind.max_length:,}"
     if isinstance(kind, inspect.EnumType):
         return f"one of {', '.join(kind.cls)}"
-    order = SendStatus.__args__ + commands.ReleaseReason.__args__  # type: ignore[attr-defined]
-    return f"one of {', '.join(sorted(kind.values, key=order.index))}"
+    (order,) = [words for each in LITERALS if set(words := get_args(each)) == set(kind.values)]
+    return f"one of {', '.join(order)}"
 
 
 def spell(kind: inspect.Type) -> str:
@@ -184,6 +192,10 @@ def test_every_send_status_and_every_outcome_is_documented() -> None:
     assert {name for row in table("Trajectories") for name in row[0].split(", ")} == set(Outcome)
 
 
+def test_every_status_of_a_handover_is_documented() -> None:
+    assert [row[0] for row in table("Partials")] == list(get_args(HandoverStatus))
+
+
 # --- limits
 
 
@@ -212,6 +224,13 @@ def test_what_the_text_says_of_a_parcel_is_so() -> None:
     assert f"finite and ≤ {array_checks.MAX_LOGPROB:g} where the mask is 1" in parcels
     for name, dtype in zip(("token ids", "loss mask", "log-probs"), array_checks.ARRAY_DTYPES, strict=True):
         assert f"{name} `{dtype.str}`" in " ".join(parcels.split())
+
+
+def test_what_the_text_says_of_a_partial_is_so() -> None:
+    text = " ".join(section("Partials").split())
+    assert f"Its body has at most {partials.MAX_PARTIAL_BODY_BYTES:,} bytes" in text
+    assert f"at most {commands.MAX_SNAPSHOT_BYTES >> 20} MiB" in text
+    assert f"more than {commands.OFFER_BYTES >> 20} MiB of arrays it SHOULD be offered first" in text
 
 
 # --- the example

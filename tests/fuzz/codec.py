@@ -25,6 +25,7 @@ with atheris.instrument_imports(include=["broker.protocol"]):
     from broker.protocol.commands import COMMANDS, Deliver, TrajectoryBody, parse_body
     from broker.protocol.errors import ProtocolError
     from broker.protocol.frames import Message, decode, encode
+    from broker.protocol.partials import read_handover, unpack_continue
 
 from broker.protocol.commands import Role
 from tests.fuzz import corpus
@@ -68,7 +69,8 @@ def one_input(data: bytes) -> None:
             facts = parse_body(message, body)
             if parse_body(facts.pack(), body) != facts:
                 raise AssertionError(f"a {body.COMMAND} changes when it is packed again")
-    for read in (weights.read_chunk, weights.read_manifest, weights.read_push):
+    readers = (weights.read_chunk, weights.read_manifest, weights.read_push, read_handover, unpack_continue)
+    for read in readers:
         with contextlib.suppress(ProtocolError):
             read(message)
     if message.command in PARCELS:

@@ -12,9 +12,10 @@ from broker.protocol import weight_messages as weights
 from broker.protocol.codec import Parcel, pack_trajectories
 from broker.protocol.commands import COMMANDS, Role
 from broker.protocol.frames import Message
+from broker.protocol.partials import Partial, pack_continue, pack_handover
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import MIN_CHUNK_BYTES, Bytes, Manifest, describe, describe_delta, lay_out
-from tests.unit.broker.samples import make_ticket, make_trajectory
+from tests.unit.broker.samples import make_segment, make_ticket, make_trajectory
 
 TICKETS = 2000  # ids that the attackers draw from; honest peers use others
 
@@ -52,6 +53,7 @@ def _actor(rng: random.Random) -> Message:
         lambda: wire.Offer(ticket_id=ticket_id, num_bytes=rng.choice((0, 1, 2 << 20, 2**40))).pack(),
         lambda: wire.Heartbeat(leases=ids).pack(),
         lambda: wire.Lease(credit=credit).pack(),
+        lambda: handover(rng, ticket_id),
         lambda: wire.Release(request_id=request_id, ticket_ids=ids, reason="infra_failure", error="fuzz").pack(),
         lambda: wire.Release(request_id=request_id, ticket_ids=ids, reason="drain").pack(),
         lambda: _of_the_broker(rng),
@@ -68,6 +70,14 @@ def parcel(rng: random.Random, body: type[Parcel] = wire.TrajectoryBody) -> Mess
     return pack_trajectories(trajectories, body)
 
 
+def handover(rng: random.Random, ticket_id: str) -> Message:
+    """A partial of one to three segments, with a snapshot of noise."""
+    segments = tuple(make_segment() for _ in range(rng.choice((1, 1, 3))))
+    turn = rng.choice((None, wire.UnfinishedTurn(num_tokens=rng.randrange(7), began_open=rng.random() < 0.5)))
+    snapshot = rng.randbytes(rng.choice((0, 8, 2000)))
+    return pack_handover(ticket_id, Partial(wire.PartialHead(num_turns=2, turn=turn), segments, snapshot))
+
+
 def _of_the_broker(rng: random.Random) -> Message:
     """What only the broker may say, said by a peer."""
     ids, request_id = [f"fuzz-t{n}" for n in rng.sample(range(TICKETS), 3)], f"r{rng.randrange(50)}"
@@ -77,6 +87,8 @@ def _of_the_broker(rng: random.Random) -> Message:
         lambda: wire.Durable(results=tuple(zip(ids, statuses, strict=True))).pack(),
         lambda: wire.TicketBody(tickets=tuple(make_ticket(ticket_id) for ticket_id in ids)).pack(),
         lambda: wire.Clear(ticket_id=ids[0]).pack(),
+        lambda: pack_continue(make_ticket(ids[0]), handover(rng, ids[0])),
+        lambda: wire.HandedOver(ticket_id=ids[0], status="kept").pack(),
         lambda: wire.Withdrawn(ticket_ids=tuple(ids)).pack(),
         lambda: wire.Acked(request_id=request_id, count=3).pack(),
     )

@@ -22,8 +22,9 @@ from actors.engine import Engine, EngineLoad
 from actors.renderer import Renderer
 from actors.rollout import run_episode
 from actors.weights import WeightAdopter
-from broker.client import ReleaseReason
+from broker.client import HandoverStatus, ReleaseReason
 from broker.process.settings import ActorSection
+from broker.protocol.partials import Partial
 from broker.protocol.trajectory import Mode, Outcome, PolicyVersion, Sampling, TaskRef, Ticket, Trajectory
 from envs.tools import ToolRunner
 from tests.bench.rollouts.engines import TURN_TOKENS, GivenLengths, InRounds
@@ -87,6 +88,12 @@ class Tickets:
             sampling=Sampling(max_turn_tokens=most, max_episode_tokens=NUM_TURNS * most, max_turns=NUM_TURNS + 1),
             deadline_s=self._deadline_s,
         )
+
+    def take_partial(self, ticket_id: str) -> Partial | None:
+        return None
+
+    async def hand_over(self, ticket_id: str, partial: Partial) -> HandoverStatus:
+        raise AssertionError("no environment here has snapshots")
 
     async def withdrawn(self, ticket_id: str) -> None:
         """Never."""

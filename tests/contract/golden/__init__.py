@@ -19,8 +19,18 @@ import msgspec
 import numpy as np
 
 from broker.protocol.codec import pack_trajectories
-from broker.protocol.commands import Deliver, Durable, Hello, Role, TicketBody
+from broker.protocol.commands import (
+    Deliver,
+    Durable,
+    HandedOver,
+    Hello,
+    PartialHead,
+    Role,
+    TicketBody,
+    UnfinishedTurn,
+)
 from broker.protocol.frames import PROTOCOL_MAJOR, PROTOCOL_MINOR, Message, encode
+from broker.protocol.partials import Partial, pack_continue, pack_handover
 from broker.protocol.trajectory import (
     Integrity,
     Mode,
@@ -117,6 +127,24 @@ def trajectories() -> tuple[Trajectory, ...]:
     )
 
 
+def partial() -> Partial:
+    """In the middle of its second turn; the first segment was ended by an edit of the history."""
+    head = PartialHead(
+        num_turns=1,
+        num_tool_calls=1,
+        num_thinking_tokens=1,
+        turn=UnfinishedTurn(num_tokens=2, began_open=True),
+        total_s=1.5,
+        model_s=1.0,
+        tool_s=0.5,
+    )
+    segments = (
+        _segment([5, 6, 7], [0, 1, 1], [0.0, -0.5, -1.0], VersionRun(1, 2, 2)),
+        _segment([8, 9, 10], [0, 1, 1], [0.0, -0.25, -2.0], VersionRun(1, 2, 1), VersionRun(1, 3, 1)),
+    )
+    return Partial(head, segments, b"state")
+
+
 def _segment(token_ids: list[int], mask: list[int], logprobs: list[float], *runs: VersionRun) -> Segment:
     return Segment(np.array(token_ids, np.int32), np.array(mask, np.bool_), np.array(logprobs, np.float32), runs)
 
@@ -128,6 +156,9 @@ def messages() -> Mapping[str, Message]:
         "ticket": TicketBody(tickets=TICKETS).pack(),
         "trajectory": pack_trajectories(trajectories()),
         "deliver": pack_trajectories(trajectories(), Deliver),
+        "handover": pack_handover("a1", partial()),
+        "handed_over": HandedOver(ticket_id="a1", status="kept").pack(),
+        "continue": pack_continue(TICKETS[0], pack_handover("a1", partial())),
         "durable": Durable(results=(("a1", "accepted"), ("b1", "duplicate"))).pack(),
     }
 
@@ -218,6 +249,32 @@ _ARRAYS = [
     struct.pack("<9f", 0.0, -0.5, -1.0, -0.25, 0.0, -2.0, 0.0, 0.0, 0.0),
 ]
 
+_PARTIAL: dict[str, Any] = {
+    "head": {
+        "num_turns": 1,
+        "num_tool_calls": 1,
+        "num_malformed": 0,
+        "num_thinking_tokens": 1,
+        "num_overrun_tokens": 0,
+        "num_forced_stops": 0,
+        "turn": {"num_tokens": 2, "began_open": True},
+        "total_s": 1.5,
+        "model_s": 1.0,
+        "tool_s": 0.5,
+    },
+    "segments": [
+        {"num_tokens": 3, "version_runs": [[1, 2, 2]]},
+        {"num_tokens": 3, "version_runs": [[1, 2, 1], [1, 3, 1]]},
+    ],
+}
+_PARTIAL_SPECS = [["<i4", [6]], ["|b1", [6]], ["<f4", [6]], ["|u1", [5]]]
+_PARTIAL_ARRAYS = [
+    struct.pack("<6i", *range(5, 11)),
+    struct.pack("<6?", 0, 1, 1, 0, 1, 1),
+    struct.pack("<6f", 0.0, -0.5, -1.0, 0.0, -0.25, -2.0),
+    b"state",
+]
+
 ENVELOPES: Mapping[str, dict[str, Any]] = {
     "hello": {
         "t": "HELLO",
@@ -227,6 +284,9 @@ ENVELOPES: Mapping[str, dict[str, Any]] = {
     "ticket": {"t": "TICKET", "b": {"tickets": _TICKETS}, "a": []},
     "trajectory": {"t": "TRAJECTORY", "b": {"items": _ITEMS}, "a": _SPECS},
     "deliver": {"t": "DELIVER", "b": {"items": _ITEMS}, "a": _SPECS},
+    "handover": {"t": "HANDOVER", "b": {"ticket_id": "a1", **_PARTIAL}, "a": _PARTIAL_SPECS},
+    "handed_over": {"t": "HANDED_OVER", "b": {"ticket_id": "a1", "status": "kept"}, "a": []},
+    "continue": {"t": "CONTINUE", "b": {"ticket": _TICKETS[0], **_PARTIAL}, "a": _PARTIAL_SPECS},
     "durable": {"t": "DURABLE", "b": {"results": [["a1", "accepted"], ["b1", "duplicate"]]}, "a": []},
 }
 
@@ -234,7 +294,8 @@ ENVELOPES: Mapping[str, dict[str, Any]] = {
 def by_hand(name: str) -> list[bytes]:
     """The frames as another encoder makes them from plain maps."""
     envelope = ENVELOPES[name]
-    return [b"ERGN\x01\x00", msgpack.packb(envelope), *(_ARRAYS if envelope["a"] else ())]
+    arrays = {len(_SPECS): _ARRAYS, len(_PARTIAL_SPECS): _PARTIAL_ARRAYS}.get(len(envelope["a"]), [])
+    return [b"ERGN\x01\x00", msgpack.packb(envelope), *arrays]
 
 
 def plain(facts: msgspec.Struct) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 from prometheus_client import REGISTRY
+from tokenizers import Tokenizer
 
 from actors.engine import AdoptionError, EngineDeadError, Sample
 from actors.renderer import Renderer
@@ -182,6 +183,14 @@ class Session:
         return await converse(
             self.engine, self.renderer, lambda: self.adopt(40, 2), self.engine._llm.get_num_unfinished_requests
         )
+
+    async def handover(self) -> dict[str, Any]:
+        """An episode that one actor begins and another ends, across an update of the weights."""
+        from tests.integration.actors.handover_session import hand_over
+
+        await self.adopt(41, 1)
+        tokenizer = Tokenizer.from_file(str(self.model / "tokenizer.json"))
+        return await hand_over(self.engine, tokenizer, lambda: self.adopt(41, 2))
 
     async def prepares(self) -> bool | None:
         return self.engine._adoption._prepares

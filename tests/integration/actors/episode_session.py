@@ -59,6 +59,7 @@ class Talk(Environment):
     """Answers every turn, edits the history now and then, and ends when it may."""
 
     name = "talk"
+    max_turns = LIMITS.max_turns
     tools = (NOTE,)
 
     def __init__(self, may_end: asyncio.Event, waits_at: int) -> None:

@@ -1,4 +1,5 @@
-"""Thousands of episodes, many of which fail in one way or another, leave nothing behind: no task, no object, no memory.
+"""Thousands of episodes, many of which fail in one way or another, leave nothing behind: no task, no object, no memory,
+no descriptor, and no metric of their own.
 
 The real loop and a real environment, whose tools run in threads; the engine says what the test wants said.
 """
@@ -12,17 +13,21 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
 import psutil
 import pytest
+from prometheus_client import REGISTRY
 
 from actors.actor import Actor
 from actors.engine import EngineLoad, Sample
 from actors.restarting import RestartingEngine
 from actors.weights import WeightAdopter
+from broker.client import HandoverStatus
 from broker.process.settings import ActorSection
+from broker.protocol.partials import Partial
 from broker.protocol.trajectory import PolicyVersion, Sampling, TaskRef, Ticket, Trajectory, VersionRun
 from envs import timeouts
 from envs.interface import Action, Environment, Episode, Observation, SandboxError, Task
@@ -106,6 +111,12 @@ class Endless:
         task = TaskRef(env="letters", split="train", index=number)
         return make_ticket(f"{number}", task=task, deadline_s=0.05 if FATES[number % len(FATES)] == "hang" else 60.0)
 
+    def take_partial(self, ticket_id: str) -> Partial | None:
+        return None
+
+    async def hand_over(self, ticket_id: str, partial: Partial) -> HandoverStatus:
+        raise AssertionError("no environment here has snapshots")
+
     async def withdrawn(self, ticket_id: str) -> None:
         if FATES[int(ticket_id) % len(FATES)] != "withdrawn":
             await asyncio.Event().wait()
@@ -138,12 +149,30 @@ class Open:
         await asyncio.Event().wait()
 
 
-def census() -> tuple[int, int, float, Counter[str]]:
-    """Tasks, threads, RSS in MiB, and objects by type."""
-    gc.collect()
-    objects = Counter(type(each).__name__ for each in gc.get_objects())
-    rss_mb = psutil.Process().memory_info().rss / 2**20
-    return len(asyncio.all_tasks()), threading.active_count(), rss_mb, objects
+@dataclass
+class Census:
+    """What there is at one moment."""
+
+    tasks: int
+    threads: int
+    descriptors: int
+    rss_mb: float
+    objects: Counter[str]
+    series: set[tuple[str, ...]]  # of the project's own metrics: name and labels
+
+    @classmethod
+    def take(cls) -> Census:
+        gc.collect()
+        process = psutil.Process()
+        samples = [sample for metric in REGISTRY.collect() for sample in metric.samples]
+        return cls(
+            len(asyncio.all_tasks()),
+            threading.active_count(),
+            process.num_fds(),
+            process.memory_info().rss / 2**20,
+            Counter(type(each).__name__ for each in gc.get_objects()),
+            {(each.name, *each.labels.values()) for each in samples if each.name.startswith("ergon_actor_")},
+        )
 
 
 @pytest.mark.timeout(120)
@@ -158,9 +187,9 @@ async def test_nothing_is_left_of_thousands_of_episodes(monkeypatch: pytest.Monk
     running = asyncio.create_task(actor.run(stop))
     try:
         await client.until(WARM_UP)
-        tasks, threads, rss_mb, objects = census()
+        before = Census.take()
         await client.until(WARM_UP + MEASURED)
-        tasks_after, threads_after, rss_after_mb, objects_after = census()
+        after = Census.take()
     finally:
         stop.set()
         await running
@@ -168,10 +197,14 @@ async def test_nothing_is_left_of_thousands_of_episodes(monkeypatch: pytest.Monk
     # What was met: all of it, and each kind by itself.
     assert client.statuses.keys() >= {"completed", "sandbox", "env_failure", "timeout", "withdrawn", "engine"}
     # Between 16 running episodes at one moment and at another.
-    assert abs(tasks_after - tasks) <= 4 * 16
-    assert abs(threads_after - threads) <= 16
-    grown = {name: num - objects[name] for name, num in objects_after.items() if num - objects[name] > MEASURED // 10}
-    assert not grown
-    assert rss_after_mb - rss_mb < 24
+    assert abs(after.tasks - before.tasks) <= 4 * 16
+    assert abs(after.threads - before.threads) <= 16
+    assert abs(after.descriptors - before.descriptors) <= 16
+    grown = {name: num - before.objects[name] for name, num in after.objects.items()}
+    assert not {name: num for name, num in grown.items() if num > MEASURED // 10}
+    assert after.rss_mb - before.rss_mb < 24
+    # Everything that can be counted was counted once at least in the warm-up; no ticket, task or reason is a label.
+    assert after.series == before.series
+    assert len([series for series in after.series if "letters" in series]) < 200
     assert (len(actor._slots), len(actor._waiting), len(actor._precedence), actor._num_sampling) == (0, 0, 0, 0)
     assert (engine._waiting, timeouts.num_abandoned()) == ({}, 0)

@@ -43,10 +43,11 @@ SCENES = (
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     dtype = request.param
-    scenes = [
-        *SCENES,
-        *{"float32": ("episodes", "prefix_caching", "parsers", "programs_that_think"), "bfloat16": ("killed",)}[dtype],
-    ]
+    more = {
+        "float32": ("episodes", "prefix_caching", "parsers", "programs_that_think", "handover"),
+        "bfloat16": ("killed",),
+    }
+    scenes = [*SCENES, *more[dtype]]
     # What travels in a wider format than the engine's is rounded to that.
     wire_dtypes = (dtype, "float32", dtype)
     with play(tmp_path_factory.mktemp(dtype), dtype, scenes, wire_dtypes=wire_dtypes) as session:
@@ -192,6 +193,28 @@ def test_programs_keep_to_their_thinking_budgets_and_what_ends_a_thought_is_not_
         assert episode["num_turns"] == 6
     assert all(number <= 5 for number in stopped)  # one in a reply, and none in that of no effort
     assert stopped[1] >= 2  # the model never writes that word; it ends a turn early at times
+
+
+def test_another_actor_goes_on_token_for_token(played: Played) -> None:
+    """The first one was told to stop in the middle of a turn; the weights changed before the second one went on."""
+    if played.dtype != "float32":
+        pytest.skip("played in the other session")
+    seen = played.seen["handover"]
+    begun, segments = seen["partial"]["segments"], seen["segments"]
+    assert (seen["partial"]["turns"], seen["head"]) == (2, {"outcome": "completed", "turns": 3, "attempt": 0})
+    # One trajectory, of the second actor, graded from the state that only the snapshot could tell it.
+    assert (seen["by"], seen["more"], seen["reward"]) == ("second", None, {"correct": 0.0, "last_session": 1.0})
+    assert seen["totals"] == {"granted": 2, "handover_kept": 1, "continued": 1, "accepted": 1, "expired": 0}
+    # What was sampled stays, id by id; what follows is appended to it, and sampled by the new policy.
+    assert segments[:-1] == begun[:-1]
+    length = len(begun[-1]["ids"])
+    for key in ("ids", "mask", "logprobs"):
+        assert segments[-1][key][:length] == begun[-1][key]
+    assert all(segments[-1]["mask"][length:])
+    num_before, num_after = begun[-1]["mask"].count(True), len(segments[-1]["ids"]) - length
+    assert min(num_before, num_after) > 0
+    assert segments[-1]["runs"] == [[41, 1, num_before], [41, 2, num_after]]
+    played.assert_exact(sampled_pieces(segments), {(41, 1), (41, 2)}, TEMPERATURE)
 
 
 def sampled_pieces(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:

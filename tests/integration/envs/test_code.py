@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import msgpack
 import pytest
 import pytest_asyncio
 
 from envs.code import CodeEnvironment
 from envs.code.problem import results, same
-from envs.interface import Action, Reward, Task, ToolCall
+from envs.interface import Action, Episode, Reward, SnapshotError, Task, ToolCall
 from tests.integration.envs.support import processes_with, unique_marker
 
 ALWAYS_EQUAL = """
@@ -160,3 +161,29 @@ def test_records_must_be_sound() -> None:
     assert results(b"", "n", 2) == {}
     for forged in (b"n 0 1\nn 0 1\n", b"m 0 1\n", b"n 2 1\n", b"n 0 NaN\n", b"n 0\n", b"n 0 1", b"hello\nn 0 1\n"):
         assert results(forged, "n", 2) is None, forged
+
+
+async def test_an_episode_goes_on_in_another_sandbox_with_the_files_of_the_first(code: CodeEnvironment) -> None:
+    task = code.task("train", 0)
+
+    async def run(episode: Episode, program: str) -> str:
+        return (await episode.step(Action("", (ToolCall("python", {"code": program}),)))).messages[0].content
+
+    first = code.episode(task)
+    await first.start()
+    untouched = await code.restore(task, await first.snapshot())  # no program was run yet
+    assert "no notes" in await run(untouched, "import os; print(os.path.exists('notes') or 'no notes')")
+    await untouched.close()
+    await run(first, "open('notes', 'w').write('42'); open('/tmp/more', 'w').write('43')")
+    snapshot = await first.snapshot()
+    await run(first, "open('notes', 'w').write('later')")
+    await first.close()
+    second = await code.restore(task, snapshot)
+    assert "42 43" in await run(second, "print(open('notes').read(), open('/tmp/more').read())")
+    assert (await second.step(Action(f"```python\n{task.secret['problem'].source}```"))).done
+    assert (await second.grade()).total == 1.0
+    await second.close()
+    *head, state = msgpack.unpackb(snapshot)
+    for files, text in ((b"no archive", "the sandbox refused"), (bytes(9 << 20), "files")):
+        with pytest.raises(SnapshotError, match=text):
+            await code.restore(task, msgpack.packb([*head, {**state, "files": files}]))

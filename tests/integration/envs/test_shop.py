@@ -56,6 +56,25 @@ async def test_the_reference_policy_solves_every_task_through_the_tools(shop: Sh
     assert Counter(call.name for each in played for call in each.tool_calls) == {"price": 200, "calc": 200}
 
 
+async def test_an_episode_goes_on_in_another_sandbox_from_its_snapshot(shop: ShopEnvironment) -> None:
+    task = shop.task("train", 0)
+    policy, first = shop.reference(task), await started(shop)
+    action = policy.act(task.prompt)
+    price = (await first.step(action)).messages
+    assert (await first.step(Action("", (ToolCall("price", {"item": "\n"}),)))).messages[0].content.startswith("error")
+    snapshot = await first.snapshot()
+    await first.close()
+    second = await shop.restore(task, snapshot)
+    assert (await second.step(action)).messages == price  # the same hidden price
+    messages = [*task.prompt, *price]
+    while not (observation := await second.step(policy.act(messages))).done:
+        messages += observation.messages
+    assert (await second.grade()).total == 1.0
+    assert isinstance(second, ShopEpisode)
+    assert (second.num_tool_calls, second.num_tool_errors) == (4, 1)
+    await second.close()
+
+
 @pytest.mark.parametrize("policy", DEGENERATE, ids=lambda policy: policy.__name__)
 async def test_degenerate_policies_earn_nothing(shop: ShopEnvironment, policy: Callable[[], ReferencePolicy]) -> None:
     in_flight = asyncio.Semaphore(16)

@@ -186,6 +186,7 @@ class WordEnvironment(Environment):
     """Look the word up, then answer with it. Hooks let a test break any step."""
 
     name = "words"
+    max_turns = 10_000
 
     def __init__(self) -> None:
         self.on_start: Callable[[], Awaitable[None]] | None = None

@@ -10,7 +10,9 @@ import pytest
 from actors.actor import Actor
 from actors.engine import EngineDeadError, EngineLoad
 from actors.weights import WeightAdopter
+from broker.client import HandoverStatus
 from broker.process.settings import ActorSection
+from broker.protocol.partials import Partial
 from broker.protocol.trajectory import Mode, Outcome, PolicyVersion, TaskRef, Ticket, Trajectory
 from envs.interface import Action, SandboxError
 from tests.unit.actors.support import ScriptedEngine, WordEnvironment, WordEpisode, make_renderer, make_ticket
@@ -25,6 +27,8 @@ class ScriptedClient:
         self.left = tickets
         self.sent: list[Trajectory] = []
         self.released: list[tuple[str, str, str]] = []
+        self.begun: dict[str, Partial] = {}
+        self.handed_over: list[tuple[str, Partial]] = []
         self.unwanted: dict[str, asyncio.Event] = {}
         self.changed = asyncio.Condition()
 
@@ -33,6 +37,13 @@ class ScriptedClient:
             return self.left.pop(0)
         await asyncio.Event().wait()
         raise AssertionError
+
+    def take_partial(self, ticket_id: str) -> Partial | None:
+        return self.begun.pop(ticket_id, None)
+
+    async def hand_over(self, ticket_id: str, partial: Partial) -> HandoverStatus:
+        self.handed_over.append((ticket_id, partial))
+        return "kept"
 
     async def withdrawn(self, ticket_id: str) -> None:
         await self.unwanted.setdefault(ticket_id, asyncio.Event()).wait()
@@ -72,11 +83,18 @@ class Gate:
 
 
 class Rig:
-    def __init__(self, tickets: list[Ticket], script: list[Any], **settings: Any) -> None:
+    def __init__(
+        self,
+        tickets: list[Ticket],
+        script: list[Any],
+        environment: WordEnvironment | None = None,
+        max_staleness: int | None = None,
+        **settings: Any,
+    ) -> None:
         self.client = ScriptedClient(tickets)
         self.gate = Gate()
         self.engine = ScriptedEngine(RENDERER, script)
-        self.environment = WordEnvironment()
+        self.environment = environment or WordEnvironment()
         self.stop = threading.Event()
         self.actor = Actor(
             "actor-0",
@@ -87,6 +105,7 @@ class Rig:
             RENDERER,
             {"words": self.environment},
             ActorSection(**{"max_num_seqs": 4, "drain_s": 5.0} | settings),
+            max_staleness=max_staleness,
         )
 
     def start(self) -> asyncio.Task[None]:
@@ -293,10 +312,10 @@ async def test_a_fault_of_our_own_in_one_episode_costs_no_other(monkeypatch: pyt
     rig.gate.opened.set()
     run = rig.actor._episode
 
-    async def faulty(ticket: Ticket) -> Trajectory:
+    async def faulty(ticket: Ticket, begun: Partial | None) -> Trajectory:
         if ticket.ticket_id == "odd":
             raise IndexError("a bug")
-        return await run(ticket)
+        return await run(ticket, begun)
 
     monkeypatch.setattr(rig.actor, "_episode", faulty)
     task = rig.start()

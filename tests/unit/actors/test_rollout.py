@@ -158,6 +158,18 @@ async def test_too_many_turns_are_graded_without_a_dangling_observation() -> Non
     assert text(trajectory).endswith("</tool><|im_end|>")
 
 
+@pytest.mark.parametrize(("declared", "allowed", "played"), [(1, 3, 1), (3, 1, 1), (2, 2, 2)])
+async def test_an_episode_has_the_fewer_of_its_environments_turns_and_the_tickets(
+    declared: int, allowed: int, played: int
+) -> None:
+    run = Run([SOLUTION[0]] * played, make_ticket(sampling={"max_turns": allowed}))
+    run.environment.max_turns = declared
+    trajectory = await run()
+    assert (trajectory.head.outcome, trajectory.head.num_turns) == (Outcome.TRUNCATED_TURNS, played)
+    assert trajectory.head.reward == 0.1
+    assert trajectory.ticket.sampling.max_turns == allowed  # as it was leased
+
+
 async def test_a_timeout_while_sampling_keeps_the_partial_and_is_graded() -> None:
     run = Run([SOLUTION[0], "<hang>"], make_ticket(deadline_s=0.2))
     trajectory = await run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 from msgspec.structs import replace
@@ -16,10 +17,13 @@ from broker.ledger.events import (
     Deliver,
     Event,
     Finish,
+    GoOn,
     Grant,
+    HandOver,
     Issue,
     JournalAttempt,
     JournalEnds,
+    JournalPartial,
     JournalPurge,
     JournalRecall,
     JournalResults,
@@ -41,6 +45,7 @@ from broker.protocol.trajectory import Mode, Outcome, Ticket
 from tests.unit.broker.samples import make_ticket
 
 LEASE_S = 10.0
+MAX_PARTIAL_BYTES = 1000
 FINISH = Finish(Outcome.COMPLETED, 1.0, 2.0)
 
 
@@ -62,7 +67,7 @@ class Book:
     def __init__(self, max_attempts: int = 3) -> None:
         self.now = 0.0
         self.max_attempts = max_attempts
-        self.ledger = Ledger(LEASE_S, max_attempts)
+        self.ledger = Ledger(LEASE_S, max_attempts, max_partial_bytes=MAX_PARTIAL_BYTES)
         self.rows: dict[str, Restored] = {}
         self.ended: dict[str, Settled] = {}
         self.ended_modes: dict[str, Mode] = {}
@@ -70,12 +75,12 @@ class Book:
     def do(self, event: Event) -> list[Action]:
         actions = self.ledger.handle(event, self.now)
         for action in actions:
-            self.write(action)
+            self.write(action, event)
         counted = [(action.name, action.env) for action in actions if isinstance(action, Count)]
         assert len(counted) == len(set(counted)), "counted in two actions"
         return actions
 
-    def write(self, action: Action) -> None:
+    def write(self, action: Action, event: Event) -> None:
         match action:
             case JournalTickets(tickets):
                 assert tickets, "an action about nothing"
@@ -93,6 +98,12 @@ class Book:
                 row = self.row(seq, ticket_id)
                 ticket = replace(row.ticket, attempt=attempt)
                 self.rows[ticket_id] = Restored(row.seq, ticket, T.DEAD if dead else T.ISSUED, result_seq, "", error)
+            case JournalPartial(seq, ticket_id, lost):
+                row = self.row(seq, ticket_id)
+                assert row.state is T.ISSUED, "a partial of a ticket that has an end"
+                assert isinstance(event, HandOver) or lost
+                num_bytes = event.num_bytes if isinstance(event, HandOver) else 0
+                self.rows[ticket_id] = dataclasses.replace(row, partial_bytes=num_bytes)
             case JournalRecall(seq, ticket_id):
                 row = self.row(seq, ticket_id)
                 assert row.state is T.DELIVERED, "recalled without a result"
@@ -120,7 +131,7 @@ class Book:
         ended = Counter((settled.state, self.ended_modes[key]) for key, settled in self.ended.items())
         seq = 1 + max((max(row.seq, row.result_seq) for row in self.rows.values()), default=0)
         rows = sorted(self.rows.values(), key=lambda row: row.seq)
-        self.ledger = Ledger(LEASE_S, self.max_attempts, rows, ended, seq)
+        self.ledger = Ledger(LEASE_S, self.max_attempts, rows, ended, seq, max_partial_bytes=MAX_PARTIAL_BYTES)
 
     def settled(self, ticket_id: str) -> Settled | None:
         return None if ticket_id in self.ledger else self.ended.get(ticket_id)
@@ -159,6 +170,11 @@ def reply(actions: list[Action]) -> Reply:
 
 def granted(actions: list[Action]) -> list[str]:
     return [ticket.ticket_id for action in actions if isinstance(action, Grant) for ticket in action.tickets]
+
+
+def continued(actions: list[Action]) -> list[tuple[str, str]]:
+    """Who goes on with which ticket."""
+    return [(action.session, action.ticket.ticket_id) for action in actions if isinstance(action, GoOn)]
 
 
 def outgoing(actions: list[Action]) -> list[str]:

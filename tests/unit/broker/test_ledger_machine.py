@@ -6,7 +6,7 @@ from collections import Counter
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from broker.exchange.drift import DriftMonitor
 from broker.ledger.events import (
@@ -22,13 +22,17 @@ from broker.ledger.events import (
     Event,
     Finish,
     Finished,
+    GoOn,
     Grant,
+    HandOver,
     Hold,
     Issue,
     JournalEnds,
+    JournalPartial,
     JournalRecall,
     JournalResults,
     LearnerJoined,
+    PartialLost,
     PeerGone,
     Purge,
     Release,
@@ -44,7 +48,7 @@ from broker.ledger.events import (
 from broker.ledger.table import OPEN
 from broker.protocol.commands import TicketState as T
 from broker.protocol.trajectory import Mode, Outcome, Ticket
-from tests.unit.broker.book import FINISH, LEASE_S, Book, reply, ticket_of
+from tests.unit.broker.book import FINISH, LEASE_S, MAX_PARTIAL_BYTES, Book, reply, ticket_of
 
 MAX_ATTEMPTS = 4
 ACTORS = st.sampled_from(["s0", "s1", "s2", "s3"])  # s0 and s1 are two processes of one actor
@@ -73,9 +77,19 @@ class LedgerMachine(RuleBasedStateMachine):
         self.acked: set[str] = set()
         self.learner_has: set[str] = set()
         self.rotten: set[str] = set()  # stored trajectories that the disk has damaged
+        self.partials: dict[str, int] = {}  # the attempt that each partial was made in
         self.joined: set[str] = set()
         self.credit: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
+
+    @initialize(ids=st.lists(IDS, min_size=2, max_size=8), at_work=st.sampled_from([True, True, False]))
+    def a_run_has_begun(self, ids: list[str], at_work: bool) -> None:
+        """Else most sequences would come to an end before anything is leased."""
+        if at_work:
+            self.issue(ids)
+            for session in ("s2", "s3"):
+                self.actor_joins(session, 3, set())
+            self.learner_joins(3, same=False, lose=set())
 
     # --- what is done with the ledger's actions
 
@@ -100,6 +114,17 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert self.sent[session] <= self.credit[session], "more than the credit"
                 for ticket in granted:
                     assert self.book.rows[ticket.ticket_id].state is T.ISSUED, "granted although it has a result"
+                    assert not self.book.rows[ticket.ticket_id].partial_bytes, "begun anew in spite of a partial"
+            case GoOn(session, ticket):
+                assert session in self.joined
+                self.sent[session] += 1
+                assert self.sent[session] <= self.credit[session], "more than the credit"
+                row = self.book.rows[ticket.ticket_id]
+                assert row.state is T.ISSUED, "gone on with although it has a result"
+                assert row.partial_bytes, "nothing to go on with"
+                assert ticket.attempt == self.partials[ticket.ticket_id], "a failed attempt is gone on with"
+            case JournalPartial(_, ticket_id, lost=False):
+                self.partials[ticket_id] = self.book.rows[ticket_id].ticket.attempt
             case Deliver(_, ticket_ids):
                 return [ticket_id for ticket_id in ticket_ids if not self.arrives(ticket_id, ticket_id in self.rotten)]
             case AnnounceDead(_, ticket_id):
@@ -212,6 +237,43 @@ class LedgerMachine(RuleBasedStateMachine):
     def release(self, session: str, ticket_id: str, drain: bool) -> None:
         self.do(Release(session, (ticket_id,), "drain" if drain else "infra_failure"))
 
+    @rule(session=ACTORS, ticket_id=IDS, num_bytes=st.integers(1, MAX_PARTIAL_BYTES))
+    def hand_over(self, session: str, ticket_id: str, num_bytes: int) -> None:
+        entry = self.book.ledger._table.entries.get(ticket_id)
+        held = entry is not None and entry.state is T.LEASED and entry.holder == session
+        attempt = entry.ticket.attempt if entry is not None else 0
+        others = sum(row.partial_bytes for key, row in self.book.rows.items() if key != ticket_id)
+        fits = others + num_bytes <= MAX_PARTIAL_BYTES
+        before = self.book.rows[ticket_id].partial_bytes if held else 0
+        actions = self.do(HandOver(session, ticket_id, num_bytes))
+        assert reply(actions).handover == ("unwanted" if not held else "kept" if fits else "refused")
+        if held:
+            row = self.book.rows[ticket_id]
+            assert row.ticket.attempt == attempt, "a handover is no failure"
+            assert row.partial_bytes == (num_bytes if fits else before)
+
+    @precondition(lambda self: self.held())
+    @rule(data=st.data(), num_bytes=st.integers(1, MAX_PARTIAL_BYTES // 2), then=st.booleans())
+    def a_holder_hands_over(self, data: st.DataObject, num_bytes: int, then: bool) -> None:
+        """And, perhaps, another goes on and fails, or the broker dies in between."""
+        session, ticket_id = data.draw(st.sampled_from(self.held()))
+        self.hand_over(session, ticket_id, num_bytes)
+        if then:
+            self.want("s2", 8)
+            self.time_passes(data.draw(st.sampled_from([0.0, LEASE_S])))
+            for session, ticket_id in self.held():
+                self.release(session, ticket_id, drain=data.draw(st.booleans()))
+
+    def held(self) -> list[tuple[str, str]]:
+        """Leases: (session, ticket)."""
+        entries = self.book.ledger._table.entries
+        return [(entry.holder, key) for key, entry in entries.items() if entry.state is T.LEASED]
+
+    @rule(ticket_id=IDS)
+    def partial_rots(self, ticket_id: str) -> None:
+        self.do(PartialLost(ticket_id))
+        assert ticket_id not in self.book.rows or not self.book.rows[ticket_id].partial_bytes
+
     @rule(session=st.sampled_from(["s0", "s2", "L"]))
     def peer_gone(self, session: str) -> None:
         self.joined.discard(session)
@@ -281,7 +343,14 @@ class LedgerMachine(RuleBasedStateMachine):
             volatile = {T.LEASED: T.ISSUED, T.ASSIGNED: T.DELIVERED}
             assert volatile.get(entry.state, entry.state) is row.state
             assert (entry.ticket, entry.source) == (row.ticket, row.source)
+            assert entry.partial_bytes == row.partial_bytes
+            assert not row.partial_bytes or (row.state is T.ISSUED and row.ticket.attempt == self.partials[ticket_id])
             assert entry.ticket.attempt <= MAX_ATTEMPTS
+
+    @invariant()
+    def partials_have_a_bound(self) -> None:
+        num_bytes = sum(row.partial_bytes for row in self.book.rows.values())
+        assert self.book.ledger.partial_bytes == num_bytes <= MAX_PARTIAL_BYTES
 
     @invariant()
     def counts_are_right(self) -> None:
@@ -355,5 +424,5 @@ def not_urgent(of: Ticket) -> bool:
     return of.mode is Mode.TRAIN
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestLedger = LedgerMachine.TestCase

@@ -9,6 +9,7 @@ from broker.protocol.codec import unpack_trajectories
 from broker.protocol.commands import COMMANDS, Role, parse_body
 from broker.protocol.errors import ProtocolError
 from broker.protocol.frames import decode
+from broker.protocol.partials import read_handover, unpack_continue
 from tests.fuzz import corpus
 from tests.fuzz.mutate import mutate
 
@@ -37,6 +38,10 @@ def test_they_reach_every_layer_and_raise_only_protocol_errors() -> None:
             parse_body(message, spec.body)
             if message.command in ("TRAJECTORY", "DELIVER"):
                 unpack_trajectories(message, spec.body)
+            if message.command == "HANDOVER":
+                read_handover(message)
+            if message.command == "CONTINUE":
+                unpack_continue(message)
             ends["accepted"] += 1
         except ProtocolError as error:
             ends[error.code.value] += 1

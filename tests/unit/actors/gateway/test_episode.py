@@ -147,6 +147,10 @@ async def test_too_many_turns_are_refused_and_graded() -> None:
     trajectory = await run(ProgramEnvironment(careful), [SCRIPT[0]] * 3, make_ticket(sampling={"max_turns": 2}))
     assert (trajectory.head.outcome, caught) == (Outcome.TRUNCATED_TURNS, ["max_turns"])
     assert trajectory.head.num_turns == 2
+    environment = ProgramEnvironment(careful)
+    environment.max_turns = 1  # its own bound, below the ticket's
+    trajectory = await run(environment, [SCRIPT[0]] * 3, make_ticket(sampling={"max_turns": 2}))
+    assert (trajectory.head.outcome, trajectory.head.num_turns) == (Outcome.TRUNCATED_TURNS, 1)
 
 
 async def test_a_full_context_is_refused_with_openais_code() -> None:
