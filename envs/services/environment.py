@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from envs.faults import check_profile, profile_of
 from envs.interface import Environment, EnvironmentFailureError, Message, Reward, Split, Task, Tool
+from envs.rows import compared
 from envs.services.api import document
-from envs.services.database import differences
 from envs.services.reference import ServicesReference
 from envs.services.tasks import KINDS, Kind, problem
 from envs.services.world import USER, Clock, World
@@ -70,12 +70,8 @@ def make_world(task: Task, clock: Clock | None = None) -> World:
 
 def grade(task: Task, world: World) -> Reward:
     """1 if exactly what was asked for has changed, else 0. finished: all of that; untouched: nothing else."""
-    wanted = differences(task.secret["rows"], task.secret["expected"])
-    found = differences(task.secret["rows"], world.rows())
-    finished = all(row in found.get(table, []) for table, rows in wanted.items() for row in rows)
-    untouched = all(row in wanted.get(table, []) for table, rows in found.items() for row in rows)
-    correct = float(found == wanted)
-    return Reward(correct, {"correct": correct, "finished": float(finished), "untouched": float(untouched)})
+    marks = compared(task.secret["rows"], task.secret["expected"], world.rows())
+    return Reward(marks["correct"], marks)
 
 
 class ServicesEpisode(ToolEpisode):

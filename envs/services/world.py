@@ -16,8 +16,9 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from envs.faults import Fault, FaultInjector, FaultProfile
+from envs.rows import Rows
 from envs.services.api import ApiError, Request, Route, route_of
-from envs.services.database import Database, Rows
+from envs.services.database import Database
 
 MAX_BODY = 8192
 TOKEN_REQUESTS = 60
