@@ -1,0 +1,350 @@
+"""One page in a browser context of its own: its requests go to its episode's site, and nowhere else.
+
+Owns the context, its one tab, the answering of requests, and the question whether a page has come to rest. What is
+done on a page is in acting.py; how it is shown, in snapshot.py. Scripts of ours run in an isolated world, where a
+page's own scripts can neither see nor change them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from envs.browser.cdp import CdpError, Connection
+from envs.browser.snapshot import Snapshot, plain, snapshot
+from envs.browser.web import MAX_BODY, Request, Response, Site
+from envs.interface import EnvironmentFailureError, SandboxError
+
+OPEN_LIMIT_S: Final = 20.0
+CLOSE_LIMIT_S: Final = 10.0
+SETTLE_LIMIT_S: Final = 3.0  # a page that never comes to rest is shown as it is then
+QUIET_TURNS: Final = 2
+MAX_NOTES: Final = 5
+MAX_NODES: Final = 20_000
+MAX_CHARACTERS: Final = 2_000_000
+WORLD: Final = "ergon"
+_TURN = "new Promise(done => setTimeout(done, 0))"
+_SIZE = (
+    "[document.getElementsByTagName('*').length, (document.documentElement || {textContent: ''}).textContent.length]"
+)
+# A page that is never at rest must not be asked to grow for ever, and one that is huge not be read.
+
+
+class PageGoneError(Exception):
+    """The tab has crashed."""
+
+
+class Page:
+    """One tab. Belongs to one event loop; close it always.
+
+    notes: what happened beside the page since it was last asked: dialogs, addresses that were refused.
+    """
+
+    def __init__(self, connection: Connection, context: str) -> None:
+        self.notes: list[str] = []
+        self._connection = connection
+        self._context = context
+        self._site: Site | None = None
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._forget_tab()
+
+    def _forget_tab(self) -> None:
+        self._target = self._session = ""
+        self._world: int | None = None
+        self._crashed = False
+        self._url = "about:blank"
+        self._loading = False
+        self._requests: set[str] = set()
+        self._activity = 0
+        self._changed = asyncio.Event()
+
+    @classmethod
+    async def create(cls, connection: Connection) -> Page:
+        """An empty tab in a fresh context. Raises SandboxError."""
+        try:
+            made = await connection.send("Target.createBrowserContext", disposeOnDetach=True)
+            page = cls(connection, made["browserContextId"])
+            await connection.send("Browser.setDownloadBehavior", behavior="deny", browserContextId=page._context)
+            await page._open_tab()
+        except (CdpError, TimeoutError) as error:
+            raise SandboxError(f"Chromium could not make a page ({type(error).__name__}: {error})") from error
+        return page
+
+    async def _open_tab(self) -> None:
+        made = await self._connection.send("Target.createTarget", url="about:blank", browserContextId=self._context)
+        self._target = made["targetId"]
+        found = await self._connection.send("Target.attachToTarget", targetId=self._target, flatten=True)
+        self._session = found["sessionId"]
+        self._connection.listen(self._session, self._on_event)
+        async with asyncio.timeout(OPEN_LIMIT_S):
+            await asyncio.gather(
+                self.post("Page.enable"),
+                self.post("Network.enable", maxTotalBufferSize=0, maxResourceBufferSize=0),
+                self.post("Inspector.enable"),
+                self.post("DOM.enable"),
+                self.post("Accessibility.enable"),
+                self.post("Fetch.enable", patterns=[{"urlPattern": "*"}]),
+                self.post("Emulation.setFocusEmulationEnabled", enabled=True),
+            )
+        await self.evaluate("0")
+
+    @property
+    def alive(self) -> bool:
+        """Whether its Chromium is there, and it was not closed."""
+        return not self._closed and not self._connection.closed.is_set()
+
+    @property
+    def address(self) -> str:
+        """Path and query on the site; the whole URL elsewhere."""
+        origin = self._site.origin if self._site else ""
+        return self._url.removeprefix(origin) if origin and self._url.startswith(f"{origin}/") else self._url
+
+    def serve(self, site: Site) -> None:
+        """From now on this site answers the page's requests."""
+        self._site = site
+
+    def post(self, method: str, **parameters: Any) -> asyncio.Future[Any]:
+        """A command to the tab."""
+        return self._connection.post(method, self._session, **parameters)
+
+    async def send(self, method: str, **parameters: Any) -> Any:
+        """A command to the tab, and its answer. Raises CdpError, PageGoneError, SandboxError."""
+        if self._crashed:
+            raise PageGoneError
+        answer = self.post(method, **parameters)
+        changed = asyncio.ensure_future(self._crash())
+        try:
+            await asyncio.wait({answer, changed}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+        if not answer.done():
+            raise PageGoneError
+        return answer.result()
+
+    async def _crash(self) -> None:
+        while not self._crashed:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def goto(self, target: str) -> None:
+        """Go to a path of the site. Raises CdpError where the browser does not."""
+        assert self._site is not None
+        found = await self.send("Page.navigate", url=f"{self._site.origin}{target}")
+        reason = found.get("errorText", "")
+        if reason and reason != "net::ERR_ABORTED":
+            raise CdpError(reason)
+
+    async def back(self) -> bool:
+        """Go to the page before this one; False where there is none."""
+        history = await self.send("Page.getNavigationHistory")
+        index = history["currentIndex"]
+        if index <= 1:  # 0 is the empty page that every tab begins with
+            return False
+        await self.send("Page.navigateToHistoryEntry", entryId=history["entries"][index - 1]["id"])
+        return True
+
+    async def evaluate(self, expression: str, world: str = WORLD) -> Any:
+        """The value of an expression, a promise's too. world: the page's own where it is empty. Raises CdpError."""
+        parameters: dict[str, Any] = {"expression": expression, "awaitPromise": True, "returnByValue": True}
+        if world:
+            parameters["contextId"] = await self._own_world()
+        found = await self.send("Runtime.evaluate", **parameters)
+        if "exceptionDetails" in found:
+            raise CdpError(str(found["exceptionDetails"].get("text", "")))
+        return found["result"].get("value")
+
+    async def call(self, node: int, function: str, *arguments: Any) -> Any:
+        """The value of a function that is called on a node (`this`), in our own world. Raises CdpError."""
+        made = await self.send("DOM.resolveNode", backendNodeId=node, executionContextId=await self._own_world())
+        found = await self.send(
+            "Runtime.callFunctionOn",
+            functionDeclaration=function,
+            objectId=made["object"]["objectId"],
+            arguments=[{"value": argument} for argument in arguments],
+            returnByValue=True,
+            awaitPromise=True,
+        )
+        if "exceptionDetails" in found:
+            raise CdpError(str(found["exceptionDetails"].get("text", "")))
+        return found["result"].get("value")
+
+    async def _own_world(self) -> int:
+        if self._world is None:
+            found = await self.send("Page.createIsolatedWorld", frameId=self._target, worldName=WORLD)
+            self._world = found["executionContextId"]
+        return self._world
+
+    async def settle(self) -> None:
+        """Wait until the page has loaded, has no request under way, and its scripts have had their turn.
+
+        Raises EnvironmentFailureError where the site broke, PageGoneError, SandboxError.
+        """
+        deadline = asyncio.get_running_loop().time() + SETTLE_LIMIT_S
+        quiet = 0
+        while quiet < QUIET_TURNS and asyncio.get_running_loop().time() < deadline:
+            before = self._activity
+            await self._rest(deadline)
+            try:
+                await self.evaluate(_TURN)
+            except CdpError:  # the page went away under it
+                self._world = None
+                self._activity += 1
+            quiet = quiet + 1 if self._activity == before else 0
+        if self._failure is not None:
+            raise EnvironmentFailureError(f"the site broke: {self._failure!r}") from self._failure
+
+    async def _rest(self, deadline: float) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                while (self._loading or self._requests) and self.alive and not self._crashed:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return
+
+    async def look(self, number_texts: bool = False) -> Snapshot:
+        """The page as it is now. Raises CdpError, PageGoneError, SandboxError."""
+        num_nodes, num_characters = await self.evaluate(_SIZE)
+        if num_nodes > MAX_NODES or num_characters > MAX_CHARACTERS:
+            lines = ("the page is too large to be shown",)
+            return Snapshot("", self.address, lines, {})
+        tree = await self.send("Accessibility.getFullAXTree")
+        nodes = tree["nodes"]
+        title = nodes[0].get("name", {}).get("value", "") if nodes else ""
+        return snapshot(nodes, title, self.address, number_texts)
+
+    async def renew(self) -> None:
+        """A fresh tab in the same context, in place of one that crashed or hangs. Raises SandboxError."""
+        self._connection.forget(self._session)
+        self.post("Runtime.terminateExecution")
+        old = self._target
+        self._forget_tab()
+        try:
+            self._connection.post("Target.closeTarget", targetId=old)
+            await self._open_tab()
+        except (CdpError, PageGoneError, TimeoutError) as error:
+            raise SandboxError(f"Chromium could not replace a page ({type(error).__name__}: {error})") from error
+
+    async def close(self) -> None:
+        """End the tab and forget the context with all it stored. Raises SandboxError where Chromium does not."""
+        if self._closed:
+            return
+        self._closed = True
+        self._connection.forget(self._session)
+        if self._connection.closed.is_set():
+            return
+        self.post("Runtime.terminateExecution")
+        try:
+            await self._connection.send(
+                "Target.disposeBrowserContext", browserContextId=self._context, limit_s=CLOSE_LIMIT_S
+            )
+        except (CdpError, TimeoutError) as error:
+            raise SandboxError(f"Chromium does not close a page ({type(error).__name__}: {error})") from error
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes and len(self.notes) < MAX_NOTES:
+            self.notes.append(text)
+
+    def _on_event(self, method: str, event: Mapping[str, Any]) -> None:
+        handler = _HANDLERS.get(method)
+        if handler is not None:
+            handler(self, event)
+            self._changed.set()
+
+    def _on_request(self, event: Mapping[str, Any]) -> None:
+        asked = event["request"]
+        parts = urlsplit(asked["url"])
+        if self._site is None or f"{parts.scheme}://{parts.netloc}" != self._site.origin:
+            document = event.get("resourceType") == "Document" and event.get("frameId") == self._target
+            self._note(f"refused: {plain(asked['url'], 100)} is not part of this site")
+            # An aborted navigation leaves the page where it is.
+            reason = "Aborted" if document else "BlockedByClient"
+            self.post("Fetch.failRequest", requestId=event["requestId"], errorReason=reason)
+            return
+        target = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
+        headers = {name.lower(): value for name, value in asked.get("headers", {}).items()}
+        response = self._answered(Request(asked["method"], target, headers, asked.get("postData", "")), asked)
+        shown = {"Content-Type": response.kind, "Cache-Control": "no-store", **response.headers}
+        self.post(
+            "Fetch.fulfillRequest",
+            requestId=event["requestId"],
+            responseCode=int(response.status),
+            responseHeaders=[{"name": name, "value": value} for name, value in shown.items()],
+            body=base64.b64encode(response.body).decode(),
+        )
+
+    def _answered(self, request: Request, asked: Mapping[str, Any]) -> Response:
+        assert self._site is not None
+        if len(request.body) > MAX_BODY or (asked.get("hasPostData") and not request.body):
+            return Response(b"too large", 413, "text/plain")
+        try:
+            return self._site.answer(request)
+        except Exception as error:  # noqa: BLE001  raised to the episode by `settle`
+            self._failure = error
+            return Response(b"the site broke", 500, "text/plain")
+
+    def _on_sent(self, event: Mapping[str, Any]) -> None:
+        self._activity += 1
+        self._requests.add(event["requestId"])
+
+    def _on_ended(self, event: Mapping[str, Any]) -> None:
+        self._activity += 1
+        self._requests.discard(event["requestId"])
+
+    def _on_navigation(self, event: Mapping[str, Any]) -> None:
+        frame = event["frame"]
+        self._activity += 1
+        if "parentId" not in frame:
+            self._url = frame.get("url", "") + frame.get("urlFragment", "")
+            self._world = None
+            self._requests.clear()
+
+    def _on_fragment(self, event: Mapping[str, Any]) -> None:
+        if event["frameId"] == self._target:
+            self._activity += 1
+            self._url = event["url"]
+
+    def _on_loading(self, event: Mapping[str, Any]) -> None:
+        if event["frameId"] == self._target:
+            self._activity += 1
+            self._loading = True
+
+    def _on_loaded(self, event: Mapping[str, Any]) -> None:
+        if event["frameId"] == self._target:
+            self._activity += 1
+            self._loading = False
+
+    def _on_dialog(self, event: Mapping[str, Any]) -> None:
+        kind = event["type"]
+        accept = kind in ("alert", "beforeunload")
+        if kind != "beforeunload":
+            said = "" if accept else ", which was answered with no"
+            self._note(f'the page showed the {kind} "{plain(event.get("message", ""), 200)}"{said}')
+        self.post("Page.handleJavaScriptDialog", accept=accept)
+
+    def _on_crash(self, _event: Mapping[str, Any]) -> None:
+        self._crashed = True
+
+    def _on_closed(self, _event: Mapping[str, Any]) -> None:
+        """Chromium has ended; whoever waits is woken up."""
+
+
+_HANDLERS = {
+    "Fetch.requestPaused": Page._on_request,
+    "Network.requestWillBeSent": Page._on_sent,
+    "Network.loadingFinished": Page._on_ended,
+    "Network.loadingFailed": Page._on_ended,
+    "Page.frameNavigated": Page._on_navigation,
+    "Page.navigatedWithinDocument": Page._on_fragment,
+    "Page.frameRequestedNavigation": Page._on_loading,
+    "Page.frameStartedLoading": Page._on_loading,
+    "Page.frameStoppedLoading": Page._on_loaded,
+    "Page.javascriptDialogOpening": Page._on_dialog,
+    "Inspector.targetCrashed": Page._on_crash,
+    "Inspector.detached": Page._on_crash,
+    "closed": Page._on_closed,
+}
