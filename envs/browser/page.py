@@ -1,21 +1,20 @@
 """One page in a browser context of its own: its requests go to its episode's site, and nowhere else.
 
-Owns the context, its one tab, the answering of requests, and the question whether a page has come to rest. What is
-done on a page is in acting.py; how it is shown, in snapshot.py. Scripts of ours run in an isolated world, where a
-page's own scripts can neither see nor change them.
+Owns the context, its one tab, and the question whether a page has come to rest. What is done on a page is in acting.py,
+how it is shown in snapshot.py, who answers its requests in traffic.py. Scripts of ours run in an isolated world, where
+a page's own scripts can neither see nor change them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 from collections.abc import Mapping
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from envs.browser.cdp import CdpError, Connection
 from envs.browser.snapshot import Snapshot, plain, snapshot
-from envs.browser.web import MAX_BODY, Request, Response, Site
+from envs.browser.traffic import Traffic
+from envs.browser.web import Site
 from envs.interface import EnvironmentFailureError, SandboxError
 
 OPEN_LIMIT_S: Final = 20.0
@@ -23,6 +22,7 @@ CLOSE_LIMIT_S: Final = 10.0
 SETTLE_LIMIT_S: Final = 3.0  # a page that never comes to rest is shown as it is then
 QUIET_TURNS: Final = 2
 MAX_NOTES: Final = 5
+MAX_NOTE: Final = 300
 MAX_NODES: Final = 20_000
 MAX_CHARACTERS: Final = 2_000_000
 WORLD: Final = "ergon"
@@ -47,8 +47,7 @@ class Page:
         self.notes: list[str] = []
         self._connection = connection
         self._context = context
-        self._site: Site | None = None
-        self._failure: BaseException | None = None
+        self._traffic = Traffic(self.post, self._note)
         self._closed = False
         self._forget_tab()
 
@@ -100,12 +99,12 @@ class Page:
     @property
     def address(self) -> str:
         """Path and query on the site; the whole URL elsewhere."""
-        origin = self._site.origin if self._site else ""
+        origin = self._traffic.site.origin if self._traffic.site else ""
         return self._url.removeprefix(origin) if origin and self._url.startswith(f"{origin}/") else self._url
 
     def serve(self, site: Site) -> None:
         """From now on this site answers the page's requests."""
-        self._site = site
+        self._traffic.site = site
 
     def post(self, method: str, **parameters: Any) -> asyncio.Future[Any]:
         """A command to the tab."""
@@ -132,8 +131,8 @@ class Page:
 
     async def goto(self, target: str) -> None:
         """Go to a path of the site. Raises CdpError where the browser does not."""
-        assert self._site is not None
-        found = await self.send("Page.navigate", url=f"{self._site.origin}{target}")
+        assert self._traffic.site is not None
+        found = await self.send("Page.navigate", url=f"{self._traffic.site.origin}{target}")
         reason = found.get("errorText", "")
         if reason and reason != "net::ERR_ABORTED":
             raise CdpError(reason)
@@ -194,8 +193,9 @@ class Page:
                 self._world = None
                 self._activity += 1
             quiet = quiet + 1 if self._activity == before else 0
-        if self._failure is not None:
-            raise EnvironmentFailureError(f"the site broke: {self._failure!r}") from self._failure
+        failure = self._traffic.failure
+        if failure is not None:
+            raise EnvironmentFailureError(f"the site broke: {failure!r}") from failure
 
     async def _rest(self, deadline: float) -> None:
         try:
@@ -246,6 +246,7 @@ class Page:
             raise SandboxError(f"Chromium does not close a page ({type(error).__name__}: {error})") from error
 
     def _note(self, text: str) -> None:
+        text = plain(text, MAX_NOTE)
         if text not in self.notes and len(self.notes) < MAX_NOTES:
             self.notes.append(text)
 
@@ -256,36 +257,7 @@ class Page:
             self._changed.set()
 
     def _on_request(self, event: Mapping[str, Any]) -> None:
-        asked = event["request"]
-        parts = urlsplit(asked["url"])
-        if self._site is None or f"{parts.scheme}://{parts.netloc}" != self._site.origin:
-            document = event.get("resourceType") == "Document" and event.get("frameId") == self._target
-            self._note(f"refused: {plain(asked['url'], 100)} is not part of this site")
-            # An aborted navigation leaves the page where it is.
-            reason = "Aborted" if document else "BlockedByClient"
-            self.post("Fetch.failRequest", requestId=event["requestId"], errorReason=reason)
-            return
-        target = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
-        headers = {name.lower(): value for name, value in asked.get("headers", {}).items()}
-        response = self._answered(Request(asked["method"], target, headers, asked.get("postData", "")), asked)
-        shown = {"Content-Type": response.kind, "Cache-Control": "no-store", **response.headers}
-        self.post(
-            "Fetch.fulfillRequest",
-            requestId=event["requestId"],
-            responseCode=int(response.status),
-            responseHeaders=[{"name": name, "value": value} for name, value in shown.items()],
-            body=base64.b64encode(response.body).decode(),
-        )
-
-    def _answered(self, request: Request, asked: Mapping[str, Any]) -> Response:
-        assert self._site is not None
-        if len(request.body) > MAX_BODY or (asked.get("hasPostData") and not request.body):
-            return Response(b"too large", 413, "text/plain")
-        try:
-            return self._site.answer(request)
-        except Exception as error:  # noqa: BLE001  raised to the episode by `settle`
-            self._failure = error
-            return Response(b"the site broke", 500, "text/plain")
+        self._traffic.answer(event, self._target)
 
     def _on_sent(self, event: Mapping[str, Any]) -> None:
         self._activity += 1
@@ -323,7 +295,7 @@ class Page:
         accept = kind in ("alert", "beforeunload")
         if kind != "beforeunload":
             said = "" if accept else ", which was answered with no"
-            self._note(f'the page showed the {kind} "{plain(event.get("message", ""), 200)}"{said}')
+            self._note(f'the page showed the {kind} "{event.get("message", "")[:200]}"{said}')
         self.post("Page.handleJavaScriptDialog", accept=accept)
 
     def _on_crash(self, _event: Mapping[str, Any]) -> None:

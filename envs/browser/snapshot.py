@@ -71,7 +71,8 @@ class Snapshot:
 
 def plain(text: object, limit: int = MAX_TEXT) -> str:
     """Text in one line, without what could steer a terminal, and not too long."""
-    joined = "".join(each if each.isprintable() else "?" for each in " ".join(str(text).split()))
+    beginning = str(text)[: 10 * limit]  # enough of a text of megabytes
+    joined = "".join(each if each.isprintable() else "?" for each in " ".join(beginning.split()))
     return joined if len(joined) <= limit else joined[: limit - 1] + "…"
 
 
