@@ -29,7 +29,7 @@ HEAP_MB = 256  # of a page's scripts
 WINDOW = "1024,768"
 
 # Debian's headless shell has no user interface, and so fewer libraries and a quicker start.
-PROGRAMS = ("chromium-headless-shell", "chromium")
+PROGRAMS = ("/usr/lib/chromium/chromium-headless-shell", "chromium-headless-shell", "chromium")
 FEATURES_OFF = (
     "AcceptCHFrame",
     "BackForwardCache",
