@@ -115,6 +115,8 @@ class BrowserPool:
             while not self._closed and len(self._ready) < self._size:
                 self._ready.append(await self._made())
         except SandboxError as error:
+            if self._closed:
+                return
             logger.warning("browser pool stopped refilling ready=%d error=%s", len(self._ready), error)
 
     async def close(self) -> None:

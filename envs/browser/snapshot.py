@@ -7,6 +7,7 @@ shown, in the order of the page, so the same page has the same numbers in every 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,11 @@ def plain(text: object, limit: int = MAX_TEXT) -> str:
     beginning = str(text)[: 10 * limit]  # enough of a text of megabytes
     joined = "".join(each if each.isprintable() else "?" for each in " ".join(beginning.split()))
     return joined if len(joined) <= limit else joined[: limit - 1] + "…"
+
+
+def quoted(text: str) -> str:
+    """A name or value in quotes, as JSON has it, so that it is seen where it ends."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def snapshot(nodes: Sequence[Mapping[str, Any]], title: str, address: str, number_texts: bool = False) -> Snapshot:
@@ -161,24 +167,24 @@ class _Reader:
         if not name or (self._in_label and not self._number_texts):
             return  # a label is its control's name
         if self._number_texts:
-            self._write(f'[{self._numbered(node, role, name)} {role} "{name}"]')
+            self._write(f"[{self._numbered(node, role, name)} {role} {quoted(name)}]")
         else:
             self._write(name)
 
     def _picture(self, node: Mapping[str, Any]) -> None:
         name = plain(_value(node.get("name")))
         if self._number_texts:
-            self._write(f'[{self._numbered(node, "image", name)} image "{name}"]')
+            self._write(f"[{self._numbered(node, 'image', name)} image {quoted(name)}]")
         elif name:
-            self._write(f'image "{name}"')
+            self._write(f"image {quoted(name)}")
 
     def _control(self, node: Mapping[str, Any], role: str) -> None:
         name = plain(_value(node.get("name")))
         options = tuple(self._options(node)) if role == "combobox" else ()
-        shown = f'{self._numbered(node, role, name, options)} {role} "{name}"'
+        shown = f"{self._numbered(node, role, name, options)} {role} {quoted(name)}"
         value = plain(_value(node.get("value")))
         if role in FIELDS or (role == "combobox" and value):
-            shown += f' = "{value}"'
+            shown += f" = {quoted(value)}"
         if options:
             more = ", …" if len(options) > MAX_OPTIONS else ""
             shown += f" of {', '.join(options[:MAX_OPTIONS])}{more}"

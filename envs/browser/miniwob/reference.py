@@ -5,6 +5,7 @@ Written from what the pages ask; none of them looks into a page's code or state.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from envs.interface import ToolCall
 from envs.scripted import Script, ScriptedPolicy
 
 Doing = Generator[ToolCall | str, str, None]
-_ELEMENT = re.compile(r'\[(\d+) (\w+) "([^"]*)"(?: = "([^"]*)")?( of [^\]]*)?([^\]]*)\]')
+_QUOTED = r'"\s*(.+?)\s*"'  # the word may stand on its own between the quotes
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_ELEMENT = re.compile(rf"\[(\d+) (\w+) ({_STRING})(?: = {_STRING})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +27,6 @@ class Seen:
     ref: int
     role: str
     name: str
-    value: str
-    states: str
 
 
 class MiniwobReference(ScriptedPolicy):
@@ -44,11 +45,8 @@ class MiniwobReference(ScriptedPolicy):
 
     def all(self, *roles: str) -> list[Seen]:
         """The elements of these roles, in their order."""
-        found = [Seen(int(ref), role, name, value, states) for ref, role, name, value, _, states in self._found()]
+        found = [Seen(int(ref), role, json.loads(name)) for ref, role, name in _ELEMENT.findall(self.page)]
         return [each for each in found if each.role in roles]
-
-    def _found(self) -> list[tuple[str, ...]]:
-        return [match.groups(default="") for match in _ELEMENT.finditer(self.page)]
 
     @property
     def query(self) -> str:
@@ -89,7 +87,7 @@ def _submit(policy: MiniwobReference, name: str = "Submit") -> Doing:
 
 
 def _click_button(policy: MiniwobReference) -> Doing:
-    (name,) = policy.asked(r'Click on the "(.+?)" button')
+    (name,) = policy.asked(rf"Click on the {_QUOTED} button")
     yield from policy.click(name, "button")
 
 
@@ -117,14 +115,15 @@ def _choose_list(policy: MiniwobReference) -> Doing:
 
 
 def _link_behind_tabs(policy: MiniwobReference) -> Doing:
-    """Look behind each tab until the word is there; in the question it stands with others."""
-    (word,) = policy.asked(r'the link "(.+?)"')
-    for name in [None, *(each.name for each in policy.all("tab"))]:
-        if name is not None:
+    """Look behind each tab, and click the word wherever it stands alone: what is no link does nothing."""
+    (word,) = policy.asked(rf"the link {_QUOTED}")
+    tabs = [each.name for each in policy.all("tab")]
+    for name in ["", *tabs]:
+        if name:
             yield from policy.click(name, "tab")
-        if any(each.name == word for each in policy.all("text", "link")):
-            yield from policy.click(word, "text", "link")
-            return
+        for element in policy.all("text", "link"):
+            if element.name == word:
+                yield from policy.call("click", ref=element.ref)
 
 
 def _enter(pattern: str, change: Callable[..., list[str]]) -> Callable[[MiniwobReference], Doing]:
@@ -196,8 +195,8 @@ def _odd_or_even(policy: MiniwobReference) -> Doing:
 
 
 def _autocomplete(policy: MiniwobReference) -> Doing:
-    (start,) = policy.asked(r'starts with "(.+?)"')
-    end = re.search(r'ends with "(.+?)"', policy.query)
+    (start,) = policy.asked(rf"starts with {_QUOTED}")
+    end = re.search(rf"ends with {_QUOTED}", policy.query)
     yield from policy.type_all(start)
     found = [each.name for each in policy.all("menuitem", "option", "text") if each.name.startswith(start)]
     fitting = [name for name in found if end is None or name.endswith(end[1])]
@@ -208,9 +207,9 @@ def _autocomplete(policy: MiniwobReference) -> Doing:
 
 def _spinner(policy: MiniwobReference) -> Doing:
     (number,) = policy.asked(r"Select (-?\d+) with the spinner")
-    up, down = policy.all("button")[:2]
+    yield from policy.call("click", ref=policy.all("spinbutton", "textbox")[0].ref)
     for _ in range(abs(int(number))):
-        yield from policy.call("click", ref=(up if int(number) > 0 else down).ref)
+        yield from policy.call("press", key="ArrowUp" if int(number) > 0 else "ArrowDown")
     yield from _submit(policy)
 
 
@@ -226,22 +225,10 @@ def _phone_book(policy: MiniwobReference) -> Doing:
     person, what = policy.asked(r"Find (\w+) in the contact book and click on their (\w+)")
     while not any(each.name == person for each in policy.all("text")):
         yield from policy.click(">", "link", "text")
-    texts = [each.name for each in policy.all("text")]
-    place = texts.index(f"{what.capitalize()}:")
-    yield from policy.click(texts[place + 1], "text")
+    names = [each.name for each in policy.all("text", "link")]
+    yield from policy.click(names[names.index(f"{what.capitalize()}:") + 1], "text", "link")
 
 
-def _navigate_tree(policy: MiniwobReference) -> Doing:
-    (name,) = policy.asked(r'folder or file named "(.+?)"')
-    opened: list[str] = []
-    while not any(each.name == name for each in policy.all("text")):
-        texts = [each for each in policy.all("text") if each.name not in opened and " " not in each.name]
-        opened.append(texts[0].name)
-        yield from policy.call("click", ref=texts[0].ref)
-    yield from policy.click(name, "text")
-
-
-_QUOTED = r'"(.+?)"'
 SOLVERS: Mapping[str, Callable[[MiniwobReference], Doing]] = {
     "choose-list": _choose_list,
     "click-button": _click_button,
@@ -266,7 +253,6 @@ SOLVERS: Mapping[str, Callable[[MiniwobReference], Doing]] = {
     "find-word": _find_word,
     "login-user": _enter(rf"username {_QUOTED} and the password {_QUOTED}", lambda user, word: [user, word]),
     "multi-orderings": _multi_orderings,
-    "navigate-tree": _navigate_tree,
     "odd-or-even": _odd_or_even,
     "phone-book": _phone_book,
     "read-table": _read_table,
