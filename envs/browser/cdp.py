@@ -17,7 +17,7 @@ import msgspec
 from envs.interface import SandboxError
 
 MAX_MESSAGE: Final = 32 << 20
-COMMAND_LIMIT_S: Final = 20.0
+COMMAND_LIMIT_S = 20.0
 _NUMBER = re.compile(rb'\{"id":(\d+)')
 
 Event = Callable[[str, Mapping[str, Any]], None]
@@ -37,7 +37,7 @@ class Connection(asyncio.Protocol):
         self.closed = asyncio.Event()
         self._transport: asyncio.Transport | None = None
         self._number = 0
-        self._waiting: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        self._waiting: dict[int, tuple[str, str, asyncio.Future[Any]]] = {}  # method, session, answer
         self._listeners: dict[str, Event] = {}
         self._buffer = bytearray()
         self._skipping = False
@@ -56,6 +56,14 @@ class Connection(asyncio.Protocol):
         """Hand them to nobody."""
         self._listeners.pop(session, None)
 
+    def give_up(self, session: str, reason: Exception) -> None:
+        """Whoever waits for an answer of this session is told the reason why there will be none."""
+        for number, (_, of, future) in list(self._waiting.items()):
+            if of == session:
+                del self._waiting[number]
+                if not future.done():
+                    future.set_exception(reason)
+
     def post(self, method: str, session: str = "", **parameters: Any) -> asyncio.Future[Any]:
         """Send a command; its answer comes as a future. One that nobody awaits may fail: that is nobody's business."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -66,14 +74,17 @@ class Connection(asyncio.Protocol):
             message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
             if session:
                 message["sessionId"] = session
-            self._waiting[self._number] = method, future
+            self._waiting[self._number] = method, session, future
             self._transport.write(msgspec.json.encode(message) + b"\0")
         future.add_done_callback(_retrieved)
         return future
 
-    async def send(self, method: str, session: str = "", limit_s: float = COMMAND_LIMIT_S, **parameters: Any) -> Any:
-        """Send a command and wait for its answer. Raises CdpError, TimeoutError, SandboxError."""
-        async with asyncio.timeout(limit_s):
+    async def send(self, method: str, session: str = "", limit_s: float | None = None, **parameters: Any) -> Any:
+        """Send a command and wait for its answer, COMMAND_LIMIT_S by default.
+
+        Raises CdpError, TimeoutError, SandboxError.
+        """
+        async with asyncio.timeout(COMMAND_LIMIT_S if limit_s is None else limit_s):
             return await self.post(method, session, **parameters)
 
     def close(self) -> None:
@@ -90,7 +101,7 @@ class Connection(asyncio.Protocol):
         """Called by the loop: nothing will be answered any more."""
         self.closed.set()
         waiting, self._waiting = self._waiting, {}
-        for method, future in waiting.values():
+        for method, _, future in waiting.values():
             if not future.done():
                 future.set_exception(_gone(method))
         for on_event in list(self._listeners.values()):
@@ -130,7 +141,7 @@ class Connection(asyncio.Protocol):
             self._settle(message["id"], message.get("result", {}))
 
     def _settle(self, number: int, outcome: Any) -> None:
-        method, future = self._waiting.pop(number, ("", None))
+        method, _, future = self._waiting.pop(number, ("", "", None))
         if future is None or future.done():
             return
         if isinstance(outcome, CdpError):

@@ -25,7 +25,7 @@ START_LIMIT_S = 60.0
 MEMORY_BYTES = 2 << 30  # of a process's own data
 PROFILE_BYTES = 256 << 20
 SHARED_BYTES = 512 << 20
-HEAP_MB = 256  # of a page's scripts
+HEAP_MB = 128  # of a page's scripts
 WINDOW = "1024,768"
 
 # Debian's headless shell has no user interface, and so fewer libraries and a quicker start.

@@ -64,13 +64,19 @@ class Page:
     @classmethod
     async def create(cls, connection: Connection) -> Page:
         """An empty tab in a fresh context. Raises SandboxError."""
+        context = ""
         try:
             made = await connection.send("Target.createBrowserContext", disposeOnDetach=True)
-            page = cls(connection, made["browserContextId"])
-            await connection.send("Browser.setDownloadBehavior", behavior="deny", browserContextId=page._context)
+            context = made["browserContextId"]
+            await connection.send("Browser.setDownloadBehavior", behavior="deny", browserContextId=context)
+            page = cls(connection, context)
             await page._open_tab()
-        except (CdpError, TimeoutError) as error:
-            raise SandboxError(f"Chromium could not make a page ({type(error).__name__}: {error})") from error
+        except BaseException as error:
+            if context:
+                connection.post("Target.disposeBrowserContext", browserContextId=context)
+            if isinstance(error, CdpError | PageGoneError | TimeoutError):
+                raise SandboxError(f"Chromium could not make a page ({type(error).__name__}: {error})") from error
+            raise
         return page
 
     async def _open_tab(self) -> None:
@@ -114,20 +120,7 @@ class Page:
         """A command to the tab, and its answer. Raises CdpError, PageGoneError, SandboxError."""
         if self._crashed:
             raise PageGoneError
-        answer = self.post(method, **parameters)
-        changed = asyncio.ensure_future(self._crash())
-        try:
-            await asyncio.wait({answer, changed}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            changed.cancel()
-        if not answer.done():
-            raise PageGoneError
-        return answer.result()
-
-    async def _crash(self) -> None:
-        while not self._crashed:
-            self._changed.clear()
-            await self._changed.wait()
+        return await self.post(method, **parameters)
 
     async def goto(self, target: str) -> None:
         """Go to a path of the site. Raises CdpError where the browser does not."""
@@ -221,6 +214,7 @@ class Page:
         """A fresh tab in the same context, in place of one that crashed or hangs. Raises SandboxError."""
         self._connection.forget(self._session)
         self.post("Runtime.terminateExecution")
+        self._connection.give_up(self._session, PageGoneError())
         old = self._target
         self._forget_tab()
         try:
@@ -300,6 +294,7 @@ class Page:
 
     def _on_crash(self, _event: Mapping[str, Any]) -> None:
         self._crashed = True
+        self._connection.give_up(self._session, PageGoneError())
 
     def _on_closed(self, _event: Mapping[str, Any]) -> None:
         """Chromium has ended; whoever waits is woken up."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from envs.browser import BrowserEnvironment, chromium
+from envs.browser import BrowserEnvironment, cdp, chromium
+from envs.browser import page as page_module
 from envs.browser.pool import BrowserPool
 from envs.browser.web import Response, redirect
 from envs.interface import EnvironmentFailureError, SandboxError
@@ -217,7 +218,8 @@ async def test_two_episodes_share_nothing(pool: BrowserPool) -> None:
 
 
 async def test_windows_dialogs_and_downloads(pool: BrowserPool) -> None:
-    page = b"""<button onclick="alert('hello'); out.textContent = confirm('sure?') + prompt('who?')">dialogs</button>
+    page = b"""<button onclick="alert('hello'); out.textContent = [confirm('sure?'), prompt('who?')] + '-'; print()">
+      dialogs</button>
       <button onclick="out.textContent = String(window.open('/two'))">window</button>
       <a href=/two target=_blank>blank</a>
       <a href=/file>download</a><p id=out></p>"""
@@ -226,7 +228,7 @@ async def test_windows_dialogs_and_downloads(pool: BrowserPool) -> None:
         shown = await episode.do("click", ref=episode.ref("dialogs"))
         assert '[the page showed the alert "hello"]' in shown
         assert '[the page showed the confirm "sure?", which was answered with no]' in shown
-        assert "falsenull" in shown
+        assert "false,-" in shown
         assert "null" in await episode.do("click", ref=episode.ref("window"))
         for name in ("blank", "download"):
             assert "address: /\n" in await episode.do("click", ref=episode.ref(name))
@@ -335,6 +337,26 @@ async def test_a_chromium_that_ends_is_infrastructure_and_started_again() -> Non
         await mine.close()
     with pytest.raises(SandboxError, match="closed"):
         await mine.prepare()
+
+
+async def test_a_chromium_that_hangs_is_ended_and_the_next_episode_has_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = BrowserPool(0, 4)
+    try:
+        async with written(mine, 0.5, index=b"one") as first:
+            hanging = mine.chromium
+            assert hanging is not None
+            browser = next(pid for pid in processes(mine) if command(pid).startswith(b"/usr/lib/chromium"))
+            os.kill(browser, signal.SIGSTOP)
+            monkeypatch.setattr(cdp, "COMMAND_LIMIT_S", 0.5)
+            monkeypatch.setattr(page_module, "CLOSE_LIMIT_S", 0.5)
+            with pytest.raises(SandboxError, match="could not replace a page"):
+                await first.do("read")
+            monkeypatch.undo()
+        assert not hanging.alive
+        async with written(mine, index=b"two") as second:
+            assert "two" in await second.do("read")
+    finally:
+        await mine.close()
 
 
 async def test_a_machine_without_chromium_is_told_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,18 @@ async def test_the_end_of_chromium_ends_all_waiting() -> None:
         await connection.send("Y.y")
 
 
+async def test_who_waits_for_a_session_that_is_given_up_is_told_so() -> None:
+    connection, peer = await pair()
+    of_it, of_another = connection.post("X.x", "a"), connection.post("Y.y", "b")
+    connection.give_up("a", CdpError("the page crashed"))
+    with pytest.raises(CdpError, match="the page crashed"):
+        await of_it
+    await peer.say(b'{"id":1,"result":{}}\0{"id":2,"result":{"fine":1}}\0')
+    assert await of_another == {"fine": 1}
+    connection.close()
+    peer.end()
+
+
 async def test_no_answer_in_time_is_a_time_out_and_a_late_one_is_nobody_s() -> None:
     connection, peer = await pair()
     with pytest.raises(TimeoutError):
