@@ -71,7 +71,7 @@ class BrowserEnvironment(Environment):
             raise ValueError(f"action_timeout_s is {action_timeout_s}; it must be greater than 0")
         self._kinds: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind.level in levels)
         self._action_timeout_s = action_timeout_s
-        self._pool = BrowserPool(warm_pages, max_pages)
+        self._pool = BrowserPool(warm_pages, max_pages, OfficeSite.origin)
 
     @property
     def tools(self) -> Sequence[Tool]:

@@ -12,25 +12,24 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from envs.browser.cdp import CdpError, Connection
+from envs.browser.rest import Rest
 from envs.browser.snapshot import Snapshot, plain, snapshot
 from envs.browser.traffic import Traffic
-from envs.browser.web import Site
+from envs.browser.web import EmptySite, Site
 from envs.interface import EnvironmentFailureError, SandboxError
 
 OPEN_LIMIT_S: Final = 20.0
 CLOSE_LIMIT_S: Final = 10.0
 SETTLE_LIMIT_S: Final = 3.0  # a page that never comes to rest is shown as it is then
-QUIET_TURNS: Final = 2
 MAX_NOTES: Final = 5
 MAX_NOTE: Final = 300
 MAX_NODES: Final = 20_000
 MAX_CHARACTERS: Final = 2_000_000
+WARM_TARGET: Final = "/-"  # no page's own, or going to it would count as the same page again
 WORLD: Final = "ergon"
-_TURN = "new Promise(done => setTimeout(done, 0))"
-_SIZE = (
-    "[document.getElementsByTagName('*').length, (document.documentElement || {textContent: ''}).textContent.length]"
-)
-# A page that is never at rest must not be asked to grow for ever, and one that is huge not be read.
+# Two turns of the page's own scripts, then its size: a huge page is not asked for its tree.
+_TURNS = """new Promise(done => setTimeout(() => setTimeout(() => done([
+  document.getElementsByTagName('*').length, document.documentElement?.textContent.length ?? 0]), 0), 0))"""
 
 
 class PageGoneError(Exception):
@@ -56,10 +55,8 @@ class Page:
         self._world: int | None = None
         self._crashed = False
         self._url = "about:blank"
-        self._loading = False
-        self._requests: set[str] = set()
-        self._activity = 0
-        self._changed = asyncio.Event()
+        self._rest = Rest("")
+        self._size = (0, 0)  # elements, characters
 
     @classmethod
     async def create(cls, connection: Connection) -> Page:
@@ -82,6 +79,7 @@ class Page:
     async def _open_tab(self) -> None:
         made = await self._connection.send("Target.createTarget", url="about:blank", browserContextId=self._context)
         self._target = made["targetId"]
+        self._rest = Rest(self._target)
         found = await self._connection.send("Target.attachToTarget", targetId=self._target, flatten=True)
         self._session = found["sessionId"]
         self._connection.listen(self._session, self._on_event)
@@ -121,6 +119,18 @@ class Page:
         if self._crashed:
             raise PageGoneError
         return await self.post(method, **parameters)
+
+    async def warm(self, origin: str) -> None:
+        """Show an empty document of this origin, so that the first page finds its process. Raises SandboxError."""
+        self._traffic.site = EmptySite(origin)
+        try:
+            async with asyncio.timeout(OPEN_LIMIT_S):
+                await self.goto(WARM_TARGET)
+                await self.settle()
+                await self.look()
+                await self.send("Page.resetNavigationHistory")
+        except (CdpError, PageGoneError, TimeoutError) as error:
+            raise SandboxError(f"Chromium could not make a page ({type(error).__name__}: {error})") from error
 
     async def goto(self, target: str) -> None:
         """Go to a path of the site. Raises CdpError where the browser does not."""
@@ -176,32 +186,22 @@ class Page:
         Raises EnvironmentFailureError where the site broke, PageGoneError, SandboxError.
         """
         deadline = asyncio.get_running_loop().time() + SETTLE_LIMIT_S
-        quiet = 0
-        while quiet < QUIET_TURNS and asyncio.get_running_loop().time() < deadline:
-            before = self._activity
-            await self._rest(deadline)
+        before = -1
+        while before != self._rest.activity and asyncio.get_running_loop().time() < deadline:
+            await self._rest.wait(deadline, lambda: self.alive and not self._crashed)
+            before = self._rest.activity
             try:
-                await self.evaluate(_TURN)
+                self._size = await self.evaluate(_TURNS)
             except CdpError:  # the page went away under it
                 self._world = None
-                self._activity += 1
-            quiet = quiet + 1 if self._activity == before else 0
+                before = -1
         failure = self._traffic.failure
         if failure is not None:
             raise EnvironmentFailureError(f"the site broke: {failure!r}") from failure
 
-    async def _rest(self, deadline: float) -> None:
-        try:
-            async with asyncio.timeout_at(deadline):
-                while (self._loading or self._requests) and self.alive and not self._crashed:
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            return
-
     async def look(self, number_texts: bool = False) -> Snapshot:
-        """The page as it is now. Raises CdpError, PageGoneError, SandboxError."""
-        num_nodes, num_characters = await self.evaluate(_SIZE)
+        """The page as it is after it has settled. Raises CdpError, PageGoneError, SandboxError."""
+        num_nodes, num_characters = self._size
         if num_nodes > MAX_NODES or num_characters > MAX_CHARACTERS:
             lines = ("the page is too large to be shown",)
             return Snapshot("", self.address, lines, {})
@@ -248,41 +248,20 @@ class Page:
         handler = _HANDLERS.get(method)
         if handler is not None:
             handler(self, event)
-            self._changed.set()
+        self._rest.take(method, event)
 
     def _on_request(self, event: Mapping[str, Any]) -> None:
         self._traffic.answer(event, self._target)
 
-    def _on_sent(self, event: Mapping[str, Any]) -> None:
-        self._activity += 1
-        self._requests.add(event["requestId"])
-
-    def _on_ended(self, event: Mapping[str, Any]) -> None:
-        self._activity += 1
-        self._requests.discard(event["requestId"])
-
     def _on_navigation(self, event: Mapping[str, Any]) -> None:
         frame = event["frame"]
-        self._activity += 1
-        if "parentId" not in frame:
+        if frame["id"] == self._target:
             self._url = frame.get("url", "") + frame.get("urlFragment", "")
             self._world = None
-            self._requests.clear()
 
     def _on_fragment(self, event: Mapping[str, Any]) -> None:
         if event["frameId"] == self._target:
-            self._activity += 1
             self._url = event["url"]
-
-    def _on_loading(self, event: Mapping[str, Any]) -> None:
-        if event["frameId"] == self._target:
-            self._activity += 1
-            self._loading = True
-
-    def _on_loaded(self, event: Mapping[str, Any]) -> None:
-        if event["frameId"] == self._target:
-            self._activity += 1
-            self._loading = False
 
     def _on_dialog(self, event: Mapping[str, Any]) -> None:
         kind = event["type"]
@@ -296,22 +275,12 @@ class Page:
         self._crashed = True
         self._connection.give_up(self._session, PageGoneError())
 
-    def _on_closed(self, _event: Mapping[str, Any]) -> None:
-        """Chromium has ended; whoever waits is woken up."""
-
 
 _HANDLERS = {
     "Fetch.requestPaused": Page._on_request,
-    "Network.requestWillBeSent": Page._on_sent,
-    "Network.loadingFinished": Page._on_ended,
-    "Network.loadingFailed": Page._on_ended,
     "Page.frameNavigated": Page._on_navigation,
     "Page.navigatedWithinDocument": Page._on_fragment,
-    "Page.frameRequestedNavigation": Page._on_loading,
-    "Page.frameStartedLoading": Page._on_loading,
-    "Page.frameStoppedLoading": Page._on_loaded,
     "Page.javascriptDialogOpening": Page._on_dialog,
     "Inspector.targetCrashed": Page._on_crash,
     "Inspector.detached": Page._on_crash,
-    "closed": Page._on_closed,
 }

@@ -23,13 +23,14 @@ MAKING_AT_ONCE = 2
 class BrowserPool:
     """Keeps up to `size` empty pages ready in one Chromium; at most `max_pages` are in use at once, others wait.
 
-    num_starts: how often Chromium was started.
+    origin: of the sites that the pages are for. num_starts: how often Chromium was started.
     """
 
-    def __init__(self, size: int, max_pages: int) -> None:
+    def __init__(self, size: int, max_pages: int, origin: str) -> None:
         if size < 0 or max_pages < 1:
             raise ValueError(f"a pool of {size} warm pages and at most {max_pages} makes no sense")
         self.num_starts = 0
+        self._origin = origin
         self._size = size
         self._places = asyncio.Semaphore(max_pages)
         self._making = asyncio.Semaphore(MAKING_AT_ONCE)
@@ -89,7 +90,13 @@ class BrowserPool:
     async def _made(self) -> Page:
         async with self._making:
             chromium = await self._running()
-            return await Page.create(chromium.connection)
+            page = await Page.create(chromium.connection)
+            try:
+                await page.warm(self._origin)
+            except BaseException:
+                await page.close()
+                raise
+            return page
 
     async def _running(self) -> Chromium:
         """The Chromium, started where there is none or it has ended."""

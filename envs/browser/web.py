@@ -71,3 +71,14 @@ class Site(Protocol):
 
     def answer(self, request: Request) -> Response:
         """Answer one request, whatever it is; at once, since it runs on the event loop."""
+
+
+class EmptySite:
+    """Answers everything with an empty document."""
+
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+
+    def answer(self, request: Request) -> Response:
+        """Nothing."""
+        return Response()

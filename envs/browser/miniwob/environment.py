@@ -129,7 +129,7 @@ class MiniwobEnvironment(Environment):
         pages_folder()
         self._pages = wanted
         self._action_timeout_s = action_timeout_s
-        self._pool = BrowserPool(warm_pages, max_pages)
+        self._pool = BrowserPool(warm_pages, max_pages, MiniwobSite.origin)
 
     @property
     def tools(self) -> Sequence[Tool]:

@@ -18,7 +18,7 @@ from envs.browser.web import Response, redirect
 from envs.interface import EnvironmentFailureError, SandboxError
 from envs.play import play
 from envs.sandbox import bubblewrap
-from tests.integration.envs.browser_scene import listener, written
+from tests.integration.envs.browser_scene import WrittenSite, listener, written
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 LINK = b'<a href="/two">two</a>'
@@ -27,7 +27,7 @@ LINK = b'<a href="/two">two</a>'
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pool() -> AsyncIterator[BrowserPool]:
     """One Chromium for all tests that leave it alive."""
-    running = BrowserPool(2, 16)
+    running = BrowserPool(2, 16, WrittenSite.origin)
     await running.prepare()
     yield running
     await running.close()
@@ -315,7 +315,7 @@ async def test_a_site_that_breaks_is_the_environment_s_failure(pool: BrowserPool
 
 
 async def test_a_chromium_that_ends_is_infrastructure_and_started_again() -> None:
-    mine = BrowserPool(1, 4)
+    mine = BrowserPool(1, 4, WrittenSite.origin)
     try:
         async with written(mine, index=b"one") as first, written(mine, index=b"two") as second:
             assert mine.chromium is not None
@@ -340,7 +340,7 @@ async def test_a_chromium_that_ends_is_infrastructure_and_started_again() -> Non
 
 
 async def test_a_chromium_that_hangs_is_ended_and_the_next_episode_has_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = BrowserPool(0, 4)
+    mine = BrowserPool(0, 4, WrittenSite.origin)
     try:
         async with written(mine, 0.5, index=b"one") as first:
             hanging = mine.chromium
