@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from urllib.parse import urlencode
+
+from envs.rows import Row
+
+PAGE_SIZE = 8
 
 SECTIONS = (
     ("/", "Home"),
@@ -54,6 +59,35 @@ def table(names: Sequence[str], rows: Iterable[Sequence[object]], name: str = "r
 def table_rows(rows: Iterable[Sequence[object]]) -> Html:
     """The rows of a table."""
     return Html("".join(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in rows))
+
+
+def _page_of(query: Mapping[str, str], total: int) -> tuple[int, int]:
+    last = max(1, -(-total // PAGE_SIZE))
+    given = query.get("page", "1")
+    return (min(max(int(given), 1), last) if given.isascii() and given.isdecimal() and len(given) < 7 else 1), last
+
+
+def _pager(path: str, query: Mapping[str, str], page: int, last: int) -> Html:
+    def to(number: int, shown: str) -> Html:
+        return link(f"{path}?{urlencode({**query, 'page': number})}", shown)
+
+    parts: list[object] = [f"Page {page} of {last} "]
+    parts += [to(page - 1, "Previous page"), " "] if page > 1 else []
+    parts += [to(page + 1, "Next page")] if page < last else []
+    return line(*parts)
+
+
+def paged(
+    path: str,
+    query: Mapping[str, str],
+    names: Sequence[str],
+    rows: Sequence[Row],
+    shown: Callable[[Row], Sequence[object]],
+) -> Html:
+    """A list in pages of PAGE_SIZE; the query says which one."""
+    page, last = _page_of(query, len(rows))
+    part = rows[(page - 1) * PAGE_SIZE : page * PAGE_SIZE]
+    return joined([table(names, map(shown, part)), _pager(path, query, page, last)])
 
 
 def form(target: str, button: str, *fields: object, method: str = "post") -> Html:

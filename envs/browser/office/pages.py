@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from urllib.parse import urlencode
 
 from envs.browser.office.markup import (
+    PAGE_SIZE,
     Html,
     area,
     check,
@@ -17,6 +17,7 @@ from envs.browser.office.markup import (
     joined,
     line,
     link,
+    paged,
     radios,
     table,
     table_rows,
@@ -25,7 +26,6 @@ from envs.browser.office.rows import CATEGORIES, ORDER_STATES, PRIORITIES, TEAMS
 from envs.browser.office.store import Store
 from envs.rows import Row
 
-PAGE_SIZE = 8
 ALL = "all"
 SORTS = ("number", "name", "price", "stock")
 
@@ -60,34 +60,6 @@ def login() -> Html:
     )
 
 
-def _page_of(query: Mapping[str, str], total: int) -> tuple[int, int]:
-    last = max(1, -(-total // PAGE_SIZE))
-    given = query.get("page", "1")
-    return (min(max(int(given), 1), last) if given.isascii() and given.isdecimal() and len(given) < 7 else 1), last
-
-
-def _pager(path: str, query: Mapping[str, str], page: int, last: int) -> Html:
-    def to(number: int, shown: str) -> Html:
-        return link(f"{path}?{urlencode({**query, 'page': number})}", shown)
-
-    parts: list[object] = [f"Page {page} of {last} "]
-    parts += [to(page - 1, "Previous page"), " "] if page > 1 else []
-    parts += [to(page + 1, "Next page")] if page < last else []
-    return line(*parts)
-
-
-def _listed(
-    path: str,
-    query: Mapping[str, str],
-    names: Sequence[str],
-    rows: Sequence[Row],
-    shown: Callable[[Row], Sequence[object]],
-) -> Html:
-    page, last = _page_of(query, len(rows))
-    part = rows[(page - 1) * PAGE_SIZE : page * PAGE_SIZE]
-    return joined([table(names, map(shown, part)), _pager(path, query, page, last)])
-
-
 def home(store: Store, _query: Mapping[str, str], _number: int) -> Made:
     """The first page."""
     orders = sum(each["status"] == "open" for each in store.all("orders"))
@@ -114,7 +86,7 @@ def products(store: Store, query: Mapping[str, str], _number: int) -> Made:
         method="get",
     )
     names = ("Product", "Category", "Price", "In stock", "In the shop")
-    listed = _listed(
+    listed = paged(
         "/products",
         query,
         names,
@@ -182,7 +154,7 @@ def orders(store: Store, query: Mapping[str, str], _number: int) -> Made:
     status = query.get("status", ALL)
     found = [each for each in store.all("orders") if status in (ALL, each["status"])]
     search = form("/orders", "Find", choice("status", "Status", (ALL, *ORDER_STATES), status), method="get")
-    listed = _listed(
+    listed = paged(
         "/orders",
         query,
         ("Order", "Customer", "Quantity", "Status"),
@@ -284,7 +256,7 @@ def people(store: Store, query: Mapping[str, str], _number: int) -> Made:
     team = query.get("team", ALL)
     found = [each for each in store.all("people") if team in (ALL, each["team"])]
     search = form("/people", "Find", choice("team", "Team", (ALL, *TEAMS), team), method="get")
-    listed = _listed(
+    listed = paged(
         "/people",
         query,
         ("Name", "Team", "Phone"),

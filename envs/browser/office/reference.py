@@ -67,9 +67,11 @@ class OfficeReference(ScriptedPolicy):
 
     def rows(self) -> list[list[str]]:
         """The cells of the table that is shown, as text; of a link the words."""
-        lines = [line for line in self.page.splitlines() if " | " in line]
-        bare = [re.sub(r'\[\d+ link "([^"]*)"\]', r"\1", line) for line in lines[1:]]
-        return [line.split(" | ") for line in bare]
+        return self._cells()[1:]
+
+    def _cells(self) -> list[list[str]]:
+        bare = re.sub(r'\[\d+ link "([^"]*)"\]', r"\1", self.page)
+        return [line.split(" | ") for line in bare.splitlines() if " | " in line]
 
     def all_rows(self) -> Script[list[list[str]]]:
         """The rows of a list on all its pages; the last is shown afterwards."""
@@ -89,13 +91,9 @@ class OfficeReference(ScriptedPolicy):
             if part > int(found[1]):
                 break
             yield from self._call("read", part=part)
-            rows += [line.split(" | ") for line in self._bare(self.page) if " | " in line]
+            rows += self._cells()
             part += 1
         return rows
-
-    @staticmethod
-    def _bare(page: str) -> list[str]:
-        return [re.sub(r'\[\d+ link "([^"]*)"\]', r"\1", line) for line in page.splitlines()]
 
     def go(self, path: str) -> Doing:
         """Open a path."""
