@@ -31,7 +31,7 @@ test-gateway-clients: $(READY) ## agents of other people's SDKs against the gate
 	@ERGON_GATEWAY_CLIENTS=$(CLIENTS) $(PYTHON) -m pytest tests/integration/gateway/test_clients.py $(ARGS)
 
 test-envs: $(READY) ## every built-in environment at length: 200 tasks, 1,000 resets, 64 at once
-	@ERGON_ENVS_FULL=1 $(PYTHON) -m pytest tests/integration/envs/test_builtin.py --timeout 1200 $(ARGS)
+	@ERGON_ENVS_FULL=1 $(PYTHON) -m pytest tests/integration/envs/test_builtin.py tests/integration/envs/test_miniwob.py --timeout 1200 $(ARGS)
 
 check: $(READY) ## format, lint, types, import contracts, documentation tests
 	@$(VENV)/bin/ruff format --check .

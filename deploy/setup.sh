@@ -15,6 +15,9 @@ command -v bwrap >/dev/null 2>&1 || missing="$missing bubblewrap"
 [ -x /usr/bin/python3 ] || missing="$missing python3-minimal"
 [ -x /usr/bin/awk ] || missing="$missing mawk"
 [ -x /usr/bin/setpriv ] || missing="$missing util-linux"
+# The environment `browser`; of a whole Chromium only what has no user interface.
+command -v chromium-headless-shell >/dev/null 2>&1 || command -v chromium >/dev/null 2>&1 ||
+  missing="$missing chromium-headless-shell"
 ldconfig -p | grep -q libnuma.so.1 || missing="$missing libnuma1"
 ldconfig -p | grep -q libgomp.so.1 || missing="$missing libgomp1"
 ldconfig -p | grep -q libtcmalloc_minimal.so.4 || missing="$missing libtcmalloc-minimal4"

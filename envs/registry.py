@@ -13,6 +13,7 @@ from envs.interface import Environment, EnvironmentOptionsError, UnknownEnvironm
 
 ENTRY_POINT_GROUP = "ergon.environments"
 BUILT_IN = {
+    "browser": "envs.browser:BrowserEnvironment",
     "code": "envs.code:CodeEnvironment",
     "memory": "envs.memory:MemoryEnvironment",
     "program": "envs.program.folder:FolderEnvironment",
@@ -26,6 +27,7 @@ BUILT_IN = {
 OPTIONAL = {
     "gymnasium": "envs.adapters.gymnasium:GymnasiumEnvironment",
     "mcp": "envs.adapters.mcp:McpEnvironment",
+    "miniwob": "envs.browser.miniwob:MiniwobEnvironment",
     "reasoning-gym": "envs.reason.gym:ReasoningGymEnvironment",
 }
 

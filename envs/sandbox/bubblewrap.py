@@ -131,7 +131,7 @@ def failure(stderr: str) -> SandboxError:
 
 
 @functools.cache
-def _system_mounts() -> tuple[str, ...]:
+def system_mounts() -> tuple[str, ...]:
     """The arguments that show the host's programs and libraries, read-only, and nothing else of it."""
     args: list[str] = []
     for name in SYSTEM_PATHS:
@@ -171,6 +171,20 @@ def check_path(path: str) -> str:
     return str(pure)
 
 
+def outer_command() -> list[str]:
+    """What starts bubblewrap: without root's identity, in a PID namespace around the sandbox's own.
+
+    Two PID namespaces: bubblewrap alone, killed while it starts, leaves a child that waits for it forever. So it starts
+    as the first process of an outer namespace, and with that one the kernel kills whatever there is. `--pdeathsig` and
+    `--kill-child` see to it that the outer one ends when its owner does.
+    """
+    args = [find_program("setpriv"), "--pdeathsig=KILL"]
+    if os.geteuid() == 0:
+        args += [f"--reuid={SANDBOX_ID}", f"--regid={SANDBOX_ID}", "--clear-groups"]
+    args += ["--", find_program("unshare"), "--user", "--map-current-user", "--pid"]
+    return [*args, "--fork", "--kill-child=KILL", "--"]
+
+
 def command_line(
     limits: Limits,
     file_fds: Mapping[str, int],
@@ -184,23 +198,15 @@ def command_line(
     loop). Files outside /workspace and /tmp are immutable in the sandbox. seccomp_fd: the filter of system calls.
     shell_fds: the persistent shell's socket and output pipe; bash moves them to 3 and 4, which dash cannot. mounts:
     path in the sandbox -> path of the host, shown read-only.
-
-    Two PID namespaces: bubblewrap alone, killed while it starts, leaves a child that waits for it forever. So it starts
-    as the first process of an outer namespace, and with that one the kernel kills whatever there is. `--pdeathsig` and
-    `--kill-child` see to it that the outer one ends when its owner does.
     """
-    args = [find_program("setpriv"), "--pdeathsig=KILL"]
-    if os.geteuid() == 0:
-        args += [f"--reuid={SANDBOX_ID}", f"--regid={SANDBOX_ID}", "--clear-groups"]
-    args += ["--", find_program("unshare"), "--user", "--map-current-user", "--pid"]
-    args += ["--fork", "--kill-child=KILL", "--"]
-    args += [find_bubblewrap(), "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"]
+    args = [*outer_command(), find_bubblewrap()]
+    args += ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"]
     args += ["--new-session", "--as-pid-1", "--cap-drop", "ALL", "--hostname", "sandbox"]
     args += ["--seccomp", str(seccomp_fd)]
     args += ["--uid", str(INNER_ID), "--gid", str(INNER_ID), "--clearenv"]
     for key, value in {"PATH": SEARCH_PATH, "HOME": WORK_DIR, "LANG": "C.UTF-8"}.items():
         args += ["--setenv", key, value]
-    args += _system_mounts()
+    args += system_mounts()
     args += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
     args += ["--size", str(limits.tmp_bytes), "--tmpfs", "/tmp"]
     args += ["--size", str(limits.work_bytes), "--tmpfs", WORK_DIR]

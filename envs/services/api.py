@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from envs.services.database import COLUMNS, NUMBERS, Database, Row
+from envs.rows import Row
+from envs.services.database import COLUMNS, NUMBERS, Database
 
 PAGE_SIZE = 10
 MAX_TEXT = 2000

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-Row = dict[str, Any]
-Rows = dict[str, list[Row]]
+from envs.rows import Row, Rows
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "products": ("id", "name", "category", "price", "stock"),
@@ -110,37 +109,3 @@ class Database:
         if name not in COLUMNS[table]:
             raise KeyError(f"{table} has no column {name}")
         return name
-
-
-def differences(before: Rows, after: Rows) -> dict[str, list[Row]]:
-    """What was changed between two states: table -> changed, new and (as `{"gone": id}`) deleted rows.
-
-    Ids of new rows are left out: they depend on the order and number of attempts, which is nobody's task. New rows are
-    sorted by content, so that two sets of changes are equal when they come to the same.
-    """
-    found: dict[str, list[Row]] = {}
-    for table in COLUMNS:
-        old = {row["id"]: row for row in before.get(table, [])}
-        new = {row["id"]: row for row in after.get(table, [])}
-        changed: list[Row] = [row for key, row in new.items() if key in old and row != old[key]]
-        created = [
-            {name: value for name, value in row.items() if name != "id"} for key, row in new.items() if key not in old
-        ]
-        changes = [*changed, *sorted(created, key=repr), *({"gone": key} for key in old if key not in new)]
-        if changes:
-            found[table] = changes
-    return found
-
-
-def applied(rows: Rows, changes: Sequence[tuple[str, int | None, Mapping[str, Any] | None]]) -> Rows:
-    """The rows after these changes: (table, id, new values). Without an id a new row, without values none."""
-    state = {table: {row["id"]: dict(row) for row in rows.get(table, [])} for table in COLUMNS}
-    for table, row_id, values in changes:
-        if row_id is None:
-            number = max(state[table], default=0) + 1
-            state[table][number] = {"id": number, **(values or {})}
-        elif values is None:
-            del state[table][row_id]
-        else:
-            state[table][row_id] |= values
-    return {table: [kept[key] for key in sorted(kept)] for table, kept in state.items()}

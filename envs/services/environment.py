@@ -24,8 +24,8 @@ from envs.interface import (
     Task,
     Tool,
 )
+from envs.rows import compared
 from envs.services.api import document
-from envs.services.database import differences
 from envs.services.reference import ServicesReference
 from envs.services.tasks import KINDS, Kind, problem
 from envs.services.world import USER, Clock, World, WorldState
@@ -83,12 +83,8 @@ def make_world(task: Task, clock: Clock | None = None) -> World:
 
 def grade(task: Task, world: World) -> Reward:
     """1 if exactly what was asked for has changed, else 0. finished: all of that; untouched: nothing else."""
-    wanted = differences(task.secret["rows"], task.secret["expected"])
-    found = differences(task.secret["rows"], world.rows())
-    finished = all(row in found.get(table, []) for table, rows in wanted.items() for row in rows)
-    untouched = all(row in wanted.get(table, []) for table, rows in found.items() for row in rows)
-    correct = float(found == wanted)
-    return Reward(correct, {"correct": correct, "finished": float(finished), "untouched": float(untouched)})
+    marks = compared(task.secret["rows"], task.secret["expected"], world.rows())
+    return Reward(marks["correct"], marks)
 
 
 class ServicesState(State, kw_only=True):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
+from envs.rows import Rows
 from envs.services.api import FIRST_HOUR, LAST_HOUR, STATUSES
-from envs.services.database import Rows
 
 PEOPLE = ("Ada", "Ben", "Cleo", "Dora", "Emil", "Finn", "Gita", "Hugo", "Ines", "Jon", "Kira", "Liam", "Mona", "Nils")
 FIRMS = tuple(

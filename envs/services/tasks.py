@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from envs.interface import Split
+from envs.rows import Change, Row, Rows, applied
 from envs.services.api import FIRST_HOUR, LAST_HOUR
-from envs.services.database import Row, Rows, applied
 from envs.services.rows import CATEGORIES, FIRMS, PEOPLE, SIZES, TITLES, make_rows
-
-Change = tuple[str, int | None, Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True, slots=True)

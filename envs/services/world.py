@@ -20,8 +20,9 @@ import msgspec
 from msgspec import Meta
 
 from envs.faults import Fault, FaultInjector, FaultProfile
+from envs.rows import Rows
 from envs.services.api import ApiError, Request, Route, route_of
-from envs.services.database import COLUMNS, NUMBERS, Database, Rows
+from envs.services.database import COLUMNS, NUMBERS, Database
 from envs.snapshots import Count, Finite
 
 MAX_BODY = 8192

@@ -2,7 +2,8 @@
 
 The sandbox: making one cold, taking one from a warm pool, a step of its persistent shell against a fresh `sh -c` in the
 same sandbox, and the steps of 64 shells at once. Each built-in environment: resets and reference steps at 1, 16 and 64
-at once, and the memory that one episode's processes add. The last line is one line of JSON.
+at once, and the memory that one episode's processes add. MiniWoB++: a reset here, which is a fresh browser context with
+the page loaded, against one through Gymnasium, which is the same window again. The last line is one line of JSON.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from typing import Any
 
 import psutil
 
+from envs.browser.miniwob import MiniwobEnvironment
 from envs.interface import Environment, Message
 from envs.registry import BUILT_IN, create_environment
 from envs.sandbox import Sandbox, SandboxPool
+from tests.bench import miniwob_gymnasium
 
 AT_ONCE = (1, 16, 64)
-MAX_TURNS = 40
+MAX_TURNS = 60
+PARTS = ("sandbox", "miniwob")
+MINIWOB_PAGE = "click-checkboxes"
 
 
 def percentile(values_s: list[float], percent: int) -> float:
@@ -153,25 +158,48 @@ async def _play(environment: Environment, task: Any, episode: Any, messages: lis
         raise RuntimeError(f"the reference policy failed at {task.env} {task.split} {task.index}: no figure counts")
 
 
+async def miniwob(rounds: int) -> dict[str, float]:
+    """A reset of one page, here and as MiniWoB++'s own package does it."""
+    environment = MiniwobEnvironment([MINIWOB_PAGE])
+    await environment.prepare()
+    ours: list[float] = []
+    for index in range(rounds):
+        episode = environment.episode(environment.task("train", index))
+        await timed(episode.start, ours)
+        await episode.close()
+    await environment.close()
+    theirs = await asyncio.to_thread(miniwob_gymnasium.resets, MINIWOB_PAGE, rounds)
+    return {
+        "miniwob_reset_p50_ms": percentile(ours, 50),
+        "miniwob_gymnasium_reset_p50_ms": percentile(theirs, 50),
+        "gymnasium_over_ours": round(statistics.median(theirs) / statistics.median(ours), 2),
+    }
+
+
 async def measure(only: list[str], quick: bool) -> dict[str, Any]:
     """All that was asked for."""
     found: dict[str, Any] = {"bench": "envs"}
     if "sandbox" in only:
         found |= await sandboxes(15 if quick else 50)
         print({key: value for key, value in found.items() if key != "bench"})
+    if "miniwob" in only:
+        found |= await miniwob(15 if quick else 100)
+        print({key: value for key, value in found.items() if "miniwob" in key})
     found["environments"] = {}
-    for name in (each for each in only if each != "sandbox"):
+    for name in (each for each in only if each not in PARTS):
         rows = {}
         for at_once in AT_ONCE:
             rows[str(at_once)] = await environment_at(name, at_once, 20 if quick else 200)
             print(f"{name} at {at_once}: {rows[str(at_once)]}")
         found["environments"][name] = rows
+    if "browser" in found["environments"]:
+        found["browser_reset_p50_ms"] = found["environments"]["browser"]["1"]["reset_p50_ms"]
     return found
 
 
 def main() -> None:
     """Read the options, measure, print."""
-    choices = ["sandbox", *sorted(BUILT_IN)]
+    choices = [*PARTS, *sorted(set(BUILT_IN) - {"program"})]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--only", default=",".join(choices), help=f"of {', '.join(choices)}")

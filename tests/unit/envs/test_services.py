@@ -11,8 +11,8 @@ import pytest
 from envs.faults import PROFILES, FaultProfile
 from envs.interface import Action, EnvironmentFailureError, ToolCall
 from envs.play import play
+from envs.rows import Rows, differences
 from envs.services import ServicesEnvironment
-from envs.services.database import Rows, differences
 from envs.services.environment import ServicesEpisode
 from envs.services.tasks import KINDS, problem
 from envs.services.world import Limits, World
