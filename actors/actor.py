@@ -94,6 +94,7 @@ class Actor:
         self._weights = weights
         self._renderer = renderer
         self._environments = environments
+        metrics.expect(environments)
         self._settings = settings
         self._thinking = thinking
         first, step = settings.max_num_seqs, max(1, round(settings.max_num_seqs * INCREASE))
@@ -157,8 +158,10 @@ class Actor:
             with self._counted(ticket):
                 trajectory = await self._while_wanted(ticket)
         except InfraFailureError as error:
+            metrics.infra_failures.labels(ticket.task.env, error.cause).inc()
             await self._give_back(ticket, "infra_failure", str(error))
         except EngineDeadError as error:
+            metrics.infra_failures.labels(ticket.task.env, "engine").inc()
             await self._give_back(ticket, "infra_failure", f"engine: {error}")
             raise
         except asyncio.CancelledError:
@@ -167,6 +170,7 @@ class Actor:
         except Exception as error:
             # A fault of our own in one episode is no reason to lose the others.
             logger.exception("episode failed ticket=%s", ticket.ticket_id)
+            metrics.infra_failures.labels(ticket.task.env, "actor").inc()
             await self._give_back(ticket, "infra_failure", f"{type(error).__name__}: {error}")
         else:
             if trajectory is not None:

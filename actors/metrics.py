@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from broker.process.thinking_settings import adherence, budget_bucket
@@ -12,6 +14,13 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 episodes = Counter("ergon_actor_episodes", "Episodes run to their end", ["env", "mode", "outcome"])
 sends = Counter("ergon_actor_sends", "Trajectories handed to the broker, by its answer", ["status"])
 releases = Counter("ergon_actor_releases", "Leases given back without a trajectory", ["reason"])
+CAUSES = ("sandbox", "engine", "gateway", "actor")
+infra_failures = Counter(
+    "ergon_actor_infra_failures",
+    "Episodes that could not be run through no fault of policy or environment, by what failed: a sandbox, the engine, "
+    "the gateway, or something else of the actor; their tickets are tried again",
+    ["env", "cause"],
+)
 withdrawn_episodes = Counter("ergon_actor_withdrawn_episodes", "Episodes stopped because their result was not wanted")
 tokens_sampled = Counter("ergon_actor_tokens_sampled", "Tokens sampled by the policy", ["mode"])
 turns = Counter("ergon_actor_turns", "Turns completed", ["env", "mode"])
@@ -80,6 +89,13 @@ gateway_segments = Histogram(
 gateway_discarded_tokens = Counter(
     "ergon_actor_gateway_discarded_tokens", "Tokens sampled beyond a stop text, which are no part of the episode"
 )
+
+
+def expect(environments: Iterable[str]) -> None:
+    """Show 0 for what may fail in these environments: of a series that begins with 1, Prometheus sees no increase."""
+    for env in environments:
+        for cause in CAUSES:
+            infra_failures.labels(env, cause)
 
 
 def observe_episode(trajectory: Trajectory) -> None:

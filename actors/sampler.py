@@ -32,7 +32,14 @@ ABORT_RETRY_S = 1.0
 
 
 class InfraFailureError(Exception):
-    """The episode could not be run through no fault of policy or environment; its ticket should be retried."""
+    """The episode could not be run through no fault of policy or environment; its ticket should be retried.
+
+    cause: what failed, one of `actors.metrics.CAUSES`.
+    """
+
+    def __init__(self, message: str, cause: str = "actor") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class Trace(Protocol):
@@ -217,7 +224,7 @@ class Sampler:
         except (EngineDeadError, InfraFailureError):
             raise
         except Exception as error:
-            raise InfraFailureError(f"engine: {type(error).__name__}: {error}") from error
+            raise InfraFailureError(f"engine: {type(error).__name__}: {error}", "engine") from error
         finally:
             trace.model_s += time.monotonic() - started
 
@@ -242,7 +249,7 @@ class Sampler:
             request.cancel()
         sample = request.result()
         if sample.finish == "abort" and not aborted:
-            raise InfraFailureError(f"the engine aborted request {request_id}")
+            raise InfraFailureError(f"the engine aborted request {request_id}", "engine")
         return sample
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from broker.process.config import load_settings
 from broker.process.keys import make_keys
-from broker.process.lifecycle import ErgonError, run_main
+from broker.process.lifecycle import ErgonError, install_stop, run_main
 from broker.protocol.commands import MAX_ROWS
 from deploy import broker_admin, environments
 from deploy.export import export_run
+from deploy.monitoring import monitor as watch
 from deploy.play import play_in_terminal
 from deploy.rollout import Record, Rollout, as_table, policy_maker, roll_out, write_records
 from deploy.run import run_local
@@ -33,6 +34,16 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--new", action="store_true", help="start a new run where one of this name was not finished")
     run.add_argument("--plain", action="store_true", help="a plain log instead of the live view")
     run.set_defaults(act=_run)
+
+    monitor = commands.add_parser(
+        "monitor", help="a Prometheus for a run on this machine, and its dashboards as a page"
+    )
+    monitor.add_argument("file", type=Path, help="the run's TOML, for example runs/NAME/config.toml")
+    monitor.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting")
+    monitor.add_argument("--port", type=int, default=9790, help="port of the page; Prometheus has the next one")
+    monitor.add_argument("--interval", type=float, default=5.0, metavar="SECONDS", help="between two scrapes")
+    monitor.add_argument("--alertmanager", metavar="HOST:PORT", help="where alerts are sent to")
+    monitor.set_defaults(act=_monitor)
 
     export = commands.add_parser("export", help="a run's weights as a Hugging Face directory")
     export.add_argument("run", type=Path, help="the run's folder, for example runs/NAME, finished or not")
@@ -144,6 +155,11 @@ def _purge(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     settings = load_settings(arguments.file, arguments.set)
     run_local(settings, new=arguments.new, plain=arguments.plain)
+
+
+def _monitor(arguments: argparse.Namespace) -> None:
+    settings = load_settings(arguments.file, arguments.set)
+    watch.monitor(settings, arguments.port, arguments.interval, install_stop().wait, arguments.alertmanager)
 
 
 def _export(arguments: argparse.Namespace) -> None:

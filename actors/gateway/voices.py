@@ -69,12 +69,12 @@ class EngineVoice:
         except EngineDeadError:
             raise
         except Exception as error:
-            raise InfraFailureError(f"engine: {type(error).__name__}: {error}") from error
+            raise InfraFailureError(f"engine: {type(error).__name__}: {error}", "engine") from error
         finally:
             request.cancel()
             cutting.cancel()
         if sample.finish == "abort" and not aborted:
-            raise InfraFailureError(f"the engine aborted request {ask.request_id}")
+            raise InfraFailureError(f"the engine aborted request {ask.request_id}", "engine")
         return sample
 
 
