@@ -6,7 +6,7 @@ RUN ?= deploy/runs/quickstart.toml
 ARGS ?=
 READY := $(VENV)/.ready
 
-.PHONY: setup run monitor dashboards test test-monitoring test-envs test-gateway-clients check lint format bench fuzz chaos chaos-real reference lock clean help
+.PHONY: setup run monitor dashboards test test-monitoring test-chart chart-golden test-envs test-gateway-clients check lint format bench fuzz chaos chaos-real reference lock clean help
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,6 +38,17 @@ test-envs: $(READY) ## every built-in environment at length: 200 tasks, 1,000 re
 
 test-monitoring: $(READY) ## a real run watched by a real Prometheus: every query of dashboards and alerts, an alert to a webhook
 	@ERGON_MONITORING=1 $(PYTHON) -m pytest tests/integration/monitoring --timeout 900 $(ARGS)
+
+CLUSTER := $(VENV)/cluster
+$(CLUSTER)/.ready: tests/cluster/requirements.txt tests/cluster/tools.sh | $(READY)
+	@tests/cluster/tools.sh $(PYTHON) $(CLUSTER)
+	@touch $@
+
+test-chart: $(CLUSTER)/.ready ## the chart by the real helm: golden files, schemas of Kubernetes 1.34-1.37, security; Dockerfiles
+	@$(PYTHON) -m pytest tests/cluster --timeout 300 $(ARGS)
+
+chart-golden: $(CLUSTER)/.ready ## rewrite tests/cluster/golden from the chart; look at the diff
+	@$(PYTHON) -m tests.cluster.rendering
 
 check: $(READY) ## format, lint, types, import contracts, documentation tests
 	@$(VENV)/bin/ruff format --check .

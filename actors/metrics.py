@@ -52,6 +52,8 @@ running_episodes = Gauge("ergon_actor_running_episodes", "Episodes being run")
 admitted_episodes = Gauge("ergon_actor_admitted_episodes", "Episodes that may run at once, by the load of the engine")
 waiting_for_version = Gauge("ergon_actor_waiting_for_version", "Leased tickets that wait for a newer policy version")
 engine_restarts = Counter("ergon_actor_engine_restarts", "Engines that died, by what followed", ["result"])
+for _result in ("restarted", "given_up"):
+    engine_restarts.labels(_result)  # 0 is shown: of a series that begins with 1, Prometheus sees no increase
 engine_restart_seconds = Histogram(
     "ergon_actor_engine_restart_seconds",
     "From an engine's death until another one is there, which then adopts a version",
@@ -92,7 +94,7 @@ gateway_discarded_tokens = Counter(
 
 
 def expect(environments: Iterable[str]) -> None:
-    """Show 0 for what may fail in these environments: of a series that begins with 1, Prometheus sees no increase."""
+    """Show 0 for what may fail in these environments, as for engines."""
     for env in environments:
         for cause in CAUSES:
             infra_failures.labels(env, cause)
