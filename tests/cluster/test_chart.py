@@ -134,6 +134,17 @@ def test_an_actor_has_time_to_drain(name: str) -> None:
     assert spec["terminationGracePeriodSeconds"] >= drain_s + GIVE_BACK_S + 5
 
 
+def test_actors_make_room_and_what_holds_the_state_does_not() -> None:
+    manifests = render(*MATRIX["many-nodes"])
+    made = {m["metadata"]["name"]: m["value"] for m in of_kind(manifests, "PriorityClass")}
+    for _, labels, spec in pods(manifests):
+        component = labels["app.kubernetes.io/component"]
+        if component in ("broker", "relay", "learner"):
+            assert made[spec["priorityClassName"]] > 0
+        elif component == "actor":
+            assert made[spec["priorityClassName"]] < 0
+
+
 def test_actors_are_scaled_by_one_thing_alone() -> None:
     for name, scaler in (("cpu", None), ("many-nodes", "ScaledObject"), ("hpa", "HorizontalPodAutoscaler")):
         manifests = render(*MATRIX[name])

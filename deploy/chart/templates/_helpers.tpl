@@ -68,7 +68,8 @@ enableServiceLinks: false
 {{- with .root.Values.images.pullSecrets }}
 imagePullSecrets: {{ toJson . }}
 {{- end }}
-{{- with .values.priorityClassName }}
+{{- $made := ternary (printf "%s-%s" .root.Release.Name (ternary "preemptible" "state" (eq .component "actor"))) "" .root.Values.priorityClasses.create }}
+{{- with .values.priorityClassName | default $made }}
 priorityClassName: {{ . }}
 {{- end }}
 {{- with .values.nodeSelector }}
