@@ -48,11 +48,12 @@ def test_lint_finds_nothing(name: str) -> None:
     assert "WARN" not in done.stdout
 
 
-@pytest.mark.parametrize("name", MATRIX)
-def test_every_manifest_fits_the_schemas(name: str) -> None:
+def test_every_manifest_of_every_profile_fits_the_schemas() -> None:
+    """Each different one once: profiles have most of them in common."""
+    different = {json.dumps(m, sort_keys=True): m for arguments in MATRIX.values() for m in render(*arguments)}
     command = [TOOLS / "python", Path(__file__).parent / "check_manifests.py", *VERSIONS]
-    manifests = json.dumps(render(*MATRIX[name]))
-    done = subprocess.run(command, input=manifests, capture_output=True, text=True, timeout=120, check=False)
+    given = json.dumps(list(different.values()))
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=250, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 

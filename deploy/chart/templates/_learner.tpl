@@ -22,16 +22,19 @@ containers:
         python -m learner --config /etc/ergon/run.toml &
         {{- end }}
         child=$!
-        trap 'kill -TERM $child' TERM INT
+        stopped=
+        trap 'stopped=1; kill -TERM $child' TERM INT
         wait $child; code=$?
         while kill -0 $child 2>/dev/null; do wait $child; code=$?; done
         {{- if eq $learner.workload "StatefulSet" }}
-        # A StatefulSet would start a learner again that has finished; it stays until the release is scaled down or deleted.
-        [ $code = 0 ] || exit $code
+        [ -z "$stopped" ] && [ $code = 0 ] || exit $code
+        # The run has finished. A StatefulSet would start the learner again, so it stays until it is scaled down or deleted.
         trap 'exit 0' TERM INT
         echo 'the run has finished; its results are in the volume of the learner'
         sleep infinity & wait $!
         {{- else }}
+        # A learner that was told to stop ends well too, but its run has not finished: the JobSet is to start it again.
+        [ -z "$stopped" ] || exit 143
         exit $code
         {{- end }}
     env:
