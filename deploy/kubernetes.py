@@ -1,7 +1,7 @@
 """`python -m deploy.kubernetes keys|costs`: what the chart's own pods do at Kubernetes' API.
 
 `keys` makes the run's key Secrets once, one for each identity with what it may know. `costs` tells the scheduler which
-actors are idle, so that these go first when there are to be fewer. What an operator asks of a cluster from outside is `cluster.py`'s.
+actors are idle, so that these go first when there are to be fewer. What operators ask from outside is in `cluster.py`.
 """
 
 from __future__ import annotations
