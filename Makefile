@@ -6,7 +6,7 @@ RUN ?= deploy/runs/quickstart.toml
 ARGS ?=
 READY := $(VENV)/.ready
 
-.PHONY: setup run test test-envs test-gateway-clients check lint format bench fuzz chaos chaos-real reference lock clean help
+.PHONY: setup run monitor dashboards test test-monitoring test-chart chart-golden test-envs test-gateway-clients check lint format bench fuzz chaos chaos-real reference lock clean help
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ setup: $(READY) ## virtual environment, locked packages, system packages
 run: $(READY) ## the main job on this machine: RUN=file.toml ARGS="--set run.seed=1"
 	@$(PYTHON) -m deploy run $(RUN) $(ARGS)
 
+monitor: $(READY) ## Prometheus for the run on this machine, and its dashboards as a page: RUN=runs/NAME/config.toml
+	@$(PYTHON) -m deploy monitor $(RUN) $(ARGS)
+
 test: $(READY) ## unit, contract and integration tests
 	@$(PYTHON) -m pytest $(ARGS)
 
@@ -32,6 +35,20 @@ test-gateway-clients: $(READY) ## agents of other people's SDKs against the gate
 
 test-envs: $(READY) ## every built-in environment at length: 200 tasks, 1,000 resets, 64 at once
 	@ERGON_ENVS_FULL=1 $(PYTHON) -m pytest tests/integration/envs/test_builtin.py tests/integration/envs/test_miniwob.py --timeout 1200 $(ARGS)
+
+test-monitoring: $(READY) ## a real run watched by a real Prometheus: every query of dashboards and alerts, an alert to a webhook
+	@ERGON_MONITORING=1 $(PYTHON) -m pytest tests/integration/monitoring --timeout 900 $(ARGS)
+
+CLUSTER := $(VENV)/cluster
+$(CLUSTER)/.ready: tests/cluster/requirements.txt tests/cluster/tools.sh | $(READY)
+	@tests/cluster/tools.sh $(PYTHON) $(CLUSTER)
+	@touch $@
+
+test-chart: $(CLUSTER)/.ready ## the chart by the real helm: golden files, schemas of Kubernetes 1.34-1.37, security; Dockerfiles
+	@$(PYTHON) -m pytest tests/cluster --timeout 300 $(ARGS)
+
+chart-golden: $(CLUSTER)/.ready ## rewrite tests/cluster/golden from the chart; look at the diff
+	@$(PYTHON) -m tests.cluster.rendering
 
 check: $(READY) ## format, lint, types, import contracts, documentation tests
 	@$(VENV)/bin/ruff format --check .
@@ -78,6 +95,9 @@ chaos-real: $(READY) ## kill every process of a real vLLM and DeepSpeed run once
 
 reference: $(READY) ## rewrite deploy/REFERENCE.md from the code
 	@$(PYTHON) -m tests.reference --write
+
+dashboards: $(READY) ## rewrite deploy/monitoring/dashboards from panels.yml
+	@$(PYTHON) -m deploy.monitoring.dashboards
 
 lock: $(READY) ## rewrite requirements.lock from the virtual environment
 	@deploy/lock.sh $(VENV) > requirements.lock.tmp && mv requirements.lock.tmp requirements.lock

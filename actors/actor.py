@@ -79,6 +79,7 @@ class Actor:
         self._weights = weights
         self._renderer = renderer
         self._environments = environments
+        metrics.expect(environments)
         self._settings = settings
         self._thinking = thinking
         first, step = settings.max_num_seqs, max(1, round(settings.max_num_seqs * INCREASE))
@@ -149,8 +150,10 @@ class Actor:
             metrics.handovers.labels("failed").inc()
             await self._give_back(ticket, "drain", str(error))
         except InfraFailureError as error:
+            metrics.infra_failures.labels(ticket.task.env, error.cause).inc()
             await self._give_back(ticket, "infra_failure", str(error))
         except EngineDeadError as error:
+            metrics.infra_failures.labels(ticket.task.env, "engine").inc()
             await self._give_back(ticket, "infra_failure", f"engine: {error}")
             raise
         except asyncio.CancelledError:
@@ -159,6 +162,7 @@ class Actor:
         except Exception as error:
             # A fault of our own in one episode is no reason to lose the others.
             logger.exception("episode failed ticket=%s", ticket.ticket_id)
+            metrics.infra_failures.labels(ticket.task.env, "actor").inc()
             await self._give_back(ticket, "infra_failure", f"{type(error).__name__}: {error}")
         else:
             if trajectory is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from broker.process.thinking_settings import adherence, budget_bucket
@@ -21,6 +23,13 @@ handovers = Counter(
 )
 handover_bytes = Counter("ergon_actor_handover_bytes", "Bytes of the unfinished episodes handed over")
 handover_tokens = Counter("ergon_actor_handover_tokens", "Sampled tokens in the unfinished episodes handed over")
+CAUSES = ("sandbox", "engine", "gateway", "actor")
+infra_failures = Counter(
+    "ergon_actor_infra_failures",
+    "Episodes that could not be run through no fault of policy or environment, by what failed: a sandbox, the engine, "
+    "the gateway, or something else of the actor; their tickets are tried again",
+    ["env", "cause"],
+)
 withdrawn_episodes = Counter("ergon_actor_withdrawn_episodes", "Episodes stopped because their result was not wanted")
 tokens_sampled = Counter("ergon_actor_tokens_sampled", "Tokens sampled by the policy", ["mode"])
 turns = Counter("ergon_actor_turns", "Turns completed", ["env", "mode"])
@@ -52,6 +61,8 @@ running_episodes = Gauge("ergon_actor_running_episodes", "Episodes being run")
 admitted_episodes = Gauge("ergon_actor_admitted_episodes", "Episodes that may run at once, by the load of the engine")
 waiting_for_version = Gauge("ergon_actor_waiting_for_version", "Leased tickets that wait for a newer policy version")
 engine_restarts = Counter("ergon_actor_engine_restarts", "Engines that died, by what followed", ["result"])
+for _result in ("restarted", "given_up"):
+    engine_restarts.labels(_result)  # 0 is shown: of a series that begins with 1, Prometheus sees no increase
 engine_restart_seconds = Histogram(
     "ergon_actor_engine_restart_seconds",
     "From an engine's death until another one is there, which then adopts a version",
@@ -89,6 +100,13 @@ gateway_segments = Histogram(
 gateway_discarded_tokens = Counter(
     "ergon_actor_gateway_discarded_tokens", "Tokens sampled beyond a stop text, which are no part of the episode"
 )
+
+
+def expect(environments: Iterable[str]) -> None:
+    """Show 0 for what may fail in these environments, as for engines."""
+    for env in environments:
+        for cause in CAUSES:
+            infra_failures.labels(env, cause)
 
 
 def observe_episode(trajectory: Trajectory) -> None:

@@ -161,7 +161,7 @@ class _Rollout:
         except (EngineDeadError, InfraFailureError):
             raise
         except SandboxError as error:
-            raise InfraFailureError(f"sandbox: {error}") from error
+            raise InfraFailureError(f"sandbox: {error}", "sandbox") from error
         except _InterruptedError:
             assert episode is not None
             return await self._snapshot(episode)

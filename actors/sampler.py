@@ -32,7 +32,14 @@ ABORT_RETRY_S = 1.0
 
 
 class InfraFailureError(Exception):
-    """The episode could not be run through no fault of policy or environment; its ticket should be retried."""
+    """The episode could not be run through no fault of policy or environment; its ticket should be retried.
+
+    cause: what failed, one of `actors.metrics.CAUSES`.
+    """
+
+    def __init__(self, message: str, cause: str = "actor") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class Trace(Protocol):
@@ -256,13 +263,13 @@ class Sampler:
         except (EngineDeadError, InfraFailureError):
             raise
         except Exception as error:
-            raise InfraFailureError(f"engine: {type(error).__name__}: {error}") from error
+            raise InfraFailureError(f"engine: {type(error).__name__}: {error}", "engine") from error
         finally:
             trace.model_s += time.monotonic() - started
 
     async def _generate(self, trace: Trace, max_tokens: int, stop_token_ids: Sequence[int]) -> Sample:
-        """Sample on; at the deadline, once it is cut, or where it is interrupted, the request is aborted and what it has
-        sampled is kept (finish "abort")."""
+        """Sample on; at the deadline, once it is cut, or where it is interrupted, the request is aborted and what it
+        has sampled is kept (finish "abort")."""
         ticket = self._ticket
         request_id = f"{ticket.ticket_id}.{ticket.attempt}.{trace.num_turns}"
         if self._num_requests:
@@ -292,7 +299,7 @@ class Sampler:
                 each.cancel()
         sample = request.result()
         if sample.finish == "abort" and not aborted:
-            raise InfraFailureError(f"the engine aborted request {request_id}")
+            raise InfraFailureError(f"the engine aborted request {request_id}", "engine")
         return sample
 
 

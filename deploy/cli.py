@@ -9,10 +9,11 @@ from typing import Any
 
 from broker.process.config import load_settings
 from broker.process.keys import make_keys
-from broker.process.lifecycle import ErgonError, run_main
+from broker.process.lifecycle import ErgonError, install_stop, run_main
 from broker.protocol.commands import MAX_ROWS
-from deploy import broker_admin, environments
+from deploy import broker_admin, cluster, environments
 from deploy.export import export_run
+from deploy.monitoring import monitor as watch
 from deploy.play import play_in_terminal
 from deploy.rollout import Record, Rollout, as_table, policy_maker, roll_out, write_records
 from deploy.run import run_local
@@ -34,6 +35,16 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--plain", action="store_true", help="a plain log instead of the live view")
     run.set_defaults(act=_run)
 
+    monitor = commands.add_parser(
+        "monitor", help="a Prometheus for a run on this machine, and its dashboards as a page"
+    )
+    monitor.add_argument("file", type=Path, help="the run's TOML, for example runs/NAME/config.toml")
+    monitor.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting")
+    monitor.add_argument("--port", type=int, default=9790, help="port of the page; Prometheus has the next one")
+    monitor.add_argument("--interval", type=float, default=5.0, metavar="SECONDS", help="between two scrapes")
+    monitor.add_argument("--alertmanager", metavar="HOST:PORT", help="where alerts are sent to")
+    monitor.set_defaults(act=_monitor)
+
     export = commands.add_parser("export", help="a run's weights as a Hugging Face directory")
     export.add_argument("run", type=Path, help="the run's folder, for example runs/NAME, finished or not")
     export.add_argument("directory", type=Path, help="where to, a new directory")
@@ -53,12 +64,42 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_broker(commands.add_parser("broker", help="look after the broker of a run"))
 
+    _add_cluster(commands)
+
     env = commands.add_parser("env", help="environments")
     env_commands = env.add_subparsers(dest="env_command", required=True)
     listing = env_commands.add_parser("list", help="the environments that can be named in a run's TOML")
     listing.set_defaults(act=_env_list)
     _add_env_commands(env_commands)
     return parser
+
+
+def _add_cluster(commands: Any) -> None:
+    up = commands.add_parser("up", help="start a run on Kubernetes, or upgrade it, by the chart")
+    up.add_argument("file", type=Path, help="the run's TOML")
+    up.add_argument("--profile", default="", help="of the chart: cpu, one-gpu, eight-gpus, many-nodes")
+    up.add_argument(
+        "--values", action="append", default=[], type=Path, metavar="FILE", help="further values of the chart"
+    )
+    up.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the chart")
+    up.add_argument("--dry-run", action="store_true", help="print the manifests and send nothing")
+    up.set_defaults(act=_up)
+    status = commands.add_parser("status", help="the pods of a run on Kubernetes")
+    status.set_defaults(act=_status)
+    logs = commands.add_parser("logs", help="what the pods of a run on Kubernetes say")
+    logs.add_argument("component", nargs="?", choices=cluster.COMPONENTS, help="of these pods only")
+    logs.add_argument("--tail", type=int, default=100, metavar="LINES", help="the last lines of each")
+    logs.set_defaults(act=_logs)
+    scale = commands.add_parser("scale", help="set the number of actors of a run on Kubernetes")
+    scale.add_argument("actors", type=int, help="how many")
+    scale.set_defaults(act=_scale)
+    down = commands.add_parser(
+        "down", help="end a run on Kubernetes; its volumes and keys stay, and `up` goes on with it"
+    )
+    down.set_defaults(act=_down)
+    for parser in (up, status, logs, scale, down):
+        parser.add_argument("--name", default="ergon", help="the release's name")
+        parser.add_argument("--namespace", "-n", default="default", help="the release's namespace")
 
 
 def _add_env_commands(commands: Any) -> None:
@@ -146,6 +187,11 @@ def _run(arguments: argparse.Namespace) -> None:
     run_local(settings, new=arguments.new, plain=arguments.plain)
 
 
+def _monitor(arguments: argparse.Namespace) -> None:
+    settings = load_settings(arguments.file, arguments.set)
+    watch.monitor(settings, arguments.port, arguments.interval, install_stop().wait, arguments.alertmanager)
+
+
 def _export(arguments: argparse.Namespace) -> None:
     print(export_run(arguments.run, arguments.directory, arguments.checkpoint))
 
@@ -153,6 +199,33 @@ def _export(arguments: argparse.Namespace) -> None:
 def _keys_make(arguments: argparse.Namespace) -> None:
     for path in make_keys(arguments.directory):
         print(path)
+
+
+def _release(arguments: argparse.Namespace) -> cluster.Release:
+    return cluster.Release(arguments.name, arguments.namespace)
+
+
+def _up(arguments: argparse.Namespace) -> None:
+    release, more = _release(arguments), (arguments.values, arguments.set)
+    print(cluster.up(release, arguments.file, arguments.profile, *more, dry=arguments.dry_run))
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    print(cluster.as_table(cluster.status(cluster.connect(), _release(arguments))))
+
+
+def _logs(arguments: argparse.Namespace) -> None:
+    for line in cluster.logs(cluster.connect(), _release(arguments), arguments.component or "", arguments.tail):
+        print(line)
+
+
+def _scale(arguments: argparse.Namespace) -> None:
+    before = cluster.scale(cluster.connect(), _release(arguments), arguments.actors)
+    print(f"actors: {before} -> {arguments.actors}")
+
+
+def _down(arguments: argparse.Namespace) -> None:
+    print(cluster.down(_release(arguments)))
 
 
 def _env_list(_arguments: argparse.Namespace) -> None:

@@ -50,5 +50,7 @@ $pip install -q ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --no-deps "$(grep '^t
 # --no-deps: the lock is complete. Leaving pip to resolve would bring in torchvision and friends, which do not import
 # beside a CPU build of torch, and a C++ inference engine that one package wants and nothing here uses.
 $pip install -q --no-deps --no-build-isolation -r "$lock"
+"$root/deploy/monitoring/tools.sh" "$venv/bin" ||
+  say "ergon setup: no Prometheus: runs do without, but make monitor and the tests of monitoring will fail"
 # Compiles the inner loops of deltas, too; setuptools warns that where they are declared is new.
 PYTHONWARNINGS=ignore $pip install -q --no-deps --no-build-isolation -e "$root"

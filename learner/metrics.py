@@ -43,6 +43,7 @@ STALENESS = Histogram(
     "Versions between sampling and training, per token",
     buckets=(0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32),
 )
+MAX_STALENESS = Gauge("ergon_learner_max_staleness_versions", "The run's bound of staleness (learner.max_staleness)")
 TRAINED_TOKENS = Counter("ergon_learner_trained_tokens_total", "Tokens that contributed to a gradient")
 MASKED_TOKENS = Counter("ergon_learner_stale_tokens_total", "Tokens masked for being too stale")
 TRAJECTORIES = Counter("ergon_learner_trajectories_total", "Trajectories consumed, by what became of them", ["reason"])
@@ -53,6 +54,10 @@ STEP_SECONDS = Histogram(
     "Seconds of one step by activity",
     ["activity"],
     buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320),
+)
+WAITING = Counter(
+    "ergon_learner_waiting_seconds_total",
+    "Seconds without a full batch to train on, counted while they pass",
 )
 GRAD_NORM = Gauge("ergon_learner_grad_norm", "Gradient norm before clipping")
 MISMATCH_KL = Gauge("ergon_learner_mismatch_kl", "KL of the behaviour to the target policy per token (k3 estimate)")

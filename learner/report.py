@@ -110,7 +110,9 @@ class Reporter:
         for style in STYLES:
             mean = evaluation.mean(style)
             if mean is not None:
-                metrics.EVAL_REWARD.labels(evaluation.phase, style).set(mean)
+                # One series for all evaluations of training: with a label each they would grow with the run.
+                phase = "step" if evaluation.phase.startswith("step-") else evaluation.phase
+                metrics.EVAL_REWARD.labels(phase, style).set(mean)
             result[style] = mean
             result[f"{style}_by_kind"] = evaluation.mean_by_kind(style)
             rewards = evaluation.rewards(style).values()

@@ -92,6 +92,7 @@ class Room:
         if self.state.phase in ("after_warm_start", "train"):
             self.client.issue(self.curriculum.repeated(self._oldest))
         metrics.LINEAGE.set(self.client.lineage)
+        metrics.MAX_STALENESS.set(self.settings.learner.max_staleness)
         logger.info(
             "learner is ready lineage=%d phase=%s step=%d version=%d returned=%d",
             *(self.client.lineage, self.state.phase, self.state.step, self.engine.policy_version, num_returned),

@@ -12,6 +12,7 @@ import time
 from broker.process.lifecycle import ErgonError, install_stop
 from broker.process.settings import Settings
 from broker.protocol.trajectory import PolicyVersion
+from learner import metrics
 from learner.batching import Batch
 from learner.engine import TrainEngine
 from learner.evaluation import STYLES
@@ -122,7 +123,9 @@ class Trainer:
             batch = room.batcher.next(self._engine.policy_version)
             if batch is not None:
                 return batch
+            started = time.monotonic()
             room.pump()
+            metrics.WAITING.inc(time.monotonic() - started)
 
     def _evaluate(self, phase: str, *, with_references: bool = False, with_training: bool = False) -> None:
         """Issue the held-out tasks of a phase and wait for their results."""

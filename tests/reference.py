@@ -22,6 +22,50 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "deploy" / "REFERENCE.md"
 METRIC_MODULES = ("broker.exchange.metrics", "broker.weights.metrics", "actors.metrics", "learner.metrics")
 
+UNITS = {
+    "seconds": "seconds",
+    "bytes": "bytes",
+    "ratio": "share, 0 to 1",
+    "fraction": "share, 0 to 1",
+    "nats": "nats",
+    "tokens": "tokens",
+    "versions": "versions",
+    "kl": "nats",
+    "ergon_weights_compression_ratio": "bytes of one for each byte of the other",
+}
+"""Units of whole names, and of what a name ends with; all others are numbers of what the name says."""
+LABELS = {
+    "activity": "what the learner does: waiting, training, publishing, checkpointing",
+    "adherence": "kept, over, forced",
+    "budget": "thinking budgets by powers of two, none, zero and unlimited; of an evaluation, those of `eval.budgets`",
+    "cause": "sandbox, engine, gateway, actor",
+    "code": "the protocol's error codes; of the gateway, those of its errors",
+    "command": "the protocol's commands, and unknown",
+    "end": "complete, short",
+    "env": "the run's environments",
+    "event": "what the meaning names",
+    "fate": "trained, masked",
+    "kind": "kinds of tasks that an environment has; of alarms, their names; of versions, anchor and delta",
+    "lag": "0, 1, 2, 3-4, 5-8, more, lineage, none",
+    "mode": "train, eval, reference",
+    "outcome": "a trajectory's outcomes; of pushed deltas, taken and dropped",
+    "parameter": "temperature, top_p",
+    "part": "blocked, complete",
+    "phase": "of an adoption, what the meaning names; of an evaluation, before, after-warm-start, step, after",
+    "quantity": "duration, difficulty",
+    "reason": "what the meaning names, or classes of errors",
+    "result": "what became of it, some five words",
+    "role": "actor, learner, operator, relay",
+    "route": "the gateway's routes, and unknown",
+    "solved": "never, sometimes, always",
+    "state": "a ticket's seven states",
+    "status": "the broker's answers; of the gateway, HTTP's",
+    "style": "greedy, sampled",
+    "variance": "some, zero",
+    "what": "tool, turn, episode",
+}
+"""Every label of every metric, and what bounds the number of its values."""
+
 HEAD = """# Reference
 
 Every command, setting and metric. Made from the code by `make reference`; a test fails where the two differ.
@@ -91,16 +135,28 @@ def metrics() -> Iterator[str]:
         importlib.import_module(module)
     yield "\n## Metrics\n"
     yield "Served by every process at `/metrics`, beside `/healthz`. An actor passes vLLM's `vllm:` metrics on.\n"
-    yield "| metric | type | labels | meaning |\n| --- | --- | --- | --- |"
+    yield "| metric | type | labels | unit | meaning |\n| --- | --- | --- | --- | --- |"
     collectors = {id(c): c for c in REGISTRY._names_to_collectors.values()}.values()
-    rows = set()
+    rows, used = set(), set[str]()
     for collector in collectors:
         name, kind = getattr(collector, "_name", ""), getattr(collector, "_type", "")
         if name.startswith("ergon_"):
-            labels = ", ".join(getattr(collector, "_labelnames", ()))
+            labels = getattr(collector, "_labelnames", ())
+            used.update(labels)
             suffix = "_total" if kind == "counter" else ""
-            rows.add(f"| `{name}{suffix}` | {kind} | {labels} | {collector._documentation} |")  # type: ignore[attr-defined]
+            facts = (f"`{name}{suffix}`", kind, ", ".join(labels), unit(name), collector._documentation)  # type: ignore[attr-defined]
+            rows.add(f"| {' | '.join(facts)} |")
     yield from sorted(rows)
+    assert used == set(LABELS), f"labels without a row, or rows without a label: {used ^ set(LABELS)}"
+    yield "\n### Labels\n"
+    yield "Every label has few values, so that the number of series does not grow with what a run does.\n"
+    yield "| label | values |\n| --- | --- |"
+    yield from (f"| `{label}` | {values} |" for label, values in sorted(LABELS.items()))
+
+
+def unit(name: str) -> str:
+    """A metric's unit, by the end of its name."""
+    return UNITS.get(name) or UNITS.get(name.removesuffix("_total").rpartition("_")[2], "number")
 
 
 def main() -> None:

@@ -105,7 +105,7 @@ class _Drive:
         except (EngineDeadError, InfraFailureError):
             raise
         except SandboxError as error:
-            raise InfraFailureError(f"sandbox: {error}") from error
+            raise InfraFailureError(f"sandbox: {error}", "sandbox") from error
         except Exception:
             # Whatever else leaves an environment is its own failure, on purpose or not.
             logger.exception("environment failed ticket=%s task=%s", self._ticket.ticket_id, self._ticket.task)

@@ -250,7 +250,7 @@ class Gateway:
             # Ours, not the program's: the episode must not be judged by it.
             logger.exception("gateway failed path=%s", request.path)
             if (session := self._sessions.get(_hash(_key(request)))) is not None:
-                session.fail(InfraFailureError(f"gateway: {type(error).__name__}: {error}"))
+                session.fail(InfraFailureError(f"gateway: {type(error).__name__}: {error}", "gateway"))
             response = self._told(request, ApiError(500, "the gateway failed; the episode is void"))
         metrics.gateway_requests.labels(route.canonical if route else "unknown", str(response.status)).inc()
         return response

@@ -191,7 +191,7 @@ class Session:
                 return await self._voice.say(replace(ask, number=self._num_asked), cut)
             except Exception as error:
                 known = isinstance(error, InfraFailureError | EngineDeadError | EnvironmentFailureError)
-                self.fail(error if known else InfraFailureError(f"gateway: {type(error).__name__}: {error}"))
+                self.fail(error if known else InfraFailureError(f"gateway: {type(error).__name__}: {error}", "gateway"))
                 raise
 
         said = await asyncio.gather(*(one() for _ in range(num_replies)), return_exceptions=True)

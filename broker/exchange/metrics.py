@@ -115,6 +115,10 @@ damaged = Counter(
 )
 received_bytes = Counter("ergon_broker_received_bytes_total", "Bytes of all frames received.")
 sent_bytes = Counter("ergon_broker_sent_bytes_total", "Bytes of all frames handed to the network.")
+store_free_bytes = Gauge(
+    "ergon_broker_store_free_bytes",
+    "Room that is left: on the store's disk, and within its files. Below broker.min_free_mb no ticket is leased.",
+)
 store_bytes = Gauge("ergon_broker_store_bytes", "Size of all files of the store, blobs included.")
 commit_seconds = Histogram(
     "ergon_broker_commit_seconds",
@@ -185,8 +189,8 @@ def observe_drift(drifts: Mapping[tuple[str, str], float], threshold: float) -> 
     drift_alarm.set(any(value >= threshold for value in drifts.values()))
 
 
-def observe(status: StatusReply, on_hold: bool, num_bytes: int, num_partial_bytes: int) -> None:
-    """Set the gauges. num_bytes: of the store."""
+def observe(status: StatusReply, on_hold: bool, num_bytes: int, free_bytes: int, num_partial_bytes: int) -> None:
+    """Set the gauges. `num_bytes` of the store, `free_bytes` that are left to it."""
     for state, by_mode in status.tickets.items():
         for mode, num in by_mode.items():
             tickets.labels(state, mode).set(num)
@@ -196,3 +200,4 @@ def observe(status: StatusReply, on_hold: bool, num_bytes: int, num_partial_byte
     leases_on_hold.set(on_hold)
     store_bytes.set(num_bytes)
     partial_bytes.set(num_partial_bytes)
+    store_free_bytes.set(free_bytes)

@@ -177,7 +177,8 @@ class Server:
         metrics.observe_drift(self._executor.drift.drift(), self._broker.drift_alarm)
         if (now := time.monotonic()) - self._sized_at >= SIZE_S:
             self._sized_at, self._stored_bytes = now, stored_bytes(self._journal.path.parent)
-        metrics.observe(status, self._watch.on_hold, self._stored_bytes, self._executor.ledger.partial_bytes)
+        held = self._executor.ledger.partial_bytes
+        metrics.observe(status, self._watch.on_hold, self._stored_bytes, self._watch.free_bytes, held)
         detail = {"run": self._settings.run.name, "store": str(self._journal.path)}
         facts = {key: value for key, value in msgspec.to_builtins(status).items() if key != "request_id"}
         self._health = Health(not self._watch.full, {**detail, **facts})

@@ -18,11 +18,13 @@ CHECK_S = 1.0  # between looks at the disk
 
 
 class StoreWatch:
-    """`full`: the store refuses writes, and actors are refused. `on_hold`: it nearly does, and nothing is leased."""
+    """`full`: the store refuses writes, and actors are refused. `on_hold`: it nearly does, and nothing is leased.
+    `free_bytes`: the room that was left at the last look."""
 
     def __init__(self, journal: Journal, executor: Executor, min_free_mb: int) -> None:
         self._journal, self._executor, self.min_free_mb = journal, executor, min_free_mb
         self.full, self.on_hold = not journal.reserved, False
+        self.free_bytes = journal.free_bytes
         self._checked_at = float("-inf")
 
     def due(self, now: float) -> bool:
@@ -39,7 +41,8 @@ class StoreWatch:
                 log.warning("The store takes writes again. store=%s", self._journal.path)
             except StoreFullError as error:
                 log.debug("The store is still full. error=%s", error)
-        free_mb = self._journal.free_bytes >> 20
+        self.free_bytes = self._journal.free_bytes
+        free_mb = self.free_bytes >> 20
         on_hold = free_mb < self.min_free_mb
         if on_hold != self.on_hold:
             log.warning("Leases %s. free_mb=%d", "stop: the disk is nearly full" if on_hold else "go on", free_mb)

@@ -129,6 +129,8 @@ forged = Counter(
     "or of something else), digest (the bytes are others than were signed).",
     ["reason"],
 )
+for _reason in ("unsigned", "signature", "digest"):
+    forged.labels(_reason)  # 0 is shown: of a series that begins with 1, Prometheus sees no increase
 superseded_fetches = Counter(
     "ergon_weights_superseded_total", "Fetches given up because the version was no longer held."
 )

@@ -16,6 +16,8 @@ DOCUMENTS = [
     "broker/PROTOCOL.md",
     "actors/GATEWAY.md",
     "deploy/REFERENCE.md",
+    "deploy/chart/README.md",
+    "deploy/monitoring/RUNBOOK.md",
 ]
 
 

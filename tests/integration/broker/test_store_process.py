@@ -294,7 +294,10 @@ def test_leases_stop_before_the_disk_is_full(small_disk: Path) -> None:
         actors.start()
         assert learner.receive(1.0) is None
         assert json.loads(broker.http("/healthz"))["leases_on_hold"] is True
-        assert "ergon_broker_leases_on_hold 1.0" in broker.http("/metrics")
+        shown = broker.http("/metrics")
+        assert "ergon_broker_leases_on_hold 1.0" in shown
+        free_bytes = float(shown.partition("\nergon_broker_store_free_bytes ")[2].split()[0])
+        assert 0 < free_bytes < 20 << 20
         ballast.unlink()
         assert receive(learner, 1) == ["t0"]
         assert not learner.status().leases_on_hold

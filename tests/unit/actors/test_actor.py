@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 import pytest
 
+from actors import metrics
 from actors.actor import Actor
 from actors.engine import EngineDeadError, EngineLoad
 from actors.weights import WeightAdopter
@@ -137,6 +138,11 @@ async def test_sampling_waits_for_the_version_and_reference_episodes_do_not() ->
     await asyncio.wait_for(task, 5)
 
 
+def failures(cause: str) -> float:
+    samples = next(iter(metrics.infra_failures.collect())).samples
+    return sum(s.value for s in samples if s.name.endswith("_total") and s.labels["cause"] == cause)
+
+
 async def test_an_infra_failure_releases_the_ticket_and_the_loop_goes_on() -> None:
     rig = Rig([make_ticket("bad"), make_ticket("good")], ["w3"] * 2, max_episodes=1)
     rig.gate.opened.set()
@@ -146,8 +152,10 @@ async def test_an_infra_failure_releases_the_ticket_and_the_loop_goes_on() -> No
         raise SandboxError("bwrap died")
 
     rig.environment.on_start = fail_once
+    before = failures("sandbox")
     task = rig.start()
     await rig.client.until(lambda: len(rig.client.sent) == 1)
+    assert failures("sandbox") == before + 1
     assert rig.client.released == [("bad", "infra_failure", "sandbox: bwrap died")]
     assert rig.client.sent[0].ticket.ticket_id == "good"
     rig.stop.set()
