@@ -63,6 +63,8 @@ bench-async: $(READY) ## the main job with slow tools, staleness 0 against 8, wa
 
 bench-rollout: ## an actor with slow tools against none, and against a synchronous batch loop: ARGS="--quick"
 
+bench-scale: ## real broker and relay with up to 1,000 simulated actors: ARGS="--quick", "--only measured/1000"
+
 bench-envs: ## sandboxes, shells and every built-in environment at 1, 16 and 64 at once: ARGS="--quick", "--only sandbox,code"
 
 bench-exactness: ## the actor's log-probs against a Hugging Face forward pass of the same weights
