@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 KEPT_UP = 0.97  # share of what is offered, from which on the system counts as keeping up
 PARTS = ("broker", "relay", "learner")
 """What there is one of, however many actors. (The simulated actors are on machines of their own in a real run.)"""
+PAPER: Final = {"7B": 0.05e9, "70B": 0.47e9, "1T": 6.7e9}
+"""Bytes of a delta at a learning rate of 1e-6, by the rates that `make bench-weights` found."""
+PAPER_STEP_S: Final = 60.0
+LINK_BYTES_PER_S: Final = 10e9 / 8
 _WORDS = {
     "broker": "the broker's busiest thread",
     "relay": "the relay's busiest thread",
@@ -80,6 +85,11 @@ def link_bytes_per_s(actors: int, delta_bytes: float, step_s: float) -> float:
     return actors * delta_bytes / step_s
 
 
+def relays_needed(actors: int, delta_bytes: float, step_s: float) -> int:
+    """Relays side by side, each of which sends for half of the time at most, on a link of LINK_BYTES_PER_S."""
+    return math.ceil(2 * link_bytes_per_s(actors, delta_bytes, step_s) / LINK_BYTES_PER_S)
+
+
 def by_profile(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """The cells of each profile, by number of actors."""
     found: dict[str, list[Cell]] = {}
@@ -131,7 +141,23 @@ def markdown(cells: Sequence[Cell], conditions: str, num_cores: int) -> str:
             _verdict(some, num_cores),
             "",
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_on_paper(1000)])
+
+
+def _on_paper(actors: int) -> list[str]:
+    """The weight channel of larger models, by arithmetic alone."""
+    lines = [
+        f"By arithmetic, {actors:,} actors behind one relay, a version every {PAPER_STEP_S:g} s; relays side by side "
+        "on links of 10 Gbit/s, each busy for half of the time at most:",
+        "",
+        "| model | delta, GB | one relay would send, GB/s | relays |",
+        "| --- | --- | --- | --- |",
+    ]
+    for model, delta_bytes in PAPER.items():
+        sent = link_bytes_per_s(actors, delta_bytes, PAPER_STEP_S) / 1e9
+        num = relays_needed(actors, delta_bytes, PAPER_STEP_S)
+        lines.append(f"| {model} | {delta_bytes / 1e9:g} | {sent:.2f} | {num} |")
+    return [*lines, ""]
 
 
 def _row(cell: Cell) -> str:

@@ -13,7 +13,16 @@ from tests.bench.rollouts.engines import TURN_TOKENS
 from tests.bench.rollouts.environment import NUM_TURNS
 from tests.bench.scaling.picture import draw
 from tests.bench.scaling.profile import GPU, MEASURED, Profile, Script
-from tests.bench.scaling.report import Bottleneck, Cell, bottleneck, link_bytes_per_s, machine_full, markdown, summary
+from tests.bench.scaling.report import (
+    Bottleneck,
+    Cell,
+    bottleneck,
+    link_bytes_per_s,
+    machine_full,
+    markdown,
+    relays_needed,
+    summary,
+)
 
 BUSIEST = {"broker": 0.0003, "relay": 0.0002, "learner": 0.0001}  # of a core, by actor
 
@@ -100,6 +109,8 @@ def test_the_machine_is_full_where_all_parts_together_take_it() -> None:
 
 def test_a_relay_sends_every_actor_every_version() -> None:
     assert link_bytes_per_s(1000, 1e6, 10.0) == 1e8
+    assert relays_needed(1000, 0.05e9, 60.0) == 2  # 0.83 GB/s, of 0.625 each
+    assert relays_needed(1000, 1e6, 10.0) == 1
 
 
 def test_the_summary_names_the_bottleneck_of_each_profile() -> None:
@@ -115,6 +126,7 @@ def test_the_report_says_what_was_kept_up_with() -> None:
     assert "| 100 | 7,200 | 300.0 | 300.0 | 2 / 9 |" in text
     assert "Kept up with: 100." in text
     assert "was full with 1,000." in text
+    assert "| 7B | 0.05 | 0.83 | 2 |" in text
 
 
 @dataclass
