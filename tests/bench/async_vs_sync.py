@@ -32,7 +32,7 @@ from tests.bench.asynchrony.environment import slow_job
 from tests.bench.asynchrony.report import Pair, Run, flow, markdown, summary
 from tests.bench.end_to_end import task_rewards, warm_started
 from tests.bench.endtoend import ergon_side
-from tests.bench.endtoend.plan import job
+from tests.bench.endtoend.plan import job, read_course, write_course
 from tests.bench.endtoend.report import Side
 from tests.bench.rollouts.environment import Latency
 
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
 
 def one_seed(seed: int, plan: Plan, model: Path, place: Path) -> Pair:
-    """Both sides of a seed. A warm start that is in `place` already is not made again."""
+    """Both sides of a seed. What is in `place` already, a warm start or a whole side, is not run again."""
     place.mkdir(parents=True, exist_ok=True)
     started_from = warm_started(seed, model, place)
     opened, start = one_side(seed, OPEN, plan, started_from, place / "open")
@@ -63,11 +63,13 @@ def one_seed(seed: int, plan: Plan, model: Path, place: Path) -> Pair:
 def one_side(seed: int, max_staleness: int, plan: Plan, model: Path, place: Path) -> tuple[Run, float]:
     """A run and its rewards; and the reward of the weights that it started from."""
     place.mkdir(parents=True, exist_ok=True)
-    toml = place / "job.toml"
+    toml, done = place / "job.toml", place / "course.json"
     save_settings(slow_job(seed, plan.latency), toml)
-    _tell(f"seed {seed}: {plan.num_steps} steps with staleness {max_staleness}")
-    only = [f"learner.max_staleness={max_staleness}"]
-    course = ergon_side.train(model, place, seed, plan.num_steps, plan.every, toml, only)
+    if not done.exists():
+        _tell(f"seed {seed}: {plan.num_steps} steps with staleness {max_staleness}")
+        only = [f"learner.max_staleness={max_staleness}"]
+        write_course(ergon_side.train(model, place, seed, plan.num_steps, plan.every, toml, only), done)
+    course = read_course(done)
     files = [snapshot.file for snapshot in course.snapshots]
     _tell(f"seed {seed}: rewards of {len(files)} snapshots")
     # The last one again and again: its reward is the one that is compared.
@@ -110,7 +112,9 @@ def main() -> None:
     parser.add_argument("--mean", type=float, default=default.latency.mean_s, help="seconds of a tool call, mean")
     parser.add_argument("--p99", type=float, default=default.latency.p99_s, help="seconds of one in a hundred")
     parser.add_argument("--quick", action="store_true", help="4 steps and 32 tasks: a step's time, not the reward's")
-    parser.add_argument("--directory", type=Path, help="where runs and weights are kept; a warm start there is reused")
+    parser.add_argument(
+        "--directory", type=Path, help="where runs and weights are kept; what is there is not run again"
+    )
     options = parser.parse_args()
     latency = Latency(options.mean, options.p99)
     plan = Plan(options.seeds, options.steps, options.every, options.level, latency=latency)
