@@ -74,7 +74,13 @@ bench-learner: ## the trainer against plain PyTorch and TRL's GRPOTrainer: ARGS=
 bench-end-to-end: $(READY) ## the main job trained by Ergon and by TRL, wall-clock to the same reward: ARGS="--quick", "--seeds 0"
 	@$(PYTHON) -m tests.bench.end_to_end $(ARGS)
 
+# A rule of its own: `async` is a word of the language, and no module's name.
+bench-async: $(READY) ## the main job with slow tools, staleness 0 against 8, wall-clock to the same reward: ARGS="--quick"
+	@$(PYTHON) -m tests.bench.async_vs_sync $(ARGS)
+
 bench-rollout: ## an actor with slow tools against none, and against a synchronous batch loop: ARGS="--quick"
+
+bench-scale: ## real broker and relay with up to 1,000 simulated actors: ARGS="--quick", "--only measured/1000"
 
 bench-envs: ## sandboxes, shells and every built-in environment at 1, 16 and 64 at once: ARGS="--quick", "--only sandbox,code"
 

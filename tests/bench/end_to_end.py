@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from broker.process.lifecycle import run_main
@@ -94,14 +96,23 @@ def evaluated(course: Course, seed: int, plan: Plan, model: Path, place: Path, *
     files = [snapshot.file for snapshot in course.snapshots if snapshot.file]
     if not files or not plan.tasks:
         return Side(course, [])
-    out = place / "rewards.json"
     level = str(plan.level) if stop else ""
-    words = [str(model), str(seed), str(plan.tasks), level, str(out), *files]
+    return Side(course, [fmean(rewards) for rewards in task_rewards(files, seed, plan.tasks, model, place, level)])
+
+
+def task_rewards(
+    files: Sequence[str], seed: int, num_tasks: int, model: Path, place: Path, level: str = ""
+) -> list[list[float]]:
+    """The rewards of the held-out tasks for each of these files of weights, up to the first whose mean reaches the
+    level. Raises RuntimeError where the evaluation fails."""
+    out = place / "rewards.json"
+    words = [str(model), str(seed), str(num_tasks), level, str(out), *files]
     command = [sys.executable, "-m", "tests.bench.endtoend.evaluator", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the evaluation failed: {done.stderr[-3000:]}")
-    return Side(course, json.loads(out.read_text()))
+    rewards: list[list[float]] = json.loads(out.read_text())
+    return rewards
 
 
 def benchmark(plan: Plan, place: Path) -> None:

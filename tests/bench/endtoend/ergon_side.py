@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,12 @@ GRACE_S = 60.0
 EXTRA = ["eval.tasks=0", "eval.every=0", "learner.keep_checkpoints=3"]
 
 
-def train(model: Path, place: Path, seed: int, num_steps: int, every: int) -> Course:
-    """Reinforcement learning from this model. Raises RuntimeError where the run fails."""
-    overrides = [f"model.path={model}", f"learner.num_steps={num_steps}", f"learner.checkpoint_every={every}"]
-    return _watched(place, seed, [*overrides, "learner.warm_start.episodes=0"], _is_trained)
+def train(
+    model: Path, place: Path, seed: int, num_steps: int, every: int, run: Path = RUN, more: Sequence[str] = ()
+) -> Course:
+    """Reinforcement learning from this model. more: further --set values. Raises RuntimeError where the run fails."""
+    overrides = [f"model.path={model}", f"learner.num_steps={num_steps}", f"learner.checkpoint_every={every}", *more]
+    return _watched(place, seed, [*overrides, "learner.warm_start.episodes=0"], _is_trained, run)
 
 
 def warm_start(model: Path, place: Path, seed: int) -> Path:
@@ -51,10 +53,12 @@ def _is_warm(state: dict[str, Any]) -> bool:
     return state["phase"] in ("after_warm_start", "train") and state["step"] == 0
 
 
-def _watched(place: Path, seed: int, overrides: list[str], wanted: Callable[[dict[str, Any]], bool]) -> Course:
+def _watched(
+    place: Path, seed: int, overrides: list[str], wanted: Callable[[dict[str, Any]], bool], run: Path = RUN
+) -> Course:
     """A run, from its command to its end, and the weights of its wanted checkpoints, one for each number of steps."""
     settings = [f"run.seed={seed}", "run.name=run", f"run.directory={place}", *EXTRA, *port_overrides(), *overrides]
-    command = [sys.executable, "-m", "deploy", "run", str(RUN), "--plain"]
+    command = [sys.executable, "-m", "deploy", "run", str(run), "--plain"]
     command += [word for setting in settings for word in ("--set", setting)]
     place.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(place / "run", ignore_errors=True)

@@ -1,8 +1,8 @@
 """Held-out rewards of snapshots of either side, by the actor's own engine and rollout: the same code for both.
 
 `python -m tests.bench.endtoend.evaluator MODEL SEED TASKS LEVEL OUT FILE...`: adopts one file of weights after the
-other, runs the held-out tasks at the training temperature, and writes the mean rewards; ends where one reaches LEVEL
-(an empty LEVEL: never). The time that this takes belongs to neither side.
+other, runs the held-out tasks at the training temperature, and writes the rewards of each task; ends where their mean
+reaches LEVEL (an empty LEVEL: never). The time that this takes belongs to neither side.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from actors.process import make_environments
 from actors.renderer import Renderer
@@ -38,33 +39,33 @@ class Evaluator:
         self._environments = make_environments(settings)
         self._slots = asyncio.Semaphore(settings.actor.max_num_seqs)
 
-    async def rewards(self, files: Sequence[Path], level: float | None) -> list[float]:
-        """The mean reward of each, up to the first that reaches the level."""
-        means: list[float] = []
+    async def rewards(self, files: Sequence[Path], level: float | None) -> list[list[float]]:
+        """The rewards of each by task, up to the first whose mean reaches the level."""
+        found: list[list[float]] = []
         for environment in self._environments.values():
             await environment.prepare()
         for number, file in enumerate(files):
             weights = as_safetensors(file)
             await self._engine.adopt(PolicyVersion(1, number + 1), weights, data_digest(weights))
-            means.append(await self._mean_reward(number))
-            print(f"{file.name}: {means[-1]:.3f}", file=sys.stderr, flush=True)
-            if level is not None and means[-1] >= level:
+            found.append(await self._rewards(number))
+            mean = fmean(found[-1])
+            print(f"{file.name}: {mean:.3f}", file=sys.stderr, flush=True)
+            if level is not None and mean >= level:
                 break
         for environment in self._environments.values():
             await environment.close()
-        return means
+        return found
 
     def shutdown(self) -> None:
         """End the engine."""
         self._engine.shutdown()
 
-    async def _mean_reward(self, number: int) -> float:
+    async def _rewards(self, number: int) -> list[float]:
         first = number * self._num_tasks
         tickets = [
             ticket(self._settings, Mode.EVAL, index, first + index, DEADLINE_S) for index in range(self._num_tasks)
         ]
-        rewards = await asyncio.gather(*(self._episode(each) for each in tickets))
-        return sum(rewards) / len(rewards)
+        return await asyncio.gather(*(self._episode(each) for each in tickets))
 
     async def _episode(self, order: Ticket) -> float:
         environment: Environment = self._environments[order.task.env]
