@@ -6,7 +6,7 @@ RUN ?= deploy/runs/quickstart.toml
 ARGS ?=
 READY := $(VENV)/.ready
 
-.PHONY: setup run test test-envs test-gateway-clients check lint format bench fuzz chaos chaos-real reference lock clean help
+.PHONY: setup run test test-envs test-adapters test-gateway-clients check lint format bench fuzz chaos chaos-real reference lock clean help
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -29,6 +29,12 @@ CLIENTS ?= /var/tmp/ergon-gateway-clients
 test-gateway-clients: $(READY) ## agents of other people's SDKs against the gateway; installs them
 	@tests/integration/gateway/clients/install.sh $(PYTHON) $(CLIENTS)
 	@ERGON_GATEWAY_CLIENTS=$(CLIENTS) $(PYTHON) -m pytest tests/integration/gateway/test_clients.py $(ARGS)
+
+# Other people's environments, of packages that are in no lock of ours, installed into FOREIGN.
+FOREIGN ?= /var/tmp/ergon-foreign
+test-adapters: $(READY) ## environments of TextArena, OpenEnv and verifiers behind their adapters; installs them
+	@tests/integration/envs/adapters/install.sh $(PYTHON) $(FOREIGN)
+	@ERGON_FOREIGN=$(FOREIGN) $(PYTHON) -m pytest tests/integration/envs/adapters $(ARGS)
 
 test-envs: $(READY) ## every built-in environment at length: 200 tasks, 1,000 resets, 64 at once
 	@ERGON_ENVS_FULL=1 $(PYTHON) -m pytest tests/integration/envs/test_builtin.py --timeout 1200 $(ARGS)
