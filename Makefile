@@ -6,7 +6,7 @@ RUN ?= deploy/runs/quickstart.toml
 ARGS ?=
 READY := $(VENV)/.ready
 
-.PHONY: setup run monitor dashboards test test-monitoring test-chart chart-golden test-envs test-gateway-clients check lint format bench fuzz chaos chaos-real reference lock clean help
+.PHONY: setup run monitor dashboards test test-monitoring test-chart chart-golden test-envs test-adapters test-gateway-clients check lint format bench fuzz chaos chaos-real reference lock clean help
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,6 +32,13 @@ CLIENTS ?= /var/tmp/ergon-gateway-clients
 test-gateway-clients: $(READY) ## agents of other people's SDKs against the gateway; installs them
 	@tests/integration/gateway/clients/install.sh $(PYTHON) $(CLIENTS)
 	@ERGON_GATEWAY_CLIENTS=$(CLIENTS) $(PYTHON) -m pytest tests/integration/gateway/test_clients.py $(ARGS)
+
+# Environments of TextArena, OpenEnv and verifiers behind their adapters, of packages that are in no lock of ours, installed
+# into FOREIGN.
+FOREIGN ?= /var/tmp/ergon-foreign
+test-adapters: $(READY)
+	@tests/integration/envs/adapters/install.sh $(PYTHON) $(FOREIGN)
+	@ERGON_FOREIGN=$(FOREIGN) $(PYTHON) -m pytest tests/integration/envs/adapters $(ARGS)
 
 test-envs: $(READY) ## every built-in environment at length: 200 tasks, 1,000 resets, 64 at once
 	@ERGON_ENVS_FULL=1 $(PYTHON) -m pytest tests/integration/envs/test_builtin.py tests/integration/envs/test_miniwob.py --timeout 1200 $(ARGS)

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -124,6 +124,7 @@ def line(progress: Progress, now: float) -> str:
     parts = [f"phase={progress.phase}", f"step={progress.last.get('step', 0)}/{progress.num_steps}"]
     if progress.last:
         parts.append(f"reward={progress.last['reward_mean']:.2f}±{progress.last['reward_std']:.2f}")
+        parts += _by_env(progress.last, "{env}={reward:.2f}({episodes})")
         parts.append(f"staleness={progress.last['staleness_mean']:.1f}/{progress.last['staleness_max']}")
     parts.append(f"sampled_per_s={progress.sampled_rate:.0f} trained_per_s={progress.trained_rate:.0f}")
     parts.append(" ".join(f"{state}={count}" for state, count in progress.queue.items()))
@@ -133,6 +134,12 @@ def line(progress: Progress, now: float) -> str:
     restarted = {name: state for name, state in progress.children.items() if state != "up"}
     parts += [f"{name}={state.replace(' ', '_')}" for name, state in restarted.items()]
     return " ".join(parts)
+
+
+def _by_env(step: Mapping[str, Any], text: str) -> list[str]:
+    """What a step says of each environment, where there is more than one."""
+    environments: Mapping[str, Mapping[str, Any]] = step.get("by_env", {})
+    return [text.format(env=env, **of_env) for env, of_env in environments.items()] if len(environments) > 1 else []
 
 
 def draw(name: str, progress: Progress, now: float) -> Group:
@@ -156,6 +163,8 @@ def draw(name: str, progress: Progress, now: float) -> Group:
         table.add_row("reward", f"{last['reward_mean']:.2f} ± {last['reward_std']:.2f}  {spark(rewards)}")
         kinds = "  ".join(f"{kind} {value:.2f}" for kind, value in sorted(last.get("reward_by_kind", {}).items()))
         table.add_row("  by kind", kinds)
+        if environments := _by_env(last, "{env} {reward:.2f} of {episodes} episodes"):
+            table.add_row("  by environment", "  ".join(environments))
         table.add_row("staleness", f"mean {last['staleness_mean']:.1f}  max {last['staleness_max']}")
     for record in progress.evaluations:
         table.add_row("held out", evaluation_line(record))
@@ -170,6 +179,9 @@ def evaluation_line(record: dict[str, Any]) -> str:
     """Held-out rewards of one evaluation, at the training temperature and greedy, by kind and thinking budget."""
     sampled, greedy = (record[style] if record[style] is not None else float("nan") for style in ("sampled", "greedy"))
     kinds = "  ".join(f"{kind} {value:.2f}" for kind, value in record["sampled_by_kind"].items())
+    environments = record.get("sampled_by_env", {})
+    if len(environments) > 1:
+        kinds = "  ".join(f"{env} {value:.2f}" for env, value in environments.items()) + f"; {kinds}"
     curve = "  ".join(f"{point['budget']} {point['reward']:.2f}" for point in record.get("sampled_curve", ()))
     budgets = f"  by budget: {curve}" if curve else ""
     return f"{record['evaluation']}: {sampled:.3f} sampled, {greedy:.3f} greedy  ({kinds}){budgets}"

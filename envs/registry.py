@@ -23,12 +23,15 @@ BUILT_IN = {
     "signposts": "envs.signposts:SignpostsEnvironment",
     "terminal": "envs.terminal:TerminalEnvironment",
 }
-# These need an optional extra of the same name.
+# These need an optional extra of the same name, or another Python that has the package.
 OPTIONAL = {
     "gymnasium": "envs.adapters.gymnasium:GymnasiumEnvironment",
     "mcp": "envs.adapters.mcp:McpEnvironment",
     "miniwob": "envs.browser.miniwob:MiniwobEnvironment",
+    "openenv": "envs.adapters.openenv:OpenEnvEnvironment",
     "reasoning-gym": "envs.reason.gym:ReasoningGymEnvironment",
+    "textarena": "envs.adapters.textarena:TextArenaEnvironment",
+    "verifiers": "envs.adapters.verifiers:VerifiersEnvironment",
 }
 
 

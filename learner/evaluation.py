@@ -72,6 +72,14 @@ class Evaluation:
             by_kind.setdefault(result.kind, []).append(result.reward)
         return {kind: float(np.mean(values)) for kind, values in sorted(by_kind.items())}
 
+    def mean_by_env(self, style: str) -> dict[str, float]:
+        """Mean reward of each environment; empty for results of a checkpoint that did not keep them."""
+        by_env: dict[str, list[float]] = {}
+        for result in self._results[style].values():
+            if result.env:
+                by_env.setdefault(result.env, []).append(result.reward)
+        return {env: float(np.mean(values)) for env, values in sorted(by_env.items())}
+
     def curve(self, style: str) -> list[dict[str, Any]]:
         """What the episodes with each budget did, in the order of the budgets; those without a result are left out."""
         points = []

@@ -15,6 +15,11 @@ VERSION = Gauge("ergon_learner_policy_version", "Optimiser steps in the weights 
 LINEAGE = Gauge("ergon_learner_lineage", "Lineage of this learner process")
 REWARD = Gauge("ergon_learner_reward", "Mean reward of the newest batch's episodes", ["env", "kind"])
 EVAL_REWARD = Gauge("ergon_learner_eval_reward", "Mean held-out reward of the newest evaluation", ["phase", "style"])
+EVAL_ENV_REWARD = Gauge(
+    "ergon_learner_eval_env_reward",
+    "Mean held-out reward of the newest evaluation in an environment",
+    ["phase", "style", "env"],
+)
 EVAL_BUDGET_REWARD = Gauge(
     "ergon_learner_eval_budget_reward",
     "Mean held-out reward of the newest evaluation, by thinking budget (those of eval.budgets)",

@@ -64,6 +64,7 @@ class Reporter:
             reward_mean=float(rewards.mean()),
             reward_std=float(rewards.std()),
             reward_by_kind=kinds,
+            by_env=by_env(trajectories),
             passed_by_env=passed,
             trajectories=len(trajectories),
             reasons=dict(Counter(item.reason.value for item in batch.consumed)),
@@ -115,6 +116,9 @@ class Reporter:
                 metrics.EVAL_REWARD.labels(phase, style).set(mean)
             result[style] = mean
             result[f"{style}_by_kind"] = evaluation.mean_by_kind(style)
+            result[f"{style}_by_env"] = evaluation.mean_by_env(style)
+            for env, reward in result[f"{style}_by_env"].items():
+                metrics.EVAL_ENV_REWARD.labels(evaluation.phase, style, env).set(reward)
             rewards = evaluation.rewards(style).values()
             result[f"{style}_passed"] = _share([reward >= self._pass_reward for reward in rewards])
             if evaluation.has_budgets:
@@ -152,6 +156,21 @@ def rewards_by_kind(trajectories: Iterable[Trajectory]) -> dict[str, float]:
         sums[kind] += trajectory.head.reward  # type: ignore[assignment]  # a Counter of floats
         counts[kind] += 1
     return {kind: sums[kind] / counts[kind] for kind in sorted(counts)}
+
+
+def by_env(trajectories: Iterable[Trajectory]) -> dict[str, dict[str, float]]:
+    """Of each environment: its episodes, their mean reward, and how many tokens the policy sampled in them."""
+    found: dict[str, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        found.setdefault(trajectory.ticket.task.env, []).append(trajectory)
+    return {
+        env: {
+            "episodes": len(of_env),
+            "reward": float(np.mean([trajectory.head.reward for trajectory in of_env])),
+            "tokens_sampled": sum(trajectory.num_sampled for trajectory in of_env),
+        }
+        for env, of_env in sorted(found.items())
+    }
 
 
 def passed_by_env(trajectories: Iterable[Trajectory], pass_reward: float) -> dict[str, float]:

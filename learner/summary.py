@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from learner.audit import AuditCounts
@@ -29,7 +29,8 @@ def summarise(
         )
     counters = state.counters
     summary |= {
-        "kinds": _kinds(evaluations),
+        "kinds": _table(evaluations, Evaluation.mean_by_kind),
+        "environments": _table(evaluations, Evaluation.mean_by_env),
         "budgets": _curves(evaluations),
         "eval_tasks": end.num_tasks if end else 0,
         "steps": state.step,
@@ -44,13 +45,16 @@ def summarise(
     return summary
 
 
-def _kinds(evaluations: Mapping[str, Evaluation | None]) -> dict[str, dict[str, float | None]]:
+def _table(
+    evaluations: Mapping[str, Evaluation | None], means: Callable[[Evaluation, str], Mapping[str, float]]
+) -> dict[str, dict[str, float | None]]:
+    """Kind or environment -> evaluation -> mean reward."""
     table: dict[str, dict[str, float | None]] = {}
     for key, evaluation in evaluations.items():
         for style in STYLES if evaluation else ():
             assert evaluation is not None
             name = key if style == "sampled" else f"greedy_{key}"
-            for kind, mean in evaluation.mean_by_kind(style).items():
+            for kind, mean in means(evaluation, style).items():
                 table.setdefault(kind, {})[name] = mean
     return dict(sorted(table.items()))
 

@@ -37,13 +37,14 @@ class Result(NamedTuple):
     num_thinking_tokens: int = 0
     num_overrun_tokens: int = 0
     num_forced_stops: int = 0
+    env: str = ""
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Result:
         """Of a finished episode."""
         head = trajectory.head
         kind, account = head.kind or head.ticket.task.env, (head.num_thinking_tokens, head.num_overrun_tokens)
-        return cls(kind, head.reward, *account, head.num_forced_stops)
+        return cls(kind, head.reward, *account, head.num_forced_stops, head.ticket.task.env)
 
 
 @dataclass(frozen=True, slots=True)

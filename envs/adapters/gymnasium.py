@@ -136,15 +136,16 @@ class GymnasiumEpisode(ToolEpisode):
             await asyncio.to_thread(env.close)
 
 
-class _Solver(ReferencePolicy):
-    """Acts by a function from the last message's text to the next action."""
+class Solver(ReferencePolicy):
+    """Acts by a function from the last message's text to what a tool's argument is next."""
 
-    def __init__(self, function: Callable[[str], str]) -> None:
+    def __init__(self, function: Callable[[str], str], tool: str = "act", argument: str = "action") -> None:
         self._function = function
+        self._tool, self._argument = tool, argument
 
     def act(self, messages: Sequence[Message]) -> Action:
         """The function's action."""
-        return Action("", (ToolCall("act", {"action": self._function(messages[-1].content)}),))
+        return Action("", (ToolCall(self._tool, {self._argument: self._function(messages[-1].content)}),))
 
 
 class GymnasiumEnvironment(Environment):
@@ -172,7 +173,7 @@ class GymnasiumEnvironment(Environment):
         self._options = dict(options or {})
         self._goal = goal
         self._solved_at = solved_at
-        self._solver = _function(solver) if solver else None
+        self._solver = solver_of(solver) if solver else None
         self.max_turns = max_turns
         self._mode: str | None = None
         self._actions = self._inspected(actions)
@@ -226,10 +227,11 @@ class GymnasiumEnvironment(Environment):
         """The solver's policy. Raises ErgonEnvError without a solver."""
         if self._solver is None:
             raise ErgonEnvError(f"{self._id} has no reference policy: give the option solver, `module:function`")
-        return _Solver(self._solver)
+        return Solver(self._solver)
 
 
-def _function(name: str) -> Callable[[str], str]:
+def solver_of(name: str) -> Callable[[str], str]:
+    """The function of this name, `module:function`. Raises EnvironmentOptionsError."""
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute, None)

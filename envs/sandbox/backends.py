@@ -7,7 +7,7 @@ environment's author, never of a policy; it must be asked for by name.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -85,7 +85,18 @@ def check_backend(name: str) -> str:
 
 
 async def create_sandbox(
-    backend: str = "bubblewrap", files: Mapping[str, bytes] | None = None, limits: Limits | None = None
+    backend: str = "bubblewrap",
+    files: Mapping[str, bytes] | None = None,
+    limits: Limits | None = None,
+    hidden: Sequence[str] = (),
 ) -> AnySandbox:
-    """Make a sandbox. Raises ErgonEnvError for an unknown backend, SandboxError where none can be made."""
-    return await BACKENDS[check_backend(backend)].create(files, limits)
+    """Make a sandbox. hidden: files and directories of the system that are empty in it.
+
+    Raises ErgonEnvError for an unknown backend, or one that hides nothing; SandboxError where none can be made.
+    """
+    made = BACKENDS[check_backend(backend)]
+    if made is Sandbox:
+        return await Sandbox.create(files, limits, hidden=hidden)
+    if hidden:
+        raise ErgonEnvError(f"the sandbox backend {backend!r} hides nothing of the system; use bubblewrap")
+    return await made.create(files, limits)

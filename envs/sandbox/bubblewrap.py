@@ -43,7 +43,11 @@ SYSTEM_PATHS = (
 FAMILIAR_LINKS = {"/app": WORK_DIR, "/logs": "/tmp/logs"}  # where tasks written for containers look
 TOP_LEVEL_LINKS = ("/bin", "/lib", "/lib32", "/lib64")
 # An installed Ergon or third-party environment would show the policy how its tasks and graders work.
-HIDDEN_PATTERNS = ("/usr/lib/python3*/dist-packages", "/usr/local/lib/python3*/*-packages")
+HIDDEN_PATTERNS = (
+    "/usr/lib/python3*/*-packages",
+    "/usr/lib64/python3*/*-packages",
+    "/usr/local/lib/python3*/*-packages",
+)
 
 PASSWD = f"agent:x:{INNER_ID}:{INNER_ID}::{WORK_DIR}:/bin/sh\n".encode()
 GROUP = f"agent:x:{INNER_ID}:\n".encode()
@@ -191,13 +195,15 @@ def command_line(
     seccomp_fd: int,
     shell_fds: tuple[int, int],
     mounts: Mapping[str, str] | None = None,
+    hidden: Sequence[str] = (),
 ) -> Sequence[str]:
     """The whole argument vector of a sandbox whose PID 1 is the session loop.
 
     file_fds: absolute path in the sandbox -> descriptor with its content; must hold SESSION (the shell that runs the
     loop). Files outside /workspace and /tmp are immutable in the sandbox. seccomp_fd: the filter of system calls.
     shell_fds: the persistent shell's socket and output pipe; bash moves them to 3 and 4, which dash cannot. mounts:
-    path in the sandbox -> path of the host, shown read-only.
+    path in the sandbox -> path of the host, shown read-only. hidden: files and directories of the system, absolute and
+    without links, that are empty in the sandbox.
     """
     args = [*outer_command(), find_bubblewrap()]
     args += ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"]
@@ -207,6 +213,9 @@ def command_line(
     for key, value in {"PATH": SEARCH_PATH, "HOME": WORK_DIR, "LANG": "C.UTF-8"}.items():
         args += ["--setenv", key, value]
     args += system_mounts()
+    for name in hidden:
+        empty = ["--size", "4096", "--perms", "0555", "--tmpfs"] if Path(name).is_dir() else ["--ro-bind", "/dev/null"]
+        args += [*empty, name]
     args += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
     args += ["--size", str(limits.tmp_bytes), "--tmpfs", "/tmp"]
     args += ["--size", str(limits.work_bytes), "--tmpfs", WORK_DIR]

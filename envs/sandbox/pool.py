@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from envs.interface import SandboxError
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class SandboxPool:
-    """Keeps up to `size` sandboxes ready, all with the same files and limits. Belongs to one event loop.
+    """Keeps up to `size` sandboxes ready, all with the same files, limits and hidden paths. Belongs to one event loop.
 
     The taker owns what `acquire` returns and closes it. Refilling starts with the first `acquire` or `prepare` and
     makes at most two at a time, since a start costs CPU that episodes need. When making one fails, refilling stops
@@ -29,6 +29,7 @@ class SandboxPool:
         files: Mapping[str, bytes] | None = None,
         limits: Limits | None = None,
         backend: str = "bubblewrap",
+        hidden: Sequence[str] = (),
     ) -> None:
         if size < 0:
             raise ValueError(f"a sandbox pool of size {size} makes no sense; it must be 0 or more")
@@ -36,6 +37,7 @@ class SandboxPool:
         self._size = size
         self._files = dict(files or {})
         self._limits = limits or Limits()
+        self._hidden = hidden
         self._ready: deque[AnySandbox] = deque()
         self._filler: asyncio.Task[None] | None = None
         self._closed = False
@@ -77,7 +79,7 @@ class SandboxPool:
         return await BACKENDS[self._backend].restore(archive, self._files, self._limits)
 
     async def _create(self) -> AnySandbox:
-        return await create_sandbox(self._backend, self._files, self._limits)
+        return await create_sandbox(self._backend, self._files, self._limits, self._hidden)
 
     def _refill(self) -> None:
         if not self._closed and (self._filler is None or self._filler.done()):

@@ -1,8 +1,8 @@
-"""One sandbox and the session in it: start, run commands, move files, end. Never more than one command at a time.
+"""One sandbox as its users hold it: runs commands, moves files. Never more than one command at a time.
 
-The session loop (bubblewrap.SESSION_LOOP) is PID 1 of the sandbox. Three channels lead to it: a socket for commands
-and their statuses, which no command can reach, and one pipe each for stdout and stderr, which carry nothing but output.
-When a status arrives, all that the command wrote lies in the pipes already, so reading without waiting gets all of it.
+Its start, its end and the socket for commands and their statuses are in life.py. One pipe each carries stdout and
+stderr, and nothing but output: when a status arrives, all that the command wrote lies in the pipes already, so reading
+without waiting gets all of it.
 
 Known weakness: what a command leaves running in the background can write into, and read from, the output of later
 commands of its sandbox, as it can change their files. So grade in a fresh sandbox, or in the parent.
@@ -12,41 +12,22 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
-import secrets
-import select
 import shlex
-import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from types import TracebackType
 
 from envs.interface import SandboxError
 from envs.sandbox import bubblewrap
+from envs.sandbox.life import Life
 from envs.sandbox.limits import ExecResult, Limits
 from envs.sandbox.shell import Shell, ShellResult
 from envs.sandbox.spawn import Spawned, spawn
 
 MAX_COMMAND_BYTES = 96 << 10  # the kernel takes 128 KiB in one argument
 CHUNK_BYTES = 48 << 10  # of a file, encoded, in one command
-EXIT_TIMEOUT_S = 30.0
 SNAPSHOT = "/opt/snapshot.tar"  # where a fork finds its files
-
-
-async def _ended(pidfd: int) -> None:
-    """Wait until a killed process has ended. Raises SandboxError where it does not."""
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    loop.add_reader(pidfd, ended.set)
-    try:
-        async with asyncio.timeout(EXIT_TIMEOUT_S):
-            await ended.wait()
-    except TimeoutError:
-        raise SandboxError(f"a killed sandbox was still there after {EXIT_TIMEOUT_S} s") from None
-    finally:
-        loop.remove_reader(pidfd)
 
 
 class Sandbox:
@@ -55,15 +36,11 @@ class Sandbox:
     Belongs to one event loop. Dies with the thread and the process that made it.
     """
 
-    def __init__(self, spawned: Spawned, limits: Limits) -> None:
-        self._spawned = spawned
+    def __init__(self, spawned: Spawned, limits: Limits, hidden: Sequence[str] = ()) -> None:
+        self._life = Life(spawned)
+        self._hidden = hidden
         self._limits = limits
-        self._init_pidfd = -1  # the outer PID namespace's first process, once it is known to be there
         self._lock = asyncio.Lock()
-        self._pending = b""
-        self._dead_because: str | None = None
-        self._exit: asyncio.Task[None] | None = None
-        self._released = False
         self._shell: Shell | None = None
         self._shell_pid = 0
         self._shell_lock = asyncio.Lock()
@@ -74,18 +51,20 @@ class Sandbox:
         files: Mapping[str, bytes] | None = None,
         limits: Limits | None = None,
         mounts: Mapping[str, str] | None = None,
+        hidden: Sequence[str] = (),
     ) -> Sandbox:
         """Start a sandbox with these files: relative paths lie in /workspace, those elsewhere are immutable.
 
         mounts: path in the sandbox -> directory, file or socket of the host that is shown there, read-only.
+        hidden: files and directories of the system that are empty in the sandbox, in its forks too.
         Takes 10-30 ms. Raises ValueError for a bad path, SandboxError where no sandbox can be made.
         """
         limits = limits or Limits()
         contents = {"/etc/passwd": bubblewrap.PASSWD, "/etc/group": bubblewrap.GROUP}
         contents |= {bubblewrap.check_path(path): data for path, data in (files or {}).items()}
-        sandbox = cls(spawn(contents, limits, mounts), limits)
+        sandbox = cls(spawn(contents, limits, mounts, hidden), limits, hidden)
         try:
-            await sandbox._handshake()
+            await sandbox._life.handshake(limits.start_timeout_s)
         except BaseException:
             await sandbox.close()
             raise
@@ -104,12 +83,7 @@ class Sandbox:
     @property
     def alive(self) -> bool:
         """False once it was closed, killed, or has ended by itself."""
-        if self._dead_because is not None:
-            return False
-        events = select.poll()
-        for pidfd in (self._init_pidfd, self._spawned.pidfd):
-            events.register(pidfd, select.POLLIN)  # readable once the process has ended
-        return not events.poll(0)
+        return self._life.alive
 
     async def exec(self, command: str, timeout_s: float | None = None, output_bytes: int | None = None) -> ExecResult:
         """Run a command line with /bin/sh in /workspace, stdin empty; wait for its end, not for what it left behind.
@@ -121,8 +95,7 @@ class Sandbox:
         if len(script) > MAX_COMMAND_BYTES or b"\0" in script:
             raise ValueError(f"a sandbox command of {len(script)} bytes: at most {MAX_COMMAND_BYTES}, and no NUL")
         async with self._lock:
-            if self._dead_because is not None:
-                raise self._died()
+            self._life.check()
             return await self._exec(
                 script,
                 self._limits.timeout_s if timeout_s is None else timeout_s,
@@ -131,13 +104,13 @@ class Sandbox:
 
     async def _exec(self, script: bytes, timeout_s: float, output_bytes: int) -> ExecResult:
         loop = asyncio.get_running_loop()
-        outputs = (self._spawned.stdout, self._spawned.stderr)
+        outputs = (self._life.spawned.stdout, self._life.spawned.stderr)
         flooded = False
 
         def on_flood() -> None:
             nonlocal flooded
             flooded = True
-            self._kill("a command flooded its output")
+            self._life.kill("a command flooded its output")
 
         for output in outputs:
             output.begin(loop, output_bytes, on_flood)
@@ -146,17 +119,17 @@ class Sandbox:
         timed_out = False
         try:
             async with asyncio.timeout(timeout_s):
-                exit_code = await self._run(script)
+                exit_code = await self._life.request(b"%d\n%s\n" % (script.count(b"\n") + 1, script))
         except TimeoutError:
             timed_out = True
-            self._kill("a command ran past its time limit")
-            await self._exited()
+            self._life.kill("a command ran past its time limit")
+            await self._life.exited()
         except SandboxError:
             if not flooded:
                 raise
-            await self._exited()
+            await self._life.exited()
         except BaseException:
-            self._kill("a command was abandoned")
+            self._life.kill("a command was abandoned")
             raise
         finally:
             stdout, stderr = (output.end(loop) for output in outputs)
@@ -177,11 +150,10 @@ class Sandbox:
         it comes. Raises ValueError for a command that is too long or holds a NUL, SandboxError for a dead sandbox.
         """
         async with self._shell_lock:
-            if self._dead_because is not None:
-                raise self._died()
+            self._life.check()
             try:
                 if self._shell is None:
-                    control, output = self._spawned.shell_control, self._spawned.shell_output
+                    control, output = self._life.spawned.shell_control, self._life.spawned.shell_output
                     self._shell = Shell(self, control, output, bubblewrap.WORK_DIR)
                     await self._shell.start()
                 return await self._shell.run(
@@ -193,16 +165,15 @@ class Sandbox:
             except ValueError:
                 raise
             except BaseException:
-                self._kill("a shell command was abandoned")
+                self._life.kill("a shell command was abandoned")
                 raise
 
     async def start_shell(self) -> int:
         """For the shell: a pidfd of a new one. Raises SandboxError."""
         async with self._lock:
-            if self._dead_because is not None:
-                raise self._died()
-            self._shell_pid = await self._request(b"shell\n")
-        pidfd = self._spawned.open_shell(self._shell_pid)
+            self._life.check()
+            self._shell_pid = await self._life.request(b"shell\n")
+        pidfd = self._life.spawned.open_shell(self._shell_pid)
         if pidfd is None:
             raise SandboxError("a sandbox's shell ended as it began")
         return pidfd
@@ -215,7 +186,7 @@ class Sandbox:
         """Kill every process of the sandbox but its session, whatever it is doing. Files stay. Raises SandboxError."""
         result = await self.exec("kill -KILL -1; exit 0")  # spares PID 1 and the shell that asks
         if result.timed_out:
-            raise self._died()
+            raise self._life.died()
 
     async def snapshot(self, max_bytes: int = 64 << 20) -> bytes:
         """A tar archive of /workspace and /tmp, as they are; unreadable files are left out. No process is stopped.
@@ -234,18 +205,23 @@ class Sandbox:
 
         Raises OSError where the files cannot be read, SandboxError where no sandbox can be made.
         """
-        return await Sandbox.restore(await self.snapshot(), limits=self._limits)
+        return await Sandbox.restore(await self.snapshot(), limits=self._limits, hidden=self._hidden)
 
     @classmethod
     async def restore(
-        cls, archive: bytes, files: Mapping[str, bytes] | None = None, limits: Limits | None = None
+        cls,
+        archive: bytes,
+        files: Mapping[str, bytes] | None = None,
+        limits: Limits | None = None,
+        *,
+        hidden: Sequence[str] = (),
     ) -> Sandbox:
         """A new sandbox with these files and those of a snapshot. The archive is unpacked inside, where it can do no
         more than a command.
 
         Raises OSError where it cannot be unpacked, SandboxError where no sandbox can be made.
         """
-        made = await cls.create({**(files or {}), SNAPSHOT: archive}, limits)
+        made = await cls.create({**(files or {}), SNAPSHOT: archive}, limits, hidden=hidden)
         try:
             await made._succeed(f"tar --extract --file={SNAPSHOT} --directory=/ --no-same-owner --no-overwrite-dir")
         except BaseException:
@@ -282,15 +258,11 @@ class Sandbox:
 
     async def close(self) -> None:
         """Kill everything in the sandbox, wait until it is gone, release the descriptors. Idempotent."""
-        self._kill("it was closed")
-        await self._exited()
-        if not self._released:
-            self._released = True
-            if self._shell is not None:
-                self._shell.release()
-            self._spawned.release()
-            if self._init_pidfd >= 0:
-                os.close(self._init_pidfd)
+        self._life.kill("it was closed")
+        await self._life.exited()
+        if self._shell is not None:
+            self._shell.release()
+        self._life.release()
 
     async def __aenter__(self) -> Sandbox:
         return self
@@ -300,53 +272,6 @@ class Sandbox:
     ) -> None:
         await self.close()
 
-    async def _handshake(self) -> None:
-        """Wait for the session's first word and take hold of its PID namespace."""
-        try:
-            async with asyncio.timeout(self._limits.start_timeout_s):
-                word = await self._line()
-        except TimeoutError:
-            raise SandboxError(f"a sandbox was not ready within {self._limits.start_timeout_s} s") from None
-        except SandboxError:
-            await self._exited()
-            raise bubblewrap.failure(self._spawned.stderr.leftover(4096).decode(errors="replace")) from None
-        if word != b"ready":
-            raise SandboxError(f"a sandbox began with {word[:80]!r} instead of `ready`")
-        self._init_pidfd = self._spawned.open_init()
-
-    async def _run(self, script: bytes) -> int:
-        """Send one command, return its exit status."""
-        return await self._request(b"%d\n%s\n" % (script.count(b"\n") + 1, script))
-
-    async def _request(self, body: bytes) -> int:
-        """Send the session a request, return its answer."""
-        nonce = secrets.token_hex(16).encode()
-        message = nonce + b"\n" + body
-        try:
-            await asyncio.get_running_loop().sock_sendall(self._spawned.control, message)
-        except OSError as error:
-            raise self._died() from error
-        answer = await self._line()
-        got, _, status = answer.partition(b" ")
-        if got != nonce or not status.isdigit():
-            self._kill(f"its session broke the protocol with {answer[:80]!r}")
-            raise self._died()
-        return int(status)
-
-    async def _line(self) -> bytes:
-        """The next line from the session. Raises SandboxError at its end."""
-        loop = asyncio.get_running_loop()
-        while b"\n" not in self._pending:
-            try:
-                chunk = await loop.sock_recv(self._spawned.control, 4096)
-            except OSError as error:
-                raise self._died() from error
-            if not chunk:
-                raise self._died()
-            self._pending += chunk
-        line, _, self._pending = self._pending.partition(b"\n")
-        return line
-
     async def _succeed(self, command: str, output_bytes: int | None = None) -> ExecResult:
         """Run a command of our own that must exit with 0. Raises OSError with its complaint."""
         result = await self.exec(command, output_bytes=output_bytes)
@@ -354,31 +279,3 @@ class Sandbox:
             reason = "it timed out" if result.timed_out else result.stderr.decode(errors="replace").strip()
             raise OSError(f"the sandbox refused: {reason}")
         return result
-
-    def _died(self) -> SandboxError:
-        if self._dead_because is None:
-            self._dead_because = "its session ended unexpectedly"
-        return SandboxError(f"the sandbox is dead: {self._dead_because}")
-
-    def _kill(self, reason: str) -> None:
-        """Kill the whole PID namespace."""
-        if self._dead_because is None:
-            self._dead_because = reason
-        if self._released:
-            return
-        with suppress(ProcessLookupError):  # it has ended already, which is what is wanted
-            if self._init_pidfd >= 0:
-                signal.pidfd_send_signal(self._init_pidfd, signal.SIGKILL)
-            else:
-                signal.pidfd_send_signal(self._spawned.pidfd, signal.SIGKILL)  # the namespace follows by itself
-
-    async def _exited(self) -> None:
-        """Wait until all in the sandbox has ended: its first process does so last, and then ours that started it."""
-        if self._exit is None:
-            self._exit = asyncio.create_task(self._wait_exit(), name="sandbox-exit")
-        await asyncio.shield(self._exit)
-
-    async def _wait_exit(self) -> None:
-        for pidfd in (self._init_pidfd, self._spawned.pidfd):
-            if pidfd >= 0:
-                await _ended(pidfd)

@@ -7,7 +7,7 @@ import functools
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,8 +175,10 @@ def _sockets(stack: ExitStack, parent_ends: ExitStack) -> tuple[socket.socket, s
     return ours, theirs
 
 
-def spawn(files: Mapping[str, bytes], limits: Limits, mounts: Mapping[str, str] | None = None) -> Spawned:
-    """Start a sandbox that holds these files (absolute path -> content) and shows these mounts.
+def spawn(
+    files: Mapping[str, bytes], limits: Limits, mounts: Mapping[str, str] | None = None, hidden: Sequence[str] = ()
+) -> Spawned:
+    """Start a sandbox that holds these files (absolute path -> content), shows these mounts and hides these paths.
 
     Blocks for about 2 ms. Raises SandboxError. It dies with the calling thread. It has its own session, so that Ctrl-C
     in a terminal is not for it.
@@ -192,7 +194,7 @@ def spawn(files: Mapping[str, bytes], limits: Limits, mounts: Mapping[str, str] 
         shell_fd, child_shell_output = _pipe(child_ends, parent_ends)
         shell_fds = child_shell_control.fileno(), child_shell_output
         process = subprocess.Popen(
-            bubblewrap.command_line(limits, file_fds, seccomp_fd, shell_fds, mounts),
+            bubblewrap.command_line(limits, file_fds, seccomp_fd, shell_fds, mounts, hidden),
             stdin=child_control.fileno(),
             stdout=child_stdout,
             stderr=child_stderr,

@@ -7,7 +7,7 @@ read as an archive, and the parent compares. What is wanted never enters the san
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from envs.interface import (
     Action,
@@ -42,14 +42,21 @@ async def bash(episode: ShellEpisode, command: Annotated[str, "one or more lines
 TOOLS = ToolSet(bash)
 
 
+class Sandboxes(Protocol):
+    """Where an episode's sandbox comes from: a pool, or what stands for one."""
+
+    async def acquire(self) -> AnySandbox:
+        """A fresh sandbox, which the taker closes. Raises SandboxError."""
+
+
 class ShellEpisode(ToolEpisode):
     """An attempt with a shell. Subclasses put the task's files into the sandbox and grade what is left."""
 
-    def __init__(self, task: Task, pool: SandboxPool, tool_timeout_s: float) -> None:
-        super().__init__(task, TOOLS)
+    def __init__(self, task: Task, pool: Sandboxes, tool_timeout_s: float, tools: ToolSet = TOOLS) -> None:
+        super().__init__(task, tools)
         self.sandbox: AnySandbox | None = None
+        self.tool_timeout_s = tool_timeout_s
         self._pool = pool
-        self._tool_timeout_s = tool_timeout_s
 
     async def start(self) -> Sequence[Message]:
         """Take a fresh sandbox and put the task into it. Raises SandboxError."""
@@ -65,10 +72,10 @@ class ShellEpisode(ToolEpisode):
         if self.sandbox is None:
             raise EnvironmentFailureError("the episode has not started, or is closed")
         try:
-            result = await self.sandbox.shell(command, timeout_s=self._tool_timeout_s)
+            result = await self.sandbox.shell(command, timeout_s=self.tool_timeout_s)
         except (ValueError, UnicodeError) as error:
             raise ToolError(str(error)) from error
-        return shown(result, self._tool_timeout_s)
+        return shown(result, self.tool_timeout_s)
 
     async def close(self) -> None:
         """Kill the sandbox."""

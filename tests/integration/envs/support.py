@@ -54,8 +54,8 @@ def children(parent: int | None = None) -> list[int]:
 
 def kill_from_outside(sandbox: Sandbox) -> None:
     """Kill a sandbox behind its owner's back, as the kernel would when memory runs out; returns when it is gone."""
-    signal.pidfd_send_signal(sandbox._init_pidfd, signal.SIGKILL)
-    assert select.select([sandbox._init_pidfd], [], [], 10)[0]
+    signal.pidfd_send_signal(sandbox._life.init_pidfd, signal.SIGKILL)
+    assert select.select([sandbox._life.init_pidfd], [], [], 10)[0]
 
 
 def files_of_sandboxes() -> list[Path]:

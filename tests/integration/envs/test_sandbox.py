@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from envs.interface import SandboxError
-from envs.sandbox import Limits, Sandbox, bubblewrap
+from envs.interface import ErgonEnvError, SandboxError
+from envs.sandbox import Limits, Sandbox, bubblewrap, create_sandbox
 from tests.integration.envs.support import (
     children,
     files_of_sandboxes,
@@ -75,6 +75,18 @@ async def test_files_given_at_creation_are_there_and_tools_cannot_be_changed(san
     assert (await sandbox.exec("echo changed > hello.txt")).ok
     assert not (await sandbox.exec("echo changed > /opt/tool || chmod 777 /opt/tool || rm -f /opt/tool")).ok
     assert (await sandbox.exec("sh /opt/tool")).stdout == b"tool\n"
+
+
+async def test_what_is_hidden_of_the_system_is_empty_in_the_sandbox_and_its_forks() -> None:
+    folder = next(path for path in sorted(Path("/usr/lib").iterdir()) if path.is_dir() and not path.is_symlink())
+    program = Path("/usr/bin/env")
+    look = f"ls -A {folder} | wc -l; head -c 9 {program} 2>/dev/null | wc -c"
+    async with await Sandbox.create(hidden=[str(folder), str(program)]) as made, await made.fork() as copy:
+        assert (await made.exec(look)).stdout == (await copy.exec(look)).stdout == b"0\n0\n"
+    async with await Sandbox.create() as made:
+        assert (await made.exec(look)).stdout == f"{len(list(folder.iterdir()))}\n9\n".encode()
+    with pytest.raises(ErgonEnvError, match="'trusted' hides nothing"):
+        await create_sandbox("trusted", hidden=[str(folder)])
 
 
 async def test_reading_refuses_what_is_missing_or_too_large(sandbox: Sandbox) -> None:
@@ -151,7 +163,7 @@ async def test_a_sandbox_killed_from_outside_is_a_sandbox_error(sandbox: Sandbox
     async with asyncio.timeout(10):
         while not processes_with(marker):
             await asyncio.sleep(0.01)
-    os.kill(sandbox._spawned.process.pid, signal.SIGKILL)
+    os.kill(sandbox._life.spawned.process.pid, signal.SIGKILL)
     with pytest.raises(SandboxError, match="dead"):
         await running
     assert not sandbox.alive

@@ -71,6 +71,24 @@ def test_an_evaluation_along_budgets_shows_them() -> None:
     assert evaluation_line({**record, "sampled_curve": curve}).endswith("  by budget: 0 0.10  unlimited 0.90")
 
 
+def test_a_mixture_is_told_by_environment() -> None:
+    progress = Progress(num_steps=4, started_at=0.0)
+    by_env = {
+        "reason": {"episodes": 8, "reward": 0.25, "tokens_sampled": 90},
+        "shop": {"episodes": 16, "reward": 0.75, "tokens_sampled": 500},
+    }
+    progress.take({**step(1, 10.0), "by_env": by_env})
+    assert " reason=0.25(8) shop=0.75(16) staleness=" in line(progress, 20.0)
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(draw("mixture", progress, 20.0))
+    assert "reason 0.25 of 8 episodes  shop 0.75 of 16 episodes" in console.export_text()
+    progress.take({**step(2, 10.0), "by_env": {"shop": by_env["shop"]}})
+    assert "shop=" not in line(progress, 20.0)
+    record = {"evaluation": "after", "sampled": 0.5, "greedy": 0.6, "sampled_by_kind": {"boxes": 0.5}}
+    told = evaluation_line({**record, "sampled_by_env": {"reason": 0.25, "shop": 0.75}})
+    assert told == "after: 0.500 sampled, 0.600 greedy  (reason 0.25  shop 0.75; boxes 0.50)"
+
+
 def test_sparks_and_clock() -> None:
     assert spark([0.0, 0.5, 1.0, 2.0, -1.0]) == "▁▅██▁"
     assert spark([0.0] * 50 + [1.0], width=2) == "▁█"

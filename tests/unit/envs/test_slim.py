@@ -18,7 +18,7 @@ def test_the_package_alone_imports_nothing_else() -> None:
     assert not modules_after("import envs, envs.interface, envs.registry") & (HEAVY | {"pydantic"})
 
 
-OPTIONAL = {"gymnasium", "mcp", "miniwob", "reasoning_gym", "openai", "aiohttp"}
+OPTIONAL = {"gymnasium", "mcp", "miniwob", "reasoning_gym", "openai", "aiohttp", "textarena", "verifiers", "openenv"}
 
 
 def test_an_environment_pulls_in_nothing_heavy_nor_optional() -> None:
@@ -30,7 +30,6 @@ def test_an_environment_pulls_in_nothing_heavy_nor_optional() -> None:
 
 
 def test_adapters_import_what_they_adapt_only_when_used() -> None:
-    statement = (
-        "import envs.adapters.gymnasium, envs.adapters.mcp, envs.reason.gym, envs.services.serve, envs.browser.miniwob"
-    )
+    statement = "import envs.adapters.gymnasium, envs.adapters.mcp, envs.adapters.openenv, envs.adapters.textarena, "
+    statement += "envs.adapters.verifiers, envs.reason.gym, envs.services.serve, envs.browser.miniwob, deploy.cli"
     assert not modules_after(statement) & OPTIONAL

@@ -27,13 +27,14 @@ def make_ticket(
     mode: Mode = Mode.TRAIN,
     run: str = "run",
     budget: int | None = None,
+    env: str = "shop",
 ) -> Ticket:
     """A training ticket, named as the curriculum names them."""
     return Ticket(
         ticket_id=f"{run}/{mode}/{group}/{member}",
         group_id=f"{run}/{mode}/{group}",
         group_size=size,
-        task=TaskRef(env="shop", split="train", index=group),
+        task=TaskRef(env=env, split="train", index=group),
         mode=mode,
         thinking_budget=budget,
     )

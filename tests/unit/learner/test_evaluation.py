@@ -13,6 +13,7 @@ from broker.protocol.trajectory import Mode, Outcome
 from learner.audit import AuditCounts, LineFile, audit_lines, read_audit
 from learner.batching import Consumed, Reason
 from learner.evaluation import Evaluation, paired_ci95, parse_eval_id
+from learner.report import by_env
 from learner.state import TrainerState
 from learner.summary import summarise
 from learner.warm_start import num_batches, scheduled, supervised_batches, warmed_up, worth_imitating
@@ -110,6 +111,31 @@ def test_summary_reports_kinds_gain_and_losses() -> None:
         "dead": 1,
     }
     assert (summary["staleness_mean"], summary["staleness_max"], summary["eval_tasks"]) == (1.5, 4, 2)
+
+
+def test_a_mixture_is_summarised_by_environment() -> None:
+    evaluations = {}
+    for phase, reasoned in (("before", 0.0), ("after", 1.0)):
+        evaluation = evaluations[phase] = Evaluation(phase, 4)
+        for number, env in enumerate(("shop", "reason", "shop", "shop")):
+            reward = reasoned if env == "reason" else 0.5
+            evaluation.add("sampled", number, make_trajectory(make_ticket(env=env), reward))
+            evaluation.add_dead("greedy", number)
+    summary = summarise(TrainerState(evaluations=evaluations), AuditCounts(0, 0, 0, 0), {}, 1.0)
+    assert summary["environments"] == {"reason": {"before": 0.0, "after": 1.0}, "shop": {"before": 0.5, "after": 0.5}}
+    kept = json.loads(json.dumps(evaluations["after"].to_state()))
+    assert Evaluation.from_state("after", kept).mean_by_env("sampled") == {"reason": 1.0, "shop": 0.5}
+    for row in kept["results"]["sampled"].values():  # as a checkpoint of before has it
+        row.pop()
+    assert Evaluation.from_state("after", kept).mean_by_env("sampled") == {}
+
+
+def test_a_step_is_told_by_environment() -> None:
+    episodes = [make_trajectory(make_ticket(env=env), reward) for env, reward in (("b", 1.0), ("a", 0.0), ("b", 0.0))]
+    assert by_env(episodes) == {
+        "a": {"episodes": 1, "reward": 0.0, "tokens_sampled": 3},
+        "b": {"episodes": 2, "reward": 0.5, "tokens_sampled": 6},
+    }
 
 
 def test_summary_without_evaluation_or_warm_start() -> None:
