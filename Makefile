@@ -36,7 +36,7 @@ test-gateway-clients: $(READY) ## agents of other people's SDKs against the gate
 # Environments of TextArena, OpenEnv and verifiers behind their adapters, of packages that are in no lock of ours, installed
 # into FOREIGN.
 FOREIGN ?= /var/tmp/ergon-foreign
-test-adapters: $(READY)
+test-adapters: $(READY) ## environments of TextArena, OpenEnv and verifiers behind their adapters; installs them
 	@tests/integration/envs/adapters/install.sh $(PYTHON) $(FOREIGN)
 	@ERGON_FOREIGN=$(FOREIGN) $(PYTHON) -m pytest tests/integration/envs/adapters $(ARGS)
 

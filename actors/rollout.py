@@ -86,7 +86,7 @@ async def run_episode(
     deadline = started + ticket.deadline_s
     if not environment.snapshots or ticket.mode is Mode.REFERENCE:  # a reference policy has a state of its own
         begun = interrupt = None
-    sampler = Sampler(ticket, engine, renderer, thinking, max_model_len, deadline, interrupt)
+    sampler = Sampler(ticket, engine, renderer, thinking, max_model_len, deadline, interrupt=interrupt)
     rollout = _Rollout(ticket, environment, sampler, renderer, max_model_len, deadline, turn_timeout_s, interrupt)
     ended = await rollout.run(begun)
     record, account = rollout.record, sampler.account
