@@ -271,8 +271,12 @@ def _choices(body: type[Facts], steps: list[tuple[str, str]]) -> list[str]:
     for key, index in steps:
         if key:
             kind = next(field.type for field in kind.fields if field.encode_name == key)
+        elif hasattr(kind, "fields"):  # of a named tuple
+            kind = kind.fields[int(index)].type
         else:
             kind = kind.item_types[int(index)] if hasattr(kind, "item_types") else kind.item_type
+        if isinstance(kind, msgspec.inspect.UnionType):  # of something and None
+            kind = next(each for each in kind.types if not isinstance(each, msgspec.inspect.NoneType))
     return sorted(kind.values if hasattr(kind, "values") else (str(member) for member in kind.cls))
 
 
