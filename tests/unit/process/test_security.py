@@ -102,7 +102,7 @@ def test_keys_of_an_earlier_version_say_what_to_do_and_get_what_they_lack(tmp_pa
     without_signing(tmp_path)
     before = {identity: read_pair(tmp_path, identity) for identity in Identity}
     for identity in (Identity.LEARNER, Identity.ACTOR, Identity.RELAY):
-        with pytest.raises(ErgonError, match=r"earlier version: `ergon keys make .* adds one; then copy"):
+        with pytest.raises(ErgonError, match=r"earlier version: `ergon keys make .* adds one.* then copy"):
             load_security(curve(tmp_path), identity)
     load_security(curve(tmp_path), Identity.BROKER)
     assert [path.name for path in make_keys(tmp_path)] == ["learner.signing.secret"]
