@@ -15,23 +15,26 @@ command -v bwrap >/dev/null 2>&1 || missing="$missing bubblewrap"
 [ -x /usr/bin/python3 ] || missing="$missing python3-minimal"
 [ -x /usr/bin/awk ] || missing="$missing mawk"
 [ -x /usr/bin/setpriv ] || missing="$missing util-linux"
-# The environment `browser`; of a whole Chromium only what has no user interface.
-command -v chromium-headless-shell >/dev/null 2>&1 || command -v chromium >/dev/null 2>&1 ||
-  missing="$missing chromium-headless-shell"
 ldconfig -p | grep -q libnuma.so.1 || missing="$missing libnuma1"
 ldconfig -p | grep -q libgomp.so.1 || missing="$missing libgomp1"
 ldconfig -p | grep -q libtcmalloc_minimal.so.4 || missing="$missing libtcmalloc-minimal4"
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
-if [ -n "$missing" ]; then
-  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-    say "installing system packages:$missing"
-    apt-get update -qq
-    # shellcheck disable=SC2086  one word per package
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
-  else
-    say "ergon setup: error: system packages are missing; type: sudo apt-get install$missing"
-    exit 2
-  fi
+# For the environments `browser` and `miniwob` alone, so nothing else waits for it: Chromium without a user interface.
+browser=
+command -v chromium-headless-shell >/dev/null 2>&1 || command -v chromium >/dev/null 2>&1 ||
+  browser=chromium-headless-shell
+if [ -n "$missing$browser" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+  say "installing system packages:$missing $browser"
+  apt-get update -qq || [ -z "$missing" ]
+  # shellcheck disable=SC2086  one word per package
+  install() { DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $* >/dev/null; }
+  [ -z "$missing" ] || install $missing
+  [ -z "$browser" ] || install $browser || say "the environments browser and miniwob will not run without $browser"
+elif [ -n "$missing" ]; then
+  say "ergon setup: error: system packages are missing; type: sudo apt-get install$missing $browser"
+  exit 2
+elif [ -n "$browser" ]; then
+  say "for the environments browser and miniwob type: sudo apt-get install $browser"
 fi
 
 python=python3

@@ -45,8 +45,15 @@ class WrittenEpisode(BrowserEpisode):
     async def grade(self) -> Reward:
         return Reward(0.0)
 
-    async def do(self, name: str, **arguments: Any) -> str:
-        """What the policy sees of one call."""
+    async def do(self, name: str, limit_s: float | None = None, **arguments: Any) -> str:
+        """What the policy sees of one call. limit_s: of this action, where it is not the episode's."""
+        usual, self._action_limit_s = self._action_limit_s, limit_s or self._action_limit_s
+        try:
+            return await self._did(name, arguments)
+        finally:
+            self._action_limit_s = usual
+
+    async def _did(self, name: str, arguments: Mapping[str, Any]) -> str:
         observation = await self.step(Action("", (ToolCall(name, arguments),)))
         return observation.messages[0].content
 
@@ -57,7 +64,7 @@ class WrittenEpisode(BrowserEpisode):
 
 
 @asynccontextmanager
-async def written(pool: BrowserPool, limit_s: float = 10.0, **pages: Answer) -> AsyncIterator[WrittenEpisode]:
+async def written(pool: BrowserPool, limit_s: float = 30.0, **pages: Answer) -> AsyncIterator[WrittenEpisode]:
     """A started episode; `index` is its first page, other names are paths."""
     paths = {"/" if name == "index" else f"/{name}": page for name, page in pages.items()}
     episode = WrittenEpisode(pool, paths, limit_s)

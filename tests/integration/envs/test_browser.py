@@ -248,14 +248,12 @@ HANGING = {
 @pytest.mark.parametrize("script", HANGING.values(), ids=HANGING)
 async def test_a_page_that_hangs_is_closed_and_the_episode_goes_on(pool: BrowserPool, script: str) -> None:
     page = f'<button onclick="{script}">hang</button>'.encode()
-    async with written(pool, 2.0, index=page, two=b"two") as episode:
-        began = asyncio.get_running_loop().time()
-        answer = await episode.do("click", ref=1)
-        assert answer == "error: the page did not answer within 2 s and was closed; go on with open"
+    async with written(pool, index=page, two=b"two") as episode:
+        answer = await episode.do("click", 1.0, ref=1)
+        assert answer == "error: the page did not answer within 1 s and was closed; go on with open"
         assert "has no element 1; it has none" in await episode.do("click", ref=1)
         assert "two" in await episode.do("open", path="/two")
         assert episode.num_tool_timeouts == 1
-        assert asyncio.get_running_loop().time() - began < 60
 
 
 async def test_a_page_that_hangs_from_the_start_does_not_keep_its_episode(pool: BrowserPool) -> None:
@@ -264,7 +262,8 @@ async def test_a_page_that_hangs_from_the_start_does_not_keep_its_episode(pool: 
             pass
 
 
-async def test_a_page_that_never_rests_is_shown_as_it_is(pool: BrowserPool) -> None:
+async def test_a_page_that_never_rests_is_shown_as_it_is(pool: BrowserPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "SETTLE_LIMIT_S", 0.5)
     restless = b"""<p>here</p><script>const again = () => fetch('/two').then(again); again();
       setInterval(() => history.replaceState(0, '', '?' + Math.random()), 5)</script>"""
     async with written(pool, index=restless, two=b"x") as episode:
@@ -297,7 +296,7 @@ EATING = {
 @pytest.mark.parametrize("script", EATING.values(), ids=EATING)
 async def test_a_page_that_eats_memory_is_refused_more_or_crashes_alone(pool: BrowserPool, script: str) -> None:
     page = f'<button onclick="{script}">eat</button>'.encode()
-    async with written(pool, 30.0, index=page, two=b"two") as episode, written(pool, index=b"other") as other:
+    async with written(pool, index=page, two=b"two") as episode, written(pool, index=b"other") as other:
         answer = await episode.do("click", ref=1)
         assert answer == "error: the page crashed and was closed; go on with open" or '"eat"' in answer
         assert "two" in await episode.do("open", path="/two")
@@ -342,7 +341,7 @@ async def test_a_chromium_that_ends_is_infrastructure_and_started_again() -> Non
 async def test_a_chromium_that_hangs_is_ended_and_the_next_episode_has_another(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = BrowserPool(0, 4, WrittenSite.origin)
     try:
-        async with written(mine, 0.5, index=b"one") as first:
+        async with written(mine, index=b"one") as first:
             hanging = mine.chromium
             assert hanging is not None
             browser = next(pid for pid in processes(mine) if command(pid).startswith(b"/usr/lib/chromium"))
@@ -350,8 +349,8 @@ async def test_a_chromium_that_hangs_is_ended_and_the_next_episode_has_another(m
             monkeypatch.setattr(cdp, "COMMAND_LIMIT_S", 0.5)
             monkeypatch.setattr(page_module, "CLOSE_LIMIT_S", 0.5)
             with pytest.raises(SandboxError, match="could not replace a page"):
-                await first.do("read")
-            monkeypatch.undo()
+                await first.do("read", 0.5)
+        monkeypatch.undo()
         assert not hanging.alive
         async with written(mine, index=b"two") as second:
             assert "two" in await second.do("read")

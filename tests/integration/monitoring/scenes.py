@@ -143,7 +143,15 @@ SCENES: Final[dict[str, Scene]] = {
         {broker("ergon_broker_drift_alarm"): "0x20 1x40"}, {broker("ergon_broker_drift_alarm"): "1x20 0x40"}
     ),
     "ErgonRestartLoop": Scene({actor(_STARTED): "0x48 2900x4 3200x4 3400x4"}, {actor(_STARTED): "0x48 2900x12"}),
-    "ErgonProcessDown": Scene({learner("up"): "1x50 0x10"}, {learner("up"): "1x57 0x3", actor("up"): "0x60"}),
+    "ErgonProcessDown": Scene(
+        {learner("up"): "1x50 0x10"},
+        {
+            learner("up"): "1x57 0x3",
+            actor("up"): "0x60",
+            broker("up"): "1x60",
+            _series("up", "ergon-broker", "another-pod", ""): "0x60",
+        },
+    ),
 }
 
 

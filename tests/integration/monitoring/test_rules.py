@@ -18,7 +18,7 @@ PROMTOOL = Path(sys.prefix) / "bin" / "promtool"
 
 
 def promtool(*arguments: str) -> str:
-    done = subprocess.run([PROMTOOL, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([PROMTOOL, *arguments], capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
