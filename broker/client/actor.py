@@ -380,8 +380,9 @@ class ActorClient:
             self._on_tickets([unpack_continue(message)])
         elif message.command == Withdrawn.COMMAND:
             with self._connection.lock:  # a result on its way will be answered
-                ids = [key for key in parse_body(message, Withdrawn).ticket_ids if key not in self._parcels]
-                ids = [key for key in ids if self._held.pop(key, None) is not None]
+                named = parse_body(message, Withdrawn).ticket_ids
+                ids = [key for key in named if key in self._held and key not in self._parcels]
+                self._forget(*ids)
             self._post(self._queue.withdraw, ids)
         elif message.command == Clear.COMMAND:
             ticket_id = parse_body(message, Clear).ticket_id
