@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from actors.engine import Engine, EngineDeadError, FinishReason, Sample
 from actors.renderer import Renderer
 from actors.script import Script
@@ -271,6 +273,9 @@ class Sampler:
         """Sample on; at the deadline, once it is cut, or where it is interrupted, the request is aborted and what it
         has sampled is kept (finish "abort")."""
         ticket = self._ticket
+        if self._interrupt is not None and self._interrupt.done() and time.monotonic() < self.deadline:
+            self._interrupted = True
+            return Sample(np.zeros(0, np.int32), np.zeros(0, np.float32), (), "abort")
         request_id = f"{ticket.ticket_id}.{ticket.attempt}.{trace.num_turns}"
         if self._num_requests:
             request_id += f".{self._num_requests}"

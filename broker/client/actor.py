@@ -97,7 +97,8 @@ class ActorClient:
         self._held: dict[str, Partial | None] = {}
         self._parcels = Parcels()  # results that are not answered
         self._handovers: dict[str, Message] = {}  # unanswered, by ticket id
-        self._releases: dict[str, Message] = {}  # unanswered, by request id
+        self._releases: dict[str, tuple[tuple[str, ...], Message]] = {}  # unanswered, by request id
+        self._given_back: set[str] = set()  # on this connection, unanswered: a heartbeat would take them back
         self._credit = 0  # tickets asked for since HELLO
         self._received = 0  # tickets received since HELLO
         self._epoch = 0  # HELLOs so far
@@ -187,17 +188,18 @@ class ActorClient:
             with self._answer(ticket_id) as answer:
                 with self._connection.lock:
                     self._handovers[ticket_id] = message
-                    self._send(_offered(ticket_id, message))
+                    self._send_handover(ticket_id)
                 async with asyncio.timeout(RELEASE_TIMEOUT_S):
                     status = await answer
         except TimeoutError:
             log.warning("Handover not answered; the lease will run out. ticket=%s", ticket_id)
             status = "unwanted"
-        finally:
             with self._connection.lock:
-                self._handovers.pop(ticket_id, None)
-        with self._connection.lock:
-            self._held.pop(ticket_id, None)
+                self._forget(ticket_id)
+        finally:
+            with self._connection.lock:  # where it was refused, the lease is held as before
+                if self._handovers.pop(ticket_id, None) is not None:
+                    self._given_back.discard(ticket_id)
         assert status in HANDOVER_STATUSES
         return cast(HandoverStatus, status)
 
@@ -225,17 +227,16 @@ class ActorClient:
         try:
             with self._answer(request_id) as answer:
                 with self._connection.lock:
-                    self._releases[request_id] = message
-                    self._send(message)
+                    self._releases[request_id] = ticket_ids, message
+                    self._send_release(request_id)
                 async with asyncio.timeout(RELEASE_TIMEOUT_S):
                     await answer
         except TimeoutError:
             log.warning("Release not answered; the leases will run out. tickets=%d", len(ticket_ids))
         finally:
             with self._connection.lock:
-                self._releases.pop(request_id, None)
-                for ticket_id in ticket_ids:
-                    self._held.pop(ticket_id, None)
+                if self._releases.pop(request_id, None) is not None:
+                    self._forget(*ticket_ids)
 
     @contextlib.contextmanager
     def _answer(self, key: str) -> Iterator[asyncio.Future[Answer]]:
@@ -254,6 +255,26 @@ class ActorClient:
     def _send(self, message: Message) -> None:
         with contextlib.suppress(ConnectionClosedError):  # _on_failure and close() tell everybody who waits
             self._connection.send(message)
+
+    def _send_handover(self, ticket_id: str, *, cleared: bool = False) -> None:
+        """A large partial is offered first, as a large trajectory is."""
+        message = self._handovers[ticket_id]
+        if message.array_bytes > OFFER_BYTES and not cleared:
+            self._send(Offer(ticket_id=ticket_id, num_bytes=message.array_bytes).pack())
+        else:
+            self._given_back.add(ticket_id)
+            self._send(message)
+
+    def _forget(self, *ticket_ids: str) -> None:
+        """These are held no more: before a TICKET is read that may bring one of them again."""
+        for ticket_id in ticket_ids:
+            self._held.pop(ticket_id, None)
+            self._given_back.discard(ticket_id)
+
+    def _send_release(self, request_id: str) -> None:
+        ticket_ids, message = self._releases[request_id]
+        self._given_back.update(ticket_ids)
+        self._send(message)
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -336,14 +357,18 @@ class ActorClient:
 
     def _heartbeat(self) -> Message:
         with self._connection.lock:
-            return Heartbeat(leases=tuple(self._held)).pack()
+            return Heartbeat(leases=tuple(key for key in self._held if key not in self._given_back)).pack()
 
     def _on_welcome(self, _welcome: Message, _first: bool) -> None:
         # Leases first: what the broker granted and this list does not name was lost on the way.
+        self._given_back.clear()
         self._send(self._heartbeat())
-        handovers = (_offered(ticket_id, message) for ticket_id, message in self._handovers.items())
-        for message in (*self._parcels.again(), *handovers, *self._releases.values()):
+        for message in self._parcels.again():
             self._send(message)
+        for ticket_id in self._handovers:
+            self._send_handover(ticket_id)
+        for request_id in self._releases:
+            self._send_release(request_id)
         self._credit = self._received = 0
         self._epoch += 1
         self._post(self._ask)
@@ -353,18 +378,19 @@ class ActorClient:
             self._on_tickets([(ticket, None) for ticket in parse_body(message, TicketBody).tickets])
         elif message.command == Continue.COMMAND:
             self._on_tickets([unpack_continue(message)])
-        elif message.command == HandedOver.COMMAND:
-            handed_over = parse_body(message, HandedOver)
-            self._post(self._settle, handed_over.ticket_id, handed_over.status)
         elif message.command == Withdrawn.COMMAND:
             with self._connection.lock:  # a result on its way will be answered
-                ids = [key for key in parse_body(message, Withdrawn).ticket_ids if key not in self._parcels]
-                ids = [key for key in ids if self._held.pop(key, None) is not None]
+                named = parse_body(message, Withdrawn).ticket_ids
+                ids = [key for key in named if key in self._held and key not in self._parcels]
+                self._forget(*ids)
             self._post(self._queue.withdraw, ids)
         elif message.command == Clear.COMMAND:
             ticket_id = parse_body(message, Clear).ticket_id
             with self._connection.lock:
-                self._send(self._handovers.get(ticket_id) or self._parcels.cleared(ticket_id))
+                if ticket_id in self._handovers:
+                    self._send_handover(ticket_id, cleared=True)
+                else:
+                    self._send(self._parcels.cleared(ticket_id))
         elif message.command == Durable.COMMAND:
             results = parse_body(message, Durable).results
             with self._connection.lock:
@@ -372,13 +398,26 @@ class ActorClient:
                 for message in self._parcels.take():  # what had no room before
                     self._send(message)
             self._post(self._settle_all, results)
-        elif message.command == Released.COMMAND:
-            released = parse_body(message, Released)
-            self._post(self._settle, released.request_id, released.count)
+        elif message.command in (Released.COMMAND, HandedOver.COMMAND):
+            self._on_given_back(message)
         elif message.command == ErrorBody.COMMAND:
             self._on_error(parse_body(message, ErrorBody))
         else:
             raise ProtocolError(ErrorCode.UNKNOWN_COMMAND, f"the broker sent {message.command!r:.40} to an actor")
+
+    def _on_given_back(self, message: Message) -> None:
+        """The answer to a RELEASE or HANDOVER, of a former connection perhaps, to which it was answered already."""
+        if message.command == Released.COMMAND:
+            released = parse_body(message, Released)
+            with self._connection.lock:
+                self._forget(*self._releases.pop(released.request_id, ((), None))[0])
+            self._post(self._settle, released.request_id, released.count)
+            return
+        handed_over = parse_body(message, HandedOver)
+        with self._connection.lock:
+            if self._handovers.pop(handed_over.ticket_id, None) is not None:
+                self._forget(handed_over.ticket_id)
+        self._post(self._settle, handed_over.ticket_id, handed_over.status)
 
     def _on_tickets(self, tickets: Sequence[tuple[Ticket, Partial | None]]) -> None:
         new = []
@@ -404,10 +443,3 @@ class ActorClient:
         failure = ErgonError(f"the connection to the broker at {self._endpoint} has failed: {error}")
         failure.__cause__ = error
         self._post(self._fail_waiters, failure)
-
-
-def _offered(ticket_id: str, handover: Message) -> Message:
-    """A large partial is offered first, as a large trajectory is."""
-    if handover.array_bytes <= OFFER_BYTES:
-        return handover
-    return Offer(ticket_id=ticket_id, num_bytes=handover.array_bytes).pack()

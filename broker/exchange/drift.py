@@ -111,6 +111,14 @@ class DriftMonitor:
         else:
             self._finish(action.results)
 
+    def recalled(self, ticket_id: str) -> None:
+        """A result was taken back: its stored trajectory is damaged, and its fate is nobody's doing."""
+        if (result := self._results.pop(ticket_id, None)) is not None:
+            group = result.group
+            group.reward_sum -= result.reward
+            group.num_rewards -= 1
+            self._close(result.group_id, group)
+
     def drift(self) -> Mapping[tuple[str, str], float]:
         """By environment and quantity: how far the distribution of what was used lies from that of what was run."""
         return {
@@ -128,8 +136,8 @@ class DriftMonitor:
             if ticket.mode is not _TRAIN:
                 continue
             ticket_id, group_id = ticket.ticket_id, ticket.group_id
-            if ticket_id in results:  # a result that was taken back and is replaced
-                self._forget(ticket_id)
+            if ticket_id in results:  # replaced
+                self.recalled(ticket_id)
             group = groups.get(group_id)
             if group is None:
                 group = groups[group_id] = _Group()
@@ -159,13 +167,6 @@ class DriftMonitor:
             histograms = self._histograms[result.env] = _Histograms()
         histograms.add(result.duration_bin, _unit_bin(1.0 - group.reward_sum / group.num_rewards), consumed)
         self._close(result.group_id, group)
-
-    def _forget(self, ticket_id: str) -> None:
-        if (result := self._results.pop(ticket_id, None)) is not None:
-            group = result.group
-            group.reward_sum -= result.reward
-            group.num_rewards -= 1
-            self._close(result.group_id, group)
 
     def _close(self, group_id: str, group: _Group) -> None:
         group.num_open -= 1

@@ -32,6 +32,7 @@ from broker.ledger.events import (
     Grant,
     JournalEnds,
     JournalPartial,
+    JournalRecall,
     JournalResults,
     PartialLost,
     PeerGone,
@@ -128,6 +129,9 @@ class Executor:
                 case JournalResults():
                     assert isinstance(request.event, Results), "only trajectories are written as results"
                     self.round.write(Write(action, frames, message, len(request.event.results)))
+                case JournalRecall(_, ticket_id):
+                    self.drift.recalled(ticket_id)
+                    self.round.write(Write(action))
                 case JournalPartial(lost=False):
                     self.round.write(Write(action, frames))
                 case Grant() | GoOn() | Withdraw() | Deliver() | AnnounceDead():

@@ -17,8 +17,12 @@ from broker.protocol.commands import (
     HandedOver,
     Handover,
     HandoverStatus,
+    Heartbeat,
     Offer,
     PartialHead,
+    Release,
+    Released,
+    TicketBody,
     TicketState,
     UnfinishedTurn,
     parse_body,
@@ -189,6 +193,34 @@ async def test_a_handover_is_repeated_until_it_is_answered_and_a_large_one_is_of
         )
         assert [await calls[key] for key in ("a1", "b1")] == ["kept", "unwanted"]
         assert rig.actor.leases == frozenset()
+
+
+async def test_what_is_given_back_is_named_no_more_on_this_connection() -> None:
+    """A heartbeat behind a HANDOVER or RELEASE would take the lease up again, which nobody works at."""
+    async with connected() as rig:
+        await rig.lease("a1", "b1", "c1")
+        calls = [
+            asyncio.create_task(rig.actor.hand_over("a1", make_partial())),
+            asyncio.create_task(rig.actor.release("b1", "drain")),
+        ]
+        await rig.expect("HANDOVER")
+        (release,) = await rig.expect("RELEASE")
+        assert parse_body(rig.actor._heartbeat(), Heartbeat).leases == ("c1",)
+        assert await rig.reconnect() == {"a1", "b1", "c1"}  # not answered: the broker may not know of it
+        await rig.expect("HANDOVER", "RELEASE")
+        assert parse_body(rig.actor._heartbeat(), Heartbeat).leases == ("c1",)
+        # Answered, and leased again in the same breath: that is a lease of its own.
+        again = asyncio.create_task(rig.actor.lease())
+        await rig.expect("LEASE")
+        request_id = parse_body(release, Release).request_id
+        await rig.tell(
+            HandedOver(ticket_id="a1", status="kept").pack(),
+            Released(request_id=request_id, count=1).pack(),
+            TicketBody(tickets=(make_ticket("b1"),)).pack(),
+        )
+        assert (await again).ticket_id == "b1"
+        await asyncio.gather(*calls)
+        assert rig.actor.leases == {"b1", "c1"}
 
 
 async def test_a_refused_handover_is_its_makers_error() -> None:

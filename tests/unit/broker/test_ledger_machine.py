@@ -133,6 +133,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.rotten.difference_update(row.ticket_id for row in rows)
             case JournalRecall(_, ticket_id):
                 self.rotten.discard(ticket_id)
+                self.monitor.recalled(ticket_id)
             case Finished() | Settle():
                 self.monitor.observe(action)
         return []
