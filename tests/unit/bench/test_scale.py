@@ -49,6 +49,8 @@ def cell(actors: int, delivered: float = 1.0, profile: str = "measured", rate: f
         lag_p99_s=0.5,
         missed=0,
         pulled=0,
+        lost=0,
+        not_taken=0,
         staleness=2.0,
         load="1.0",
     )
