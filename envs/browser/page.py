@@ -20,7 +20,7 @@ from envs.interface import EnvironmentFailureError, SandboxError
 
 OPEN_LIMIT_S: Final = 20.0
 CLOSE_LIMIT_S: Final = 10.0
-SETTLE_LIMIT_S: Final = 3.0  # a page that never comes to rest is shown as it is then
+SETTLE_LIMIT_S: Final = 5.0  # a page that has loaded and never comes to rest is shown as it is then
 MAX_NOTES: Final = 5
 MAX_NOTE: Final = 300
 MAX_NODES: Final = 20_000

@@ -39,11 +39,17 @@ class Rest:
         self._changed.set()
 
     async def wait(self, deadline: float, goes_on: Callable[[], bool]) -> None:
-        """Wait for rest, until the loop's time is `deadline`, or while the page goes on at all."""
+        """Wait for rest while the page goes on at all; for its requests, once it has loaded, until the loop's time is
+        `deadline`."""
         try:
+            while self._loading and goes_on():
+                await self._next()
             async with asyncio.timeout_at(deadline):
                 while (self._loading or self._requests) and goes_on():
-                    self._changed.clear()
-                    await self._changed.wait()
+                    await self._next()
         except TimeoutError:
             return
+
+    async def _next(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()

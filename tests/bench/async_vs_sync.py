@@ -119,7 +119,7 @@ def main() -> None:
     latency = Latency(options.mean, options.p99)
     plan = Plan(options.seeds, options.steps, options.every, options.level, latency=latency)
     if options.quick:
-        plan = plan._replace(seeds=plan.seeds[:1], num_steps=4, tasks=32, repeats=1)
+        plan = plan._replace(seeds=plan.seeds[:1], num_steps=min(plan.num_steps, 4), tasks=32, repeats=1)
 
     def start() -> None:
         if options.directory:

@@ -165,6 +165,8 @@ def _cell(
         lag_p99_s=_percentile(lags, 99),
         missed=num * len(versions) - len(lags),
         pulled=sum(one.num_pulled for one in sent),
+        lost=sum(one.num_lost for one in sent),
+        not_taken=sum(one.num_not_taken for one in sent),
         staleness=received.staleness,
         load=loaded.removeprefix("load "),
     )

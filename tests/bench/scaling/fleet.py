@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,18 @@ import zmq
 
 from broker.client.parcels import Parcels
 from broker.process.lifecycle import raise_file_limit
-from broker.protocol.commands import Clear, Durable, Heartbeat, Lease, Role, TicketBody, parse_body
+from broker.protocol.commands import (
+    Clear,
+    Durable,
+    ErrorBody,
+    Heartbeat,
+    Lease,
+    Role,
+    TicketBody,
+    Welcome,
+    parse_body,
+)
+from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.frames import Message, decode, encode
 from broker.protocol.trajectory import (
     Outcome,
@@ -28,7 +39,7 @@ from broker.protocol.trajectory import (
     TrajectoryHead,
     VersionRun,
 )
-from tests.bench.exchange.ergon import expect, hello, open_dealer, unpack
+from tests.bench.exchange.ergon import expect, hello, open_dealer
 from tests.bench.scaling.profile import PROFILES, Episode, Script
 from tests.bench.scaling.receiver import Receiver
 from tests.bench.weightchannel.workers import State
@@ -49,21 +60,25 @@ class Sent(NamedTuple):
     num_idle: float  # episodes that waited for a ticket, mean
     arrived: dict[int, list[float]]  # by version, when each actor had verified it
     num_pulled: int  # versions that were not pushed, and had to be asked for
+    num_lost: int  # times that a server knew an actor no more
+    num_not_taken: int  # results that were late, or another actor's already, because a lease had run out
 
 
 class Actor:
-    """One of them."""
+    """One of them. It says HELLO again where the broker knows it no more, and hands in what is unanswered."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], port: int, relay: int, name: str, have: PolicyVersion):
         self.name = name
+        self.num_lost = self.num_not_taken = 0
+        self._hello, self._lost = hello(Role.ACTOR, name), False
         self.dealer = open_dealer(context, port)
-        self.dealer.send_multipart(hello(Role.ACTOR, name))
+        self.dealer.send_multipart(self._hello)
         self.weights = Receiver(context, relay, name, have)
         self.held: dict[str, Ticket] = {}  # leased and not durable
         self.sent_at: dict[str, float] = {}
         self.ready: deque[Ticket] = deque()
         self._parcels = Parcels()
-        self._credit = 0
+        self._credit = self._received = 0  # since HELLO
 
     def send(self, message: Message) -> None:
         """Say something to the broker."""
@@ -76,7 +91,8 @@ class Actor:
 
     def beat(self) -> None:
         """A sign of life on both channels."""
-        self.send(Heartbeat(leases=tuple(self.held)).pack())
+        if not self._lost:
+            self.send(Heartbeat(leases=tuple(self.held)).pack())
         self.weights.beat()
 
     def hand_in(self, trajectories: Iterable[Trajectory], now: float) -> None:
@@ -92,24 +108,54 @@ class Actor:
         durable: list[str] = []
         while True:
             try:
-                frames = [frame.buffer for frame in self.dealer.recv_multipart(zmq.NOBLOCK, copy=False)]
+                frames = self.dealer.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return durable
-            command, _ = unpack(frames[1])
-            if command == TicketBody.COMMAND:
-                tickets = parse_body(decode(frames), TicketBody).tickets
-                self.held.update((ticket.ticket_id, ticket) for ticket in tickets)
-                self.ready += tickets
-            elif command == Durable.COMMAND:
-                results = parse_body(decode(frames), Durable).results
-                if wrong := {status for _, status in results} - {"accepted"}:
-                    raise RuntimeError(f"the broker answered {sorted(wrong)} to an actor's first results")
-                durable += [ticket_id for ticket_id, _ in results]
-                self._parcels.answered(durable)
-                for message in self._parcels.take():
-                    self.send(message)
-            elif command == Clear.COMMAND:
-                self.send(self._parcels.cleared(parse_body(decode(frames), Clear).ticket_id))
+            message = decode([frame.buffer for frame in frames])
+            if message.command == TicketBody.COMMAND:
+                self._take(parse_body(message, TicketBody).tickets)
+            elif message.command == Durable.COMMAND:
+                durable += self._answered(parse_body(message, Durable))
+            elif message.command == Clear.COMMAND:
+                self.send(self._parcels.cleared(parse_body(message, Clear).ticket_id))
+            elif message.command == Welcome.COMMAND:
+                self._welcomed_again()
+            elif message.command == ErrorBody.COMMAND:
+                self._on_error(parse_body(message, ErrorBody))
+
+    def _take(self, tickets: Sequence[Ticket]) -> None:
+        new = [ticket for ticket in tickets if ticket.ticket_id not in self.held]
+        self._received += len(tickets)
+        self.held.update((ticket.ticket_id, ticket) for ticket in new)
+        self.ready += new
+        if len(new) < len(tickets):  # it is being run here still, though its lease had run out
+            self.lease(len(tickets) - len(new))
+
+    def _answered(self, body: Durable) -> list[str]:
+        self.num_not_taken += sum(status != "accepted" for _, status in body.results)
+        durable = [ticket_id for ticket_id, _ in body.results if ticket_id in self.held]
+        self._parcels.answered(durable)
+        for message in self._parcels.take():
+            self.send(message)
+        return durable
+
+    def _on_error(self, error: ErrorBody) -> None:
+        if error.known_code != ErrorCode.UNKNOWN_PEER:
+            raise ProtocolError(error.known_code, error.message)
+        if not self._lost:  # what was on its way meanwhile is refused as well, once each
+            self._lost = True
+            self.num_lost += 1
+            self.dealer.send_multipart(self._hello)
+
+    def _welcomed_again(self) -> None:
+        self._lost = False
+        wanted = self._credit - self._received
+        self._credit = self._received = 0
+        self.send(Heartbeat(leases=tuple(self.held)).pack())
+        for message in self._parcels.again():
+            self.send(message)
+        if wanted > 0:
+            self.lease(wanted)
 
 
 class Fleet:
@@ -184,9 +230,17 @@ class Fleet:
         for actor in self._actors:
             for version, at in actor.weights.arrived.items():
                 arrived.setdefault(version.version, []).append(at)
-        num_pulled = sum(actor.weights.num_pulled for actor in self._actors)
-        used_s = time.process_time() - cpu_s
-        return Sent(num_finished, durable_s, used_s, late_s, idle / max(1, looks), arrived, num_pulled)
+        return Sent(
+            num_finished,
+            durable_s,
+            time.process_time() - cpu_s,
+            late_s,
+            idle / max(1, looks),
+            arrived,
+            sum(actor.weights.num_pulled for actor in self._actors),
+            sum(actor.num_lost + actor.weights.num_lost for actor in self._actors),
+            sum(actor.num_not_taken for actor in self._actors),
+        )
 
     def close(self) -> None:
         """Let go of everything."""

@@ -29,17 +29,21 @@ PUSH_BYTES = 16 << 20  # as weights.push_mb
 
 
 class Receiver:
-    """One actor's. `arrived`: version -> when it was verified, by the machine's monotonic clock."""
+    """One actor's. `arrived`: version -> when it was verified, by the machine's monotonic clock. `num_lost`: times that
+    the relay knew it no more, because nothing had been heard of it for too long; it says HELLO again then."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], port: int, actor_id: str, have: PolicyVersion) -> None:
         self.dealer = open_dealer(context, port)
         self.arrived: dict[PolicyVersion, float] = {}
         self.welcomed = False
         self.num_pulled = 0  # versions that were not pushed
+        self.num_lost = 0
         self._sink, self._slot = DeltaSink(have), PushSlot(PUSH_BYTES)
         self._fetch: tuple[PolicyVersion, Fetch] | None = None
-        hello = messages.Hello(role=messages.Role.ACTOR, peer_id=actor_id, run_id=RUN_ID, session=uuid.uuid4().hex)
-        self._send(hello.pack())
+        self._hello = messages.Hello(
+            role=messages.Role.ACTOR, peer_id=actor_id, run_id=RUN_ID, session=uuid.uuid4().hex
+        )
+        self._send(self._hello.pack())
 
     @property
     def have(self) -> PolicyVersion:
@@ -77,12 +81,23 @@ class Receiver:
             pushed = messages.read_push(message)
             self._slot.put(pushed)
             self._want(pushed.manifest.version)
+        elif message.command == ErrorBody.COMMAND and self._is_lost(parse_body(message, ErrorBody)):
+            self._again()
         elif self._fetch is not None:
             self._follow(message)
-        elif message.command == ErrorBody.COMMAND:
-            error = parse_body(message, ErrorBody)
-            if error.known_code != ErrorCode.NOT_FOUND:
-                raise ProtocolError(error.known_code, error.message)
+
+    @staticmethod
+    def _is_lost(error: ErrorBody) -> bool:
+        """Whether the relay knows us no more. Raises ProtocolError for what should not be."""
+        if error.known_code not in (ErrorCode.UNKNOWN_PEER, ErrorCode.NOT_FOUND):
+            raise ProtocolError(error.known_code, error.message)
+        return error.known_code == ErrorCode.UNKNOWN_PEER
+
+    def _again(self) -> None:
+        if self.welcomed:  # what was on its way meanwhile is refused as well, once each
+            self.welcomed, self._fetch = False, None
+            self.num_lost += 1
+            self._send(self._hello.pack())
 
     def _want(self, version: PolicyVersion | None) -> None:
         if self._fetch is not None or version is None or version <= self.have:

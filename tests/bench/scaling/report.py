@@ -43,13 +43,15 @@ class Cell(NamedTuple):
     lag_p99_s: float
     missed: int  # of versions times actors, those that did not arrive within the time
     pulled: int  # of them, those that were not pushed
+    lost: int  # times that a server had not heard of an actor for so long that it knew it no more
+    not_taken: int  # results that came too late, because a lease had run out
     staleness: float  # versions, from an episode's beginning to its delivery
     load: str
 
     @property
     def kept_up(self) -> bool:
-        """Whether as much was delivered as was offered."""
-        return self.delivered >= KEPT_UP * self.offered
+        """Whether as much was delivered as was offered, and nobody was lost."""
+        return self.delivered >= KEPT_UP * self.offered and not self.lost
 
 
 class Bottleneck(NamedTuple):
@@ -134,8 +136,8 @@ def markdown(cells: Sequence[Cell], conditions: str, num_cores: int) -> str:
             "",
             "| actors | in flight | offered/s | delivered/s | p50 / p99 send-to-durable, ms | broker, busiest thread "
             "(all) | relay, busiest thread (all) | learner | simulated actors | version lag p50 / p99, s | asked for / "
-            "missed | staleness | load |",
-            "|" + " --- |" * 13,
+            "missed | peers lost / results not taken | staleness | load |",
+            "|" + " --- |" * 14,
             *(_row(cell) for cell in some),
             "",
             _verdict(some, num_cores),
@@ -166,6 +168,7 @@ def _row(cell: Cell) -> str:
     cells += [f"{cell.busiest[part]:.2f} ({cell.cores[part]:.2f})" for part in ("broker", "relay")]
     cells += [f"{cell.cores['learner']:.2f}", f"{cell.cores['actors']:.2f}, {cell.late_s:.1f} s late"]
     cells += [f"{cell.lag_p50_s:.2f} / {cell.lag_p99_s:.2f}", f"{cell.pulled} / {cell.missed}"]
+    cells += [f"{cell.lost} / {cell.not_taken}"]
     return "| " + " | ".join([*cells, f"{cell.staleness:.1f}", cell.load]) + " |"
 
 

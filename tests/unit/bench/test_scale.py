@@ -5,14 +5,25 @@ from __future__ import annotations
 import itertools
 import statistics
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+import zmq
 
+from broker.protocol import weight_messages
+from broker.protocol.commands import ErrorBody, Heartbeat, Lease, TicketBody, Welcome, parse_body
+from broker.protocol.common import Body
+from broker.protocol.errors import ErrorCode
+from broker.protocol.frames import Message, decode, encode
+from broker.protocol.trajectory import PolicyVersion
+from tests.bench.exchange.load import RUN_ID, Job, make_ticket
 from tests.bench.rollouts.engines import TURN_TOKENS
 from tests.bench.rollouts.environment import NUM_TURNS
+from tests.bench.scaling.fleet import Actor
 from tests.bench.scaling.picture import draw
 from tests.bench.scaling.profile import GPU, MEASURED, Profile, Script
+from tests.bench.scaling.receiver import Receiver
 from tests.bench.scaling.report import (
     Bottleneck,
     Cell,
@@ -49,6 +60,8 @@ def cell(actors: int, delivered: float = 1.0, profile: str = "measured", rate: f
         lag_p99_s=0.5,
         missed=0,
         pulled=0,
+        lost=0,
+        not_taken=0,
         staleness=2.0,
         load="1.0",
     )
@@ -147,3 +160,81 @@ def test_the_picture_has_a_line_for_each_profile_and_part() -> None:
     assert found.lines == 2 * 2 + 3
     assert {"actors", "10", "1,000", "broker", "relay", "learner"} <= set(found.texts)
     assert drawn(draw(cells[:1])).lines == 2 + 3
+
+
+class Servers:
+    """Two sockets in the place of broker and relay, and what was said to them."""
+
+    def __init__(self) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.broker, self.relay = self.context.socket(zmq.ROUTER), self.context.socket(zmq.ROUTER)
+        self.ports = [socket.bind_to_random_port("tcp://127.0.0.1") for socket in (self.broker, self.relay)]
+
+    def hear(self, socket: zmq.Socket[bytes]) -> tuple[bytes, Message]:
+        assert socket.poll(5000)
+        routing, *frames = socket.recv_multipart()
+        return routing, decode(frames)
+
+    def say(self, socket: zmq.Socket[bytes], routing: bytes, body: Body) -> None:
+        socket.send_multipart([routing, *encode(body.pack())])
+
+
+@pytest.fixture
+def servers() -> Iterator[Servers]:
+    opened = Servers()
+    yield opened
+    opened.broker.close(0)
+    opened.relay.close(0)
+    opened.context.term()
+
+
+WELCOME = Welcome(run_id=RUN_ID, heartbeat_s=1.0, liveness=15, lease_s=30.0)
+UNKNOWN = ErrorBody(code=ErrorCode.UNKNOWN_PEER.value, message="say HELLO", fatal=False, about="HEARTBEAT")
+
+
+def test_an_actor_that_the_broker_knows_no_more_says_hello_and_what_it_holds(servers: Servers) -> None:
+    actor = Actor(servers.context, *servers.ports, "actor-0", PolicyVersion(1, 1))
+    broker = servers.broker
+    routing, first = servers.hear(broker)
+    servers.say(broker, routing, WELCOME)
+    actor.dealer.poll(5000)
+    actor.receive()
+    servers.hear(broker)  # its leases, none
+    actor.lease(2)
+    servers.hear(broker)
+    ticket = make_ticket(Job("j", 900, 1, 1.0, 1, 0), 0)
+    servers.say(broker, routing, TicketBody(tickets=(ticket,)))
+    actor.dealer.poll(5000)
+    actor.receive()
+    actor.beat()
+    assert parse_body(servers.hear(broker)[1], Heartbeat).leases == (ticket.ticket_id,)
+    servers.say(broker, routing, UNKNOWN)
+    actor.dealer.poll(5000)
+    actor.receive()
+    assert servers.hear(broker)[1] == first
+    servers.say(broker, routing, WELCOME)
+    actor.dealer.poll(5000)
+    actor.receive()
+    assert parse_body(servers.hear(broker)[1], Heartbeat).leases == (ticket.ticket_id,)
+    assert parse_body(servers.hear(broker)[1], Lease).credit == 1  # one of two has come
+    assert actor.num_lost == 1
+    actor.dealer.close(0)
+    actor.weights.dealer.close(0)
+
+
+def test_a_receiver_that_the_relay_knows_no_more_says_hello_and_what_it_holds(servers: Servers) -> None:
+    receiver = Receiver(servers.context, servers.ports[1], "actor-0", PolicyVersion(1, 4))
+    relay = servers.relay
+    routing, first = servers.hear(relay)
+    welcome = weight_messages.Welcome(run_id=RUN_ID, heartbeat_s=1.0, liveness=15)
+    for num_lost in (0, 1):
+        servers.say(relay, routing, welcome)
+        receiver.dealer.poll(5000)
+        receiver.receive()
+        assert parse_body(servers.hear(relay)[1], weight_messages.Watch).have == (1, 4)
+        assert receiver.num_lost == num_lost
+        servers.say(relay, routing, UNKNOWN)
+        receiver.dealer.poll(5000)
+        receiver.receive()
+        assert servers.hear(relay)[1] == first
+    receiver.dealer.close(0)

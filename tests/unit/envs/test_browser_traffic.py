@@ -116,8 +116,9 @@ async def test_a_page_is_at_rest_when_it_has_loaded_and_nothing_is_asked_for() -
 
 async def test_nobody_waits_for_a_page_that_is_gone_or_longer_than_allowed() -> None:
     rest = Rest("main")
-    rest.take("Page.frameStartedLoading", {"frameId": "main"})
+    rest.take("Network.requestWillBeSent", {"requestId": "1"})
     await rest.wait(asyncio.get_running_loop().time(), lambda: True)
+    rest.take("Page.frameStartedLoading", {"frameId": "main"})
     gone = False
     waiting = asyncio.create_task(rest.wait(asyncio.get_running_loop().time() + 60, lambda: not gone))
     await asyncio.sleep(0)
