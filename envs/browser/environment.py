@@ -51,9 +51,8 @@ class BrowserEnvironment(Environment):
     """Tasks in an office's web application.
 
     levels: which levels of difficulty to ask, of 1 (one form) to 3 (sign in, several pages and forms). warm_pages: how
-    many are kept ready. max_pages: how many are in use at once. action_timeout_s: wall-clock seconds of one action; past it
-    a page counts as hanging, so it is generous to a busy machine.
-    Raises ValueError.
+    many are kept ready. max_pages: how many are in use at once. action_timeout_s: wall-clock seconds of one action;
+    past it a page counts as hanging, so it is generous to a busy machine. Raises ValueError.
     """
 
     name = "browser"
