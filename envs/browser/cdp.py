@@ -17,7 +17,7 @@ import msgspec
 from envs.interface import SandboxError
 
 MAX_MESSAGE: Final = 32 << 20
-COMMAND_LIMIT_S = 20.0
+COMMAND_LIMIT_S = 60.0
 _NUMBER = re.compile(rb'\{"id":(\d+)')
 
 Event = Callable[[str, Mapping[str, Any]], None]

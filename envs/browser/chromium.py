@@ -21,7 +21,7 @@ from envs.browser.cdp import Connection
 from envs.interface import SandboxError
 from envs.sandbox import bubblewrap
 
-START_LIMIT_S = 60.0
+START_LIMIT_S = 120.0
 MEMORY_BYTES = 2 << 30  # of a process's own data
 PROFILE_BYTES = 256 << 20
 SHARED_BYTES = 512 << 20

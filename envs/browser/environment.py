@@ -51,8 +51,8 @@ class BrowserEnvironment(Environment):
     """Tasks in an office's web application.
 
     levels: which levels of difficulty to ask, of 1 (one form) to 3 (sign in, several pages and forms). warm_pages: how
-    many are kept ready. max_pages: how many are in use at once. action_timeout_s: wall-clock seconds of one action.
-    Raises ValueError.
+    many are kept ready. max_pages: how many are in use at once. action_timeout_s: wall-clock seconds of one action;
+    past it a page counts as hanging, so it is generous to a busy machine. Raises ValueError.
     """
 
     name = "browser"
@@ -63,7 +63,7 @@ class BrowserEnvironment(Environment):
         levels: Sequence[int] = LEVELS,
         warm_pages: int = 4,
         max_pages: int = 64,
-        action_timeout_s: float = 10.0,
+        action_timeout_s: float = 30.0,
     ) -> None:
         if not levels or len(set(levels)) != len(levels) or not set(levels) <= set(LEVELS):
             raise ValueError(f"levels is {list(levels)}; choose one or more, each once, of 1, 2 and 3")

@@ -23,7 +23,7 @@ from envs.tools import ToolEpisode, ToolError, ToolSet, ToolTimeoutError, tool
 
 MAX_TARGET = 500
 # The tools bound their own time; the runner's limit is for what they do not foresee, a fresh tab included.
-OUTER_LIMIT_S = 120.0
+OUTER_LIMIT_S = 240.0
 Ref = Annotated[int, "the number of an element of the page last shown"]
 
 

@@ -18,8 +18,8 @@ from envs.browser.traffic import Traffic
 from envs.browser.web import EmptySite, Site
 from envs.interface import EnvironmentFailureError, SandboxError
 
-OPEN_LIMIT_S: Final = 20.0
-CLOSE_LIMIT_S: Final = 10.0
+OPEN_LIMIT_S: Final = 60.0
+CLOSE_LIMIT_S: Final = 30.0
 SETTLE_LIMIT_S: Final = 5.0  # a page that has loaded and never comes to rest is shown as it is then
 MAX_NOTES: Final = 5
 MAX_NOTE: Final = 300

@@ -164,6 +164,7 @@ async def miniwob(rounds: int) -> dict[str, float]:
     await environment.prepare()
     ours: list[float] = []
     for index in range(rounds):
+        await environment.prepare()
         episode = environment.episode(environment.task("train", index))
         await timed(episode.start, ours)
         await episode.close()

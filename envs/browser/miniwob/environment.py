@@ -119,7 +119,7 @@ class MiniwobEnvironment(Environment):
         pages: Sequence[str] | None = None,
         warm_pages: int = 4,
         max_pages: int = 64,
-        action_timeout_s: float = 10.0,
+        action_timeout_s: float = 30.0,
     ) -> None:
         wanted = PAGES if pages is None else tuple(pages)
         if not wanted or len(set(wanted)) != len(wanted) or not set(wanted) <= set(PAGES):

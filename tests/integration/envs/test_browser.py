@@ -271,8 +271,8 @@ async def test_a_page_that_never_rests_is_shown_as_it_is(pool: BrowserPool, monk
 
 
 HUGE = {
-    "elements": "document.body.innerHTML = '<p>x'.repeat(200000)",
-    "text": "document.body.textContent = 'x y '.repeat(5000000)",
+    "elements": "document.body.innerHTML = '<p>x'.repeat(30000)",
+    "text": "document.body.textContent = 'x y '.repeat(600000)",
     "title": "document.title = 'x'.repeat(5000000)",
     "depth": "let e = document.body; for (let i = 0; i < 3000; i++) e = e.appendChild(document.createElement('p'))",
     "name": "document.querySelector('button').setAttribute('aria-label', 'x'.repeat(5000000))",
