@@ -13,6 +13,7 @@ missing=
 command -v bwrap >/dev/null 2>&1 || missing="$missing bubblewrap"
 # The tools of sandboxed environments run on the system's own Python and awk.
 [ -x /usr/bin/python3 ] || missing="$missing python3-minimal"
+[ -x /usr/bin/git ] || missing="$missing git"
 [ -x /usr/bin/awk ] || missing="$missing mawk"
 [ -x /usr/bin/setpriv ] || missing="$missing util-linux"
 ldconfig -p | grep -q libnuma.so.1 || missing="$missing libnuma1"
@@ -49,3 +50,6 @@ $pip install -q ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --no-deps "$(grep '^t
 $pip install -q --no-deps --no-build-isolation -r "$lock"
 # Compiles the inner loops of deltas, too; setuptools warns that where they are declared is new.
 PYTHONWARNINGS=ignore $pip install -q --no-deps --no-build-isolation -e "$root"
+# The packages that the environment `repo` puts bugs into. Everything else works without them, and `repo` fetches what is
+# missing when it is used first.
+"$venv/bin/python" -m envs.repo.sources || say "ergon setup: the environment \`repo\` is not ready; see above"
