@@ -267,10 +267,10 @@ async def test_copies_that_the_system_has_are_found_by_what_they_define(
         ("tool/vendored/inflection/old.py", own.replace(b"def tableize", b"def older").replace(b"Ox", b"ox")),
         ("lib/inflection.py", own),
         (
-            "urllib/parse.py",
+            "other/schema.py",
             b"\n".join(b"def %s(): pass" % name for name in (b"quote", b"unquote", b"urljoin", b"urlsplit")),
         ),
-        ("other/inflection/words.py", b"def bend(): pass"),
+        ("third/inflection/words.py", b"def bend(): pass"),
     ):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_bytes(data)
@@ -279,7 +279,7 @@ async def test_copies_that_the_system_has_are_found_by_what_they_define(
             archive.writestr(inside, own)
     (tmp_path / "broken.zip").write_bytes(b"PK")
     monkeypatch.setattr("envs.repo.copies.SYSTEM_PATHS", (str(tmp_path), str(tmp_path / "missing")))
-    found = copies.__wrapped__((PACKAGE, "parse"), CACHE)
+    found = copies.__wrapped__((PACKAGE, "schema"), CACHE)
     assert found == tuple(str(tmp_path / name) for name in ("a.whl", "lib/inflection.py", "tool/vendored/inflection"))
 
 
