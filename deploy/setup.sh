@@ -13,6 +13,7 @@ missing=
 command -v bwrap >/dev/null 2>&1 || missing="$missing bubblewrap"
 # The tools of sandboxed environments run on the system's own Python and awk.
 [ -x /usr/bin/python3 ] || missing="$missing python3-minimal"
+[ -x /usr/bin/git ] || missing="$missing git"
 [ -x /usr/bin/awk ] || missing="$missing mawk"
 [ -x /usr/bin/setpriv ] || missing="$missing util-linux"
 ldconfig -p | grep -q libnuma.so.1 || missing="$missing libnuma1"
@@ -57,3 +58,6 @@ $pip install -q --no-deps --no-build-isolation -r "$lock"
   say "ergon setup: no Prometheus: runs do without, but make monitor and the tests of monitoring will fail"
 # Compiles the inner loops of deltas, too; setuptools warns that where they are declared is new.
 PYTHONWARNINGS=ignore $pip install -q --no-deps --no-build-isolation -e "$root"
+# The packages that the environment `repo` puts bugs into. Everything else works without them, and `repo` fetches what is
+# missing when it is used first.
+"$venv/bin/python" -m envs.repo.sources || say "ergon setup: the environment \`repo\` is not ready; see above"

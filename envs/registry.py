@@ -18,6 +18,7 @@ BUILT_IN = {
     "memory": "envs.memory:MemoryEnvironment",
     "program": "envs.program.folder:FolderEnvironment",
     "reason": "envs.reason:ReasonEnvironment",
+    "repo": "envs.repo:RepoEnvironment",
     "services": "envs.services:ServicesEnvironment",
     "shop": "envs.shop:ShopEnvironment",
     "signposts": "envs.signposts:SignpostsEnvironment",

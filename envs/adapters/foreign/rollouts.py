@@ -32,12 +32,11 @@ def load(options: "dict[str, Any]") -> "dict[str, Any]":
 
 def play(ask: "Callable[[dict[str, Any]], Any]", options: "dict[str, Any]") -> None:
     """One request: {"split", "row", "url", "key", "model"}. One answer: the reward and the metrics."""
-    from verifiers.types import ClientConfig
-
+    client_config = importlib.import_module("verifiers.types").ClientConfig
     request = ask({})
     row = dict(LOADED["rows"][request["split"]][request["row"]])
     os.environ["ERGON_FOREIGN_KEY"] = request["key"]
-    client = ClientConfig(api_key_var="ERGON_FOREIGN_KEY", api_base_url=request["url"], max_retries=0)
+    client = client_config(api_key_var="ERGON_FOREIGN_KEY", api_base_url=request["url"], max_retries=0)
 
     async def rollout() -> Any:
         return await LOADED["environment"].run_rollout(

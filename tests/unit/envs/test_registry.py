@@ -59,7 +59,7 @@ def test_one_of_your_own_by_module_and_class() -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("shpo", r"'shpo' does not exist: did you mean 'shop'\? known are .*shop"),
+        ("shpo", r"'shpo' does not exist: did you mean 'shop' or 'repo'\? known are .*shop"),
         ("zzz", r"'zzz' does not exist: known are .*shop.*; one of your own is named `module:Class`"),
         ("no_such_module:Thing", r"module 'no_such_module' cannot be imported .*PYTHONPATH"),
         (f"{EXAMPLE}:Letters", r"has no 'Letters'; its environments are LettersEnvironment"),

@@ -133,7 +133,10 @@ async def test_the_environment_that_openenv_makes_is_played_over_its_socket(echo
 
 ROW = {
     "messages": [
-        {"role": "user", "content": "**CONTEXT:**\nAspirin thins blood.\n\n**REQUEST:**\nWhat does aspirin do?\n"},
+        {
+            "role": "user",
+            "content": "<context>Aspirin thins blood.</context> <question>What does aspirin do?</question>",
+        },
         {"role": "assistant", "content": "It thins blood."},
     ]
 }
