@@ -59,6 +59,9 @@ class Maker:
 
     async def run(self) -> None:
         """Make them, some at a time: of each function a few only, so that the next ones are chosen by what was kept."""
+        tested = await self.grader.tests(self.package, self.files) or {}
+        if not tested or "failed" in tested.values():
+            raise SandboxError(f"{self.package.name} fails its own tests as it is: {tested}")
         found = self._mutations(await self._watch())
         allowed_ones = (each for each in found if self.of_function[each[1].function] < MAX_OF_A_FUNCTION)
         mutations_left = itertools.islice(allowed_ones, MAX_TRIED)

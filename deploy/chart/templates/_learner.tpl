@@ -15,6 +15,8 @@ containers:
     command: [sh, -uc]
     args:
       - |
+        child= stopped=
+        trap 'stopped=1; [ -z "$child" ] || kill -TERM $child' TERM INT
         {{- if $many }}
         python -m torch.distributed.run --nnodes={{ $learner.nodes }} --nproc-per-node={{ $learner.gpus }} --node-rank="$NODE_RANK" \
           --master-addr={{ include "ergon.learnerHost" $ }} --master-port=7720 -m learner --config /etc/ergon/run.toml &
@@ -22,8 +24,7 @@ containers:
         python -m learner --config /etc/ergon/run.toml &
         {{- end }}
         child=$!
-        stopped=
-        trap 'stopped=1; kill -TERM $child' TERM INT
+        [ -z "$stopped" ] || kill -TERM $child
         wait $child; code=$?
         while kill -0 $child 2>/dev/null; do wait $child; code=$?; done
         {{- if eq $learner.workload "StatefulSet" }}
