@@ -60,4 +60,4 @@ $pip install -q --no-deps --no-build-isolation -r "$lock"
 PYTHONWARNINGS=ignore $pip install -q --no-deps --no-build-isolation -e "$root"
 # The packages that the environment `repo` puts bugs into. Everything else works without them, and `repo` fetches what is
 # missing when it is used first.
-"$venv/bin/python" -m envs.repo.sources || say "ergon setup: the environment \`repo\` is not ready; see above"
+"$venv/bin/python" -c "from envs.repo.sources import main; main()" || say "ergon setup: the environment \`repo\` is not ready; see above"
