@@ -25,6 +25,7 @@ from broker.process.keys import Identity
 from broker.process.lifecycle import install_stop, run_main
 from broker.process.security import load_security
 from broker.process.settings import Settings
+from broker.protocol.partials import Partial
 from broker.protocol.trajectory import PolicyVersion, Ticket, Trajectory
 from broker.protocol.weights import Buffer
 from broker.weights.basefile import BaseFile
@@ -125,7 +126,8 @@ class ScriptedActor(Actor):
         )
         self._seed, self._id, self._adopter = settings.run.seed, actor_id, weights
 
-    async def _episode(self, ticket: Ticket) -> Trajectory:
+    async def _episode(self, ticket: Ticket, begun: Partial | None) -> Trajectory:
+        assert begun is None, "nobody here says what to go on from"
         version = self._adopter.adopted
         assert version is not None, "the loop waits for the ticket's min_version"
         await _sleep_to_beat(script.duration_s(self._seed, ticket))

@@ -362,9 +362,9 @@ def test_a_relay_passes_a_push_on_before_it_has_applied_it(learner: Learner, dam
             if damage:
                 data = delta.data.copy()
                 data[3] ^= 1
-                push_on(server, Payload(delta.manifest, data))
+                push_on(server, None, Payload(delta.manifest, data))
             else:
-                push_on(server, delta)
+                push_on(server, None, delta)
                 manifest, _, payload = messages.read_push(raw.expect("PUSH"))
                 assert (manifest, payload.tobytes()) == (delta.manifest, delta.data.tobytes())
             draft = store.begin(base.data.size, copy=True)
