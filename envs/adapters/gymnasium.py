@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
+from envs.adapters.seeds import seed_of
 from envs.interface import (
     Action,
     Environment,
@@ -213,10 +214,8 @@ class GymnasiumEnvironment(Environment):
 
     def task(self, split: Split, index: int) -> Task:
         """The seed of this split and index: even ones train, odd ones are held out. Raises ValueError."""
-        if split not in ("train", "heldout") or index < 0:
-            raise ValueError(f"{self._id} has the splits train and heldout from index 0, not {split!r} {index}")
+        seed = seed_of(self._id, split, index)
         text = f"{self._goal} The actions are: {', '.join(self._actions)}."
-        seed = 2 * index + (split == "heldout")
         return Task(self.name, split, index, self._id, (Message("user", text),), {"seed": seed})
 
     def episode(self, task: Task) -> GymnasiumEpisode:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from envs.adapters.gymnasium import solver_of
+from envs.adapters.seeds import seed_of
 from envs.interface import (
     Action,
     Environment,
@@ -326,9 +327,7 @@ class OpenEnvEnvironment(Environment):
 
     def task(self, split: Split, index: int) -> Task:
         """The seed of this split and index: even ones train, odd ones are held out. Raises ValueError."""
-        if split not in ("train", "heldout") or index < 0:
-            raise ValueError(f"openenv has the splits train and heldout from index 0, not {split!r} {index}")
-        seed = 2 * index + (split == "heldout")
+        seed = seed_of(self.name, split, index)
         return Task(self.name, split, index, self.name, (Message("user", self._goal),), {"seed": seed})
 
     def episode(self, task: Task) -> OpenEnvEpisode:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from envs.adapters.gymnasium import Solver, solver_of
 from envs.adapters.process import ForeignProcess, ForeignSession
+from envs.adapters.seeds import seed_of
 from envs.interface import (
     Action,
     Environment,
@@ -163,9 +164,7 @@ class TextArenaEnvironment(Environment):
 
     def task(self, split: Split, index: int) -> Task:
         """The seed of this split and index: even ones train, odd ones are held out. Raises ValueError."""
-        if split not in ("train", "heldout") or index < 0:
-            raise ValueError(f"{self._id} has the splits train and heldout from index 0, not {split!r} {index}")
-        seed = 2 * index + (split == "heldout")
+        seed = seed_of(self._id, split, index)
         return Task(self.name, split, index, self._id, (Message("user", self._goal),), {"seed": seed})
 
     def episode(self, task: Task) -> GameEpisode:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from envs.browser.episode import TOOLS, BrowserEpisode
 from envs.browser.office.reference import OfficeReference
 from envs.browser.office.site import USER, OfficeSite
-from envs.browser.office.tasks import KINDS, Kind, password_of, problem
+from envs.browser.office.tasks import KINDS, password_of, problem
 from envs.browser.office.verifier import verify
 from envs.browser.pool import BrowserPool
 from envs.interface import Environment, EnvironmentFailureError, Message, Reward, Split, Task, Tool
+from envs.plans import Kind
 
 LEVELS = (1, 2, 3)
 SIGN_IN_LEVEL = 3

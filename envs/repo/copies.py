@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -72,11 +73,18 @@ def _holds_copy(path: Path, wanted: Mapping[str, frozenset[bytes]]) -> bool:
             for member in archive.namelist():
                 parts = PurePosixPath(member)
                 name = parts.parent.name if parts.parent.name in wanted else parts.stem
-                if parts.suffix == ".py" and name in wanted and _is_copy(archive.read(member), wanted[name]):
+                if parts.suffix == ".py" and name in wanted and _is_copy(_member(archive, member), wanted[name]):
                     return True
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
-        return False  # no archive that Python can read
+    except (OSError, zipfile.BadZipFile):
+        return False  # it cannot be read, or is no archive
     return False
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    try:
+        return archive.read(name)
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+        return b""  # damaged, encrypted or packed in a way that Python does not know; the others are looked at
 
 
 def _is_copy(data: bytes, functions: frozenset[bytes]) -> bool:

@@ -24,10 +24,11 @@ from envs.interface import (
     Task,
     Tool,
 )
+from envs.plans import Kind
 from envs.rows import compared
 from envs.services.api import document
 from envs.services.reference import ServicesReference
-from envs.services.tasks import KINDS, Kind, problem
+from envs.services.tasks import KINDS, problem
 from envs.services.world import USER, Clock, World, WorldState
 from envs.snapshots import State
 from envs.tools import ToolEpisode, ToolError, ToolSet

@@ -6,44 +6,14 @@ its own; draws are seeded with text, so they are the same on every machine.
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from envs.interface import Split
-from envs.rows import Change, Row, Rows, applied
+from envs.plans import Kind, Plan, Problem, draw_problem
+from envs.rows import Change, Row, Rows
 from envs.services.api import FIRST_HOUR, LAST_HOUR
 from envs.services.rows import CATEGORIES, FIRMS, PEOPLE, SIZES, TITLES, make_rows
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is asked, what must be changed, and the facts of the question for the reference policy (nothing hidden)."""
-
-    instruction: str
-    changes: tuple[Change, ...]
-    facts: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A class of tasks. draw: a task on this world, None where the world has none; it may add to the world first."""
-
-    name: str
-    level: int
-    draw: Callable[[random.Random, Rows], Plan | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One task with its world before and after."""
-
-    kind: Kind
-    plan: Plan
-    rows: Rows
-    expected: Rows
 
 
 def _ordered(product: Row, customer: str, quantity: int) -> tuple[Change, ...]:
@@ -220,19 +190,6 @@ KINDS = (
 )
 
 
-def split_of(instruction: str) -> Split:
-    """The split that an instruction belongs to, by its content alone."""
-    return "train" if hashlib.blake2b(instruction.encode()).digest()[0] % 2 else "heldout"
-
-
 def problem(kinds: Sequence[Kind], split: Split, index: int) -> Problem:
     """The task of this split and index; kinds take turns."""
-    kind = kinds[index % len(kinds)]
-    attempt = 0
-    while True:  # half of all draws are of each split
-        source = random.Random(f"services|{split}|{index}|{attempt}")
-        rows = make_rows(source, SIZES[kind.level])
-        plan = kind.draw(source, rows)
-        if plan is not None and split_of(plan.instruction) == split:
-            return Problem(kind, plan, rows, applied(rows, plan.changes))
-        attempt += 1
+    return draw_problem("services", lambda source, level: make_rows(source, SIZES[level]), kinds, split, index)

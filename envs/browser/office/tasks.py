@@ -6,43 +6,13 @@ its own; draws are seeded with text, so they are the same on every machine.
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from envs.browser.office.rows import CATEGORIES, CUSTOMERS, NAMES, SIZES, TEAMS, make_rows
 from envs.interface import Split
-from envs.rows import Change, Rows, applied
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is asked, what must be changed, and the facts of the question for the reference policy (nothing hidden)."""
-
-    instruction: str
-    changes: tuple[Change, ...]
-    facts: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A class of tasks. draw: a task in this office, None where it has none; it may add to the office first."""
-
-    name: str
-    level: int
-    draw: Callable[[random.Random, Rows], Plan | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One task with its office before and after."""
-
-    kind: Kind
-    plan: Plan
-    rows: Rows
-    expected: Rows
+from envs.plans import Kind, Plan, Problem, draw_problem
+from envs.rows import Rows
 
 
 def _reprice(source: random.Random, rows: Rows) -> Plan:
@@ -221,22 +191,9 @@ KINDS = (
 )
 
 
-def split_of(instruction: str) -> Split:
-    """The split that an instruction belongs to, by its content alone."""
-    return "train" if hashlib.blake2b(instruction.encode()).digest()[0] % 2 else "heldout"
-
-
 def problem(kinds: Sequence[Kind], split: Split, index: int) -> Problem:
     """The task of this split and index; kinds take turns."""
-    kind = kinds[index % len(kinds)]
-    attempt = 0
-    while True:  # half of all draws are of each split
-        source = random.Random(f"office|{split}|{index}|{attempt}")
-        rows = make_rows(source, SIZES[kind.level])
-        plan = kind.draw(source, rows)
-        if plan is not None and split_of(plan.instruction) == split:
-            return Problem(kind, plan, rows, applied(rows, plan.changes))
-        attempt += 1
+    return draw_problem("office", lambda source, level: make_rows(source, SIZES[level]), kinds, split, index)
 
 
 def password_of(split: Split, index: int) -> str:

@@ -278,9 +278,15 @@ async def test_copies_that_the_system_has_are_found_by_what_they_define(
         with zipfile.ZipFile(tmp_path / name, "w") as archive:
             archive.writestr(inside, own)
     (tmp_path / "broken.zip").write_bytes(b"PK")
+    with zipfile.ZipFile(tmp_path / "damaged.zip", "w") as archive:  # in its first member alone
+        archive.writestr("inflection.py", b"def hurt(): pass")
+        archive.writestr("vendor/inflection/__init__.py", own)
+    damaged = (tmp_path / "damaged.zip").read_bytes().replace(b"def hurt", b"def hurl")
+    (tmp_path / "damaged.zip").write_bytes(damaged)
     monkeypatch.setattr("envs.repo.copies.SYSTEM_PATHS", (str(tmp_path), str(tmp_path / "missing")))
     found = copies.__wrapped__((PACKAGE, "schema"), CACHE)
-    assert found == tuple(str(tmp_path / name) for name in ("a.whl", "lib/inflection.py", "tool/vendored/inflection"))
+    hidden = ("a.whl", "damaged.zip", "lib/inflection.py", "tool/vendored/inflection")
+    assert found == tuple(str(tmp_path / name) for name in hidden)
 
 
 async def test_the_reference_finds_text_that_stands_once_for_every_bug() -> None:
