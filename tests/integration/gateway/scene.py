@@ -109,13 +109,14 @@ async def think(engine: Engine, renderer: Renderer, budget: int) -> dict[str, An
         finally:
             await gateway.close()
         account = session.account
-        stop_ids = Thinking(settings, renderer).stop_ids
+        thinking = Thinking(settings, renderer)
         seen["episodes"].append(
             {
                 "segments": recorded(session),
                 "usages": usages,
                 "account": [account.num_thinking_tokens, account.num_overrun_tokens, account.num_forced_stops],
-                "stop_ids": stop_ids,
+                "stop_ids": thinking.stop_ids,
+                "open_token_ids": list(thinking.open_token_ids),
                 "failure": repr(session.failure),
                 "num_turns": session.num_turns,
             }
