@@ -12,35 +12,32 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, cast, get_args
 
+from broker.client.answers import Answers
 from broker.client.connection import Connection, ConnectionClosedError
 from broker.client.halves import TicketSource, TrajectorySender
+from broker.client.leases import Leases
 from broker.client.parcels import Parcels
 from broker.client.tickets import TicketQueue
 from broker.process.lifecycle import ErgonError
 from broker.process.security import OPEN, Security
 from broker.protocol.commands import (
-    OFFER_BYTES,
     Clear,
     Continue,
     Durable,
     ErrorBody,
     HandedOver,
     HandoverStatus,
-    Heartbeat,
     Hello,
     Lease,
-    Offer,
-    Release,
     Released,
     ReleaseReason,
     Role,
     SendStatus,
     TicketBody,
     Withdrawn,
-    check,
     parse_body,
 )
 from broker.protocol.errors import ErrorCode, ProtocolError
@@ -93,18 +90,14 @@ class ActorClient:
             security=security,
         )
         # Guarded by the connection's lock: what `_on_welcome` repeats.
-        # Leased, and not yet durable or given back; with what another actor has begun of it until it is asked for.
-        self._held: dict[str, Partial | None] = {}
+        self._leases = Leases(self._send)
         self._parcels = Parcels()  # results that are not answered
-        self._handovers: dict[str, Message] = {}  # unanswered, by ticket id
-        self._releases: dict[str, tuple[tuple[str, ...], Message]] = {}  # unanswered, by request id
-        self._given_back: set[str] = set()  # on this connection, unanswered: a heartbeat would take them back
         self._credit = 0  # tickets asked for since HELLO
         self._received = 0  # tickets received since HELLO
         self._epoch = 0  # HELLOs so far
         # On the loop only.
         self._queue = TicketQueue()
-        self._answers: dict[str, asyncio.Future[Answer]] = {}  # by ticket id or request id
+        self._answers = Answers[Answer]()
         self._flushing = False  # `_flush` is about to run
         self.tickets = TicketSource(self)
         self.sender = TrajectorySender(self)
@@ -113,7 +106,7 @@ class ActorClient:
     def leases(self) -> frozenset[str]:
         """Ids of the tickets held."""
         with self._connection.lock:
-            return frozenset(self._held)
+            return self._leases.ids
 
     @property
     def connected(self) -> bool:
@@ -146,10 +139,7 @@ class ActorClient:
     def take_partial(self, ticket_id: str) -> Partial | None:
         """What another actor has begun of a ticket that was leased here, once; None where its episode begins anew."""
         with self._connection.lock:
-            partial = self._held.get(ticket_id)
-            if partial is not None:
-                self._held[ticket_id] = None
-        return partial
+            return self._leases.take_partial(ticket_id)
 
     async def send(self, trajectory: Trajectory) -> SendStatus:
         """Hand in the result of a ticket; returns when it is durable, however often the broker restarts meanwhile.
@@ -163,7 +153,8 @@ class ActorClient:
         if ticket_id in self._answers:
             raise ValueError(f"the trajectory of ticket {ticket_id} is being sent already")
         try:
-            with self._answer(ticket_id) as answer:
+            self._check()
+            with self._answers.expect(ticket_id) as answer:
                 with self._connection.lock:
                     self._parcels.add(trajectory)
                 self._flush_soon()
@@ -171,7 +162,7 @@ class ActorClient:
         finally:
             with self._connection.lock:
                 self._parcels.discard(ticket_id)
-                self._held.pop(ticket_id, None)
+                self._leases.forget((ticket_id,))
         assert status in SEND_STATUSES
         return cast(SendStatus, status)
 
@@ -183,23 +174,22 @@ class ActorClient:
         "unwanted" without one: the lease runs out by itself. Raises ProtocolError where the partial is not well-formed,
         ErgonError where the connection has ended for good; the lease is held then as before.
         """
+        self._check()
         message = pack_handover(ticket_id, partial)
         try:
-            with self._answer(ticket_id) as answer:
+            with self._answers.expect(ticket_id) as answer:
                 with self._connection.lock:
-                    self._handovers[ticket_id] = message
-                    self._send_handover(ticket_id)
+                    self._leases.hand_over(ticket_id, message)
                 async with asyncio.timeout(RELEASE_TIMEOUT_S):
                     status = await answer
         except TimeoutError:
             log.warning("Handover not answered; the lease will run out. ticket=%s", ticket_id)
             status = "unwanted"
             with self._connection.lock:
-                self._forget(ticket_id)
+                self._leases.forget((ticket_id,))
         finally:
-            with self._connection.lock:  # where it was refused, the lease is held as before
-                if self._handovers.pop(ticket_id, None) is not None:
-                    self._given_back.discard(ticket_id)
+            with self._connection.lock:
+                self._leases.keep(ticket_id)
         assert status in HANDOVER_STATUSES
         return cast(HandoverStatus, status)
 
@@ -218,63 +208,28 @@ class ActorClient:
         if held and self._failure is None and self._connection.connected:
             await self._release(held, "drain", "")
         await asyncio.to_thread(self._connection.close)
-        self._fail_waiters(ErgonError("this actor's connection to the broker was closed"))
+        self._fail(ErgonError("this actor's connection to the broker was closed"))
 
     async def _release(self, ticket_ids: tuple[str, ...], reason: ReleaseReason, error: str) -> None:
+        self._check()
         request_id = uuid.uuid4().hex
-        body = Release(request_id=request_id, ticket_ids=ticket_ids, reason=reason, error=error[:4096])
-        message = check(body).pack()
         try:
-            with self._answer(request_id) as answer:
+            with self._answers.expect(request_id) as answer:
                 with self._connection.lock:
-                    self._releases[request_id] = ticket_ids, message
-                    self._send_release(request_id)
+                    self._leases.release(request_id, ticket_ids, reason, error[:4096])
                 async with asyncio.timeout(RELEASE_TIMEOUT_S):
                     await answer
         except TimeoutError:
             log.warning("Release not answered; the leases will run out. tickets=%d", len(ticket_ids))
         finally:
             with self._connection.lock:
-                if self._releases.pop(request_id, None) is not None:
-                    self._forget(*ticket_ids)
-
-    @contextlib.contextmanager
-    def _answer(self, key: str) -> Iterator[asyncio.Future[Answer]]:
-        """What the broker will say, over reconnections, of the ticket or request."""
-        self._check()
-        assert self._loop is not None, "connect() comes first"
-        future: asyncio.Future[Answer] = self._loop.create_future()
-        self._answers[key] = future
-        try:
-            yield future
-        finally:
-            del self._answers[key]
+                self._leases.released(request_id)
 
     # --- on the loop
 
     def _send(self, message: Message) -> None:
         with contextlib.suppress(ConnectionClosedError):  # _on_failure and close() tell everybody who waits
             self._connection.send(message)
-
-    def _send_handover(self, ticket_id: str, *, cleared: bool = False) -> None:
-        """A large partial is offered first, as a large trajectory is."""
-        message = self._handovers[ticket_id]
-        if message.array_bytes > OFFER_BYTES and not cleared:
-            self._send(Offer(ticket_id=ticket_id, num_bytes=message.array_bytes).pack())
-        else:
-            self._given_back.add(ticket_id)
-            self._send(message)
-
-    def _forget(self, *ticket_ids: str) -> None:
-        """These are held no more: before a TICKET is read that may bring one of them again."""
-        for ticket_id in ticket_ids:
-            self._held.pop(ticket_id, None)
-            self._given_back.discard(ticket_id)
-
-    def _send_release(self, request_id: str) -> None:
-        ticket_ids, message = self._releases[request_id]
-        self._given_back.update(ticket_ids)
-        self._send(message)
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -318,24 +273,13 @@ class ActorClient:
 
     def _settle_all(self, results: Sequence[tuple[str, SendStatus]]) -> None:
         for ticket_id, status in results:
-            self._settle(ticket_id, status)
+            self._answers.settle(ticket_id, status)
 
-    def _settle(self, key: str, outcome: Answer | Exception) -> None:
-        future = self._answers.get(key)
-        if future is None or future.done():
-            return
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-
-    def _fail_waiters(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         self._failure = self._failure or error
         self._failed.set()
         self._queue.fail(self._failure)
-        for future in self._answers.values():
-            if not future.done():
-                future.set_exception(self._failure)
+        self._answers.fail(self._failure)
 
     async def wait_failed(self) -> Exception:
         """Wait until the connection has ended for good, and return why."""
@@ -357,18 +301,13 @@ class ActorClient:
 
     def _heartbeat(self) -> Message:
         with self._connection.lock:
-            return Heartbeat(leases=tuple(key for key in self._held if key not in self._given_back)).pack()
+            return self._leases.heartbeat()
 
     def _on_welcome(self, _welcome: Message, _first: bool) -> None:
-        # Leases first: what the broker granted and this list does not name was lost on the way.
-        self._given_back.clear()
-        self._send(self._heartbeat())
+        self._leases.say_again()
         for message in self._parcels.again():
             self._send(message)
-        for ticket_id in self._handovers:
-            self._send_handover(ticket_id)
-        for request_id in self._releases:
-            self._send_release(request_id)
+        self._leases.give_back_again()
         self._credit = self._received = 0
         self._epoch += 1
         self._post(self._ask)
@@ -379,17 +318,13 @@ class ActorClient:
         elif message.command == Continue.COMMAND:
             self._on_tickets([unpack_continue(message)])
         elif message.command == Withdrawn.COMMAND:
-            with self._connection.lock:  # a result on its way will be answered
-                named = parse_body(message, Withdrawn).ticket_ids
-                ids = [key for key in named if key in self._held and key not in self._parcels]
-                self._forget(*ids)
+            with self._connection.lock:
+                ids = self._leases.withdraw(parse_body(message, Withdrawn).ticket_ids, self._parcels.__contains__)
             self._post(self._queue.withdraw, ids)
         elif message.command == Clear.COMMAND:
             ticket_id = parse_body(message, Clear).ticket_id
             with self._connection.lock:
-                if ticket_id in self._handovers:
-                    self._send_handover(ticket_id, cleared=True)
-                else:
+                if not self._leases.cleared(ticket_id):
                     self._send(self._parcels.cleared(ticket_id))
         elif message.command == Durable.COMMAND:
             results = parse_body(message, Durable).results
@@ -410,22 +345,17 @@ class ActorClient:
         if message.command == Released.COMMAND:
             released = parse_body(message, Released)
             with self._connection.lock:
-                self._forget(*self._releases.pop(released.request_id, ((), None))[0])
-            self._post(self._settle, released.request_id, released.count)
+                self._leases.released(released.request_id)
+            self._post(self._answers.settle, released.request_id, released.count)
             return
         handed_over = parse_body(message, HandedOver)
         with self._connection.lock:
-            if self._handovers.pop(handed_over.ticket_id, None) is not None:
-                self._forget(handed_over.ticket_id)
-        self._post(self._settle, handed_over.ticket_id, handed_over.status)
+            self._leases.handed_over(handed_over.ticket_id)
+        self._post(self._answers.settle, handed_over.ticket_id, handed_over.status)
 
     def _on_tickets(self, tickets: Sequence[tuple[Ticket, Partial | None]]) -> None:
-        new = []
         with self._connection.lock:
-            for ticket, partial in tickets:
-                if ticket.ticket_id not in self._held:
-                    new.append(ticket)
-                    self._held[ticket.ticket_id] = partial
+            new = self._leases.grant(tickets)
         self._post(self._take, len(tickets), new, self._epoch)
 
     def _on_error(self, body: ErrorBody) -> None:
@@ -435,11 +365,11 @@ class ActorClient:
                 self._send(message)
         if singles is None:
             log.error("The broker refused a message. about=%s code=%s reason=%s", body.about, body.code, body.message)
-            self._post(self._settle, body.about, ProtocolError(body.known_code, body.message))
+            self._post(self._answers.settle, body.about, ProtocolError(body.known_code, body.message))
         else:
             log.warning("A parcel was refused; its items go alone. num=%d reason=%s", len(singles), body.message)
 
     def _on_failure(self, error: Exception) -> None:
         failure = ErgonError(f"the connection to the broker at {self._endpoint} has failed: {error}")
         failure.__cause__ = error
-        self._post(self._fail_waiters, failure)
+        self._post(self._fail, failure)

@@ -58,7 +58,7 @@ class Peers:
         self._by_routing: dict[bytes, Peer] = {}
         self._by_session: dict[str, Peer] = {}
         self._learner: Peer | None = None
-        self._beat_at = float("-inf")
+        self._beat_at = self._judge_at = float("-inf")
         self._context = zmq.Context()  # of its own: a context has one gatekeeper
         self._keyed = security.curve
         self._gatekeeper = Gatekeeper(
@@ -181,16 +181,22 @@ class Peers:
                 ErrorCode.WRONG_ROLE, f"HELLO: role is {hello.role}, but the connection's key is that of {owner}"
             )
 
-    def beat(self, now: float) -> list[Peer]:
-        """Send the heartbeats that are due; returns the peers that are gone (silent too long, or out of reach)."""
+    def beat(self, now: float, heard_until: float) -> list[Peer]:
+        """Send the heartbeats that are due; returns the peers that are gone (silent too long, or out of reach).
+
+        heard_until: what peers had said by then has been looked at. A peer is silent by what it has not said, not by
+        what waits unread: neither in a queue here, nor, where this process stood still, on its way from the network.
+        """
         if self._gatekeeper.failure is not None:
             raise self._gatekeeper.failure
         if now < self._beat_at:
             return []
+        if now - self._beat_at > self._heartbeat_s:
+            self._judge_at = now + self._heartbeat_s
         self._beat_at = now + self._heartbeat_s * BEAT_SHARE
         gone = []
         for peer in self:
-            silent = now - peer.heard_at > self._silence_s
+            silent = now >= self._judge_at and heard_until - peer.heard_at > self._silence_s
             idle = now - peer.sent_at >= self._heartbeat_s
             if silent or (idle and not self.send(peer.routing, Heartbeat().pack())):
                 gone.append(peer)

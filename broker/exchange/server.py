@@ -147,7 +147,7 @@ class Server:
 
     def _keep_time(self, now: float) -> None:
         self._executor.execute(Request(Tick()))
-        for peer in self._peers.beat(now):
+        for peer in self._peers.beat(now, self._intake.read_until):
             self._executor.drop(peer, "it is silent, or cannot be reached")
         if now - self._synced_at >= SYNC_INTERVAL_S:
             self._synced_at = now

@@ -12,7 +12,7 @@ import importlib.machinery
 import itertools
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -29,7 +29,7 @@ ELEMENT: Final[dict[int, np.dtype[Any]]] = {
 }
 WORD: Final = ELEMENT[8]
 PASS: Final = 0xFFFF  # the gap that names no element
-SCAN_BYTES: Final = 1 << 20  # of either version, for numpy: both stay near the core from comparing to copying
+SCAN_BYTES: Final = 1 << 20  # of either version: both stay near the core for what follows on comparing
 
 Elements = npt.NDArray[Any]  # the bits of elements: an unsigned type of 1, 2, 4 or 8 bytes
 Positions = npt.NDArray[np.int64]  # ascending places of elements in their block
@@ -54,14 +54,21 @@ class Planes(NamedTuple):
     planes: Sequence[Bytes]
 
 
-def find(pieces: Sequence[Piece], itemsize: int, num_elements: int) -> Planes | None:
-    """What differs in a block of so many elements; None where nothing does. Bases equal what is new afterwards."""
+def find(
+    pieces: Sequence[Piece], itemsize: int, num_elements: int, done: Callable[[int], None] = lambda _: None
+) -> Planes | None:
+    """What differs in a block of so many elements; None where nothing does. Bases equal what is new afterwards: as soon
+    as they do, `done` is told up to which byte of the block."""
     if _library is None:
-        return _planes_of([each for piece in pieces for each in _compare(piece, itemsize)], itemsize)
+        return _planes_of([each for piece in pieces for each in _compare(piece, itemsize, done)], itemsize)
     room = _room.of(itemsize, num_elements)
     room.found[:] = 0
-    for _, base, new in pieces:
-        _library.ergon_scan(base.ctypes.data, new.ctypes.data, base.size, itemsize, *room.addresses)
+    for place, base, new in pieces:
+        base_at, new_at = base.ctypes.data, new.ctypes.data
+        for start in range(0, base.size, SCAN_BYTES):
+            num_bytes = min(SCAN_BYTES, base.size - start)
+            _library.ergon_scan(base_at + start, new_at + start, num_bytes, itemsize, *room.addresses)
+            done(place + start + num_bytes)
     _, num_values, num_gaps = map(int, room.found)
     if not num_values:
         return None
@@ -153,7 +160,7 @@ class _Found(NamedTuple):
     after: Elements
 
 
-def _compare(piece: Piece, itemsize: int) -> list[_Found]:
+def _compare(piece: Piece, itemsize: int, done: Callable[[int], None]) -> list[_Found]:
     """Most words of eight bytes are the same, so words are compared wherever they are aligned."""
     addresses = piece.place | piece.base.size | piece.base.ctypes.data | piece.new.ctypes.data
     unit = ELEMENT[itemsize] if addresses % WORD.itemsize else WORD
@@ -166,6 +173,7 @@ def _compare(piece: Piece, itemsize: int) -> list[_Found]:
             base[places] = after
             places += (piece.place + start) // unit.itemsize
             found.append(_Found(places, before, after))
+        done(piece.place + min(start + SCAN_BYTES, piece.base.size))
     return found
 
 

@@ -26,36 +26,30 @@ MAX_BEGUN: Final = 16  # blocks that are compared, or wait for it, at a time: wh
 BATCH_BYTES: Final = 128 << 10  # of opened records in one piece of work
 KEPT_BYTES: Final = 4 << 20  # of opened records between checking and applying; what is beyond is opened twice
 
-Done = Callable[[Block], None]
 OfRecord = Callable[[bytes], None]
 
 
-def nothing_more(_: Block | bytes) -> None:
-    """What is to be done with a block that is up to date, and with a record, by default."""
-
-
-def hash_block(leaves: Leaves, block: Block) -> None:
-    """What is to be done with a block that is up to date, for the hash of the whole."""
-    leaves.hash(block.offset, block.offset + block.num_bytes)
+def nothing_more(_: bytes) -> None:
+    """What is to be done with a record, by default."""
 
 
 class DeltaEncoder:
     """Collects the changes of one version of a snapshot of these tensors, tensor by tensor, in their order.
 
-    Blocks are compared as soon as they are complete, several at a time where `start` is that of threads; `done` is then
-    called with each, by the same thread, while its bytes are still near the core, and `made` with each record, in the
-    order of the payload, by the caller's thread.
+    Blocks are compared as soon as they are complete, several at a time where `start` is that of threads. `leaves`,
+    where they are given, are the snapshot's: it is hashed by the same threads, while its bytes are still near the core.
+    `made` is called with each record, in the order of the payload, by the caller's thread.
     """
 
     def __init__(
         self,
         tensors: Sequence[TensorSpec],
         start: Start = at_once,
-        done: Done = nothing_more,
+        leaves: Leaves | None = None,
         made: OfRecord = nothing_more,
     ) -> None:
         self._tensors, self._blocks = tensors, Blocks(tensors)
-        self._start, self._done, self._made = start, done, made
+        self._start, self._leaves, self._made = start, leaves, made
         self._num_given = 0  # tensors
         self._pieces: list[Piece] = []  # of the block that is not complete yet
         self._block: Block | None = None  # that one
@@ -113,13 +107,17 @@ class DeltaEncoder:
 
     def _begin(self) -> None:
         assert self._block is not None
-        block, pieces, done = self._block, self._pieces, self._done
+        block, pieces, leaves = self._block, self._pieces, self._leaves
 
         def work(block: Block) -> _Packed:
-            found = find(pieces, block.itemsize, block.num_elements)
-            record = _Packed(pack(block.number, found), found.num_values) if found is not None else _Packed(b"", 0)
-            done(block)
-            return record
+            following = leaves.follow(block.offset) if leaves is not None else None
+
+            def done(place: int) -> None:
+                if following is not None:
+                    following.to(block.offset + place)
+
+            found = find(pieces, block.itemsize, block.num_elements, done)
+            return _Packed(pack(block.number, found), found.num_values) if found is not None else _Packed(b"", 0)
 
         self._pieces = []
         self._begun.append(self._start(work, block))
@@ -143,14 +141,14 @@ class _Packed(NamedTuple):
 
 
 def apply_delta(
-    payload: Buffer, tensors: Sequence[TensorSpec], target: Bytes, run: Run = map, done: Done = nothing_more
+    payload: Buffer, tensors: Sequence[TensorSpec], target: Bytes, run: Run = map, leaves: Leaves | None = None
 ) -> int:
     """Change `target`, the writable uint8 snapshot of exactly these tensors that the delta was made from.
 
     Everything is checked before the first byte is written. Applied to anything else, or once more, it gives other
-    bytes than it should, which only their hash tells; `done` is called with each block that was written. Returns the
-    number of elements changed. Raises ProtocolError for a payload that is malformed or does not fit the tensors,
-    ValueError for a target that is no such snapshot.
+    bytes than it should, which only their hash tells; `leaves`, where they are given, are the target's, and those of
+    blocks that were written are hashed. Returns the number of elements changed. Raises ProtocolError for a payload that
+    is malformed or does not fit the tensors, ValueError for a target that is no such snapshot.
     """
     num_bytes = tensors[-1].offset + tensors[-1].num_bytes
     if target.dtype != np.uint8 or target.shape != (num_bytes,) or not target.flags.writeable:
@@ -176,7 +174,8 @@ def apply_delta(
         for record, content in zip(batches[number], contents, strict=True):
             block = record.block
             add(target[block.offset : block.offset + block.num_bytes], block.itemsize, *content)
-            done(block)
+            if leaves is not None:
+                leaves.hash(block.offset, block.offset + block.num_bytes)
 
     for _ in run(write, range(len(batches))):
         pass

@@ -71,9 +71,12 @@ class Leaves:
     def hash(self, start: int, end: int) -> None:
         """Hash the leaves that lie wholly within these bytes, which must not change any more. Threads may hash
         different ranges side by side."""
-        last = len(self._digests) if end == self._data.nbytes else end // LEAF_BYTES
-        for index in range(-(-start // LEAF_BYTES), last):
+        for index in range(-(-start // LEAF_BYTES), self._after(end)):
             self._digests[index] = self._digest(index)
+
+    def follow(self, start: int) -> Following:
+        """For one who goes through these bytes from `start` on, and hashes while they are still near the core."""
+        return Following(self, start)
 
     def finish(self, run: Run = map) -> list[bytes]:
         """All of them, in order; those that are missing are hashed now."""
@@ -84,11 +87,36 @@ class Leaves:
                 self._digests[index] = digest
         return [digest for digest in self._digests if digest is not None]
 
+    def _after(self, end: int) -> int:
+        """The first leaf that is not whole before this byte."""
+        return len(self._digests) if end == self._data.nbytes else end // LEAF_BYTES
+
     def _all(self, indices: Sequence[int]) -> list[bytes]:
         return [self._digest(index) for index in indices]
 
     def _digest(self, index: int) -> bytes:
         return xxhash.xxh3_128_digest(self._data[index * LEAF_BYTES : (index + 1) * LEAF_BYTES])
+
+
+class Following:
+    """Hashes of `leaves` the bytes that one thread has gone through, as far as they are whole leaves in the end."""
+
+    def __init__(self, leaves: Leaves, start: int) -> None:
+        self._leaves = leaves
+        self._leaf = xxhash.xxh3_128()
+        self._at = -(-start // LEAF_BYTES) * LEAF_BYTES  # before it there is the rest of a leaf that began elsewhere
+
+    def to(self, end: int) -> None:
+        """These are as they shall be, up to this byte."""
+        data, digests = self._leaves._data, self._leaves._digests
+        while self._at < end:
+            leaf_end = min((self._at // LEAF_BYTES + 1) * LEAF_BYTES, data.nbytes)
+            stop = min(end, leaf_end)
+            self._leaf.update(data[self._at : stop])
+            if stop == leaf_end:
+                digests[self._at // LEAF_BYTES] = self._leaf.digest()
+                self._leaf.reset()
+            self._at = stop
 
 
 def join(digests: Sequence[bytes]) -> bytes:

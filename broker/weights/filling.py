@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from broker.protocol.deltas import DeltaEncoder, OfRecord, hash_block, nothing_more
+from broker.protocol.deltas import DeltaEncoder, OfRecord, nothing_more
 from broker.protocol.hashes import Leaves
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import DTYPES, Buffer, Bytes, Manifest, TensorSpec, flat
@@ -61,7 +61,7 @@ def fill(
     started = time.monotonic()
     encoder = None
     if leaves is not None:
-        encoder = DeltaEncoder(specs, coding_start(), lambda block: hash_block(leaves, block), record)
+        encoder = DeltaEncoder(specs, coding_start(), leaves, record)
     try:
         for spec in specs:
             target = draft.data[spec.offset : spec.offset + spec.num_bytes]

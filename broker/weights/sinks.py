@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from broker.protocol.deltas import apply_delta, hash_block
+from broker.protocol.deltas import apply_delta
 from broker.protocol.errors import ProtocolError
 from broker.protocol.hashes import Leaves
 from broker.protocol.proofs import Of
@@ -84,7 +84,7 @@ class DeltaBuffer:
         Raises DeltaRefusedError."""
         leaves = Leaves(flat(target))
         try:
-            apply_delta(self.data, self.manifest.tensors, target, coding_run(), lambda block: hash_block(leaves, block))
+            apply_delta(self.data, self.manifest.tensors, target, coding_run(), leaves)
         except ProtocolError as error:
             raise DeltaRefusedError(f"the delta to {_text(self.manifest)} is malformed: {error.message}") from error
         return leaves

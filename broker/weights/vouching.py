@@ -21,9 +21,9 @@ class WeightsForgedError(WeightsCorruptError):
     """The manifest is not signed by whom it must be, or what arrived is not what was signed."""
 
 
-def sign(manifest: Manifest, of: Of, data: Buffer, key: SigningKey) -> Proof:
+def sign(manifest: Manifest, of: Of, data: Buffer, key: SigningKey, threads: int = 1) -> Proof:
     """The proof that this key's holder made the version with this manifest, whose payload or snapshot is `data`."""
-    digest = proofs.digest(flat(data), num_threads())
+    digest = proofs.digest(flat(data), threads)
     return Proof(of, digest, key.sign(statement(manifest, of, digest)))
 
 

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from prometheus_client import REGISTRY
 
 from broker.process.keys import Identity
@@ -70,8 +71,12 @@ def close_learner(state: State) -> None:
     state["publisher"].close()
 
 
-def publish(state: State, number: int) -> Published:
-    """Publish a version. They go up and down the real ones, so that two consecutive ones are a real step apart."""
+def publish(state: State, number: int, step_s: float = 0.0) -> Published:
+    """Publish a version. They go up and down the real ones, so that two consecutive ones are a real step apart.
+
+    step_s: compute for so long before, as a learner does; one that sleeps publishes with cores that have to wake up.
+    """
+    _compute(step_s)
     snapshots = state["snapshots"]
     turn = number % (2 * len(snapshots) - 2) if len(snapshots) > 1 else 0
     snapshot = snapshots[min(turn, 2 * len(snapshots) - 2 - turn)]
@@ -91,6 +96,13 @@ def publish(state: State, number: int) -> Published:
         stats.num_changed / stats.num_elements,
         stats.full,
     )
+
+
+def _compute(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    numbers = np.random.default_rng(0).standard_normal(1 << 16, np.float32)
+    while time.monotonic() < until:
+        np.tanh(numbers)
 
 
 def cpu_s(_: State) -> float:

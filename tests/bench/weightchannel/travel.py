@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -149,9 +148,8 @@ def _versions(
         learner.call(ends.serve, endpoint, keys)
         actor.call(ends.open_actor, endpoint, directory / "base.safetensors", keys)
         for number in range(rounds + 1):
-            time.sleep(STEP_S)
             actor.begin(ends.fetch, number)
-            published: Published = learner.call(ends.publish, number)
+            published: Published = learner.call(ends.publish, number, STEP_S)
             versions.append((published, actor.answer()))
     actor.call(ends.close_actor)
     learner.call(ends.close_learner)

@@ -252,7 +252,7 @@ async def test_a_lease_outlives_its_time_by_heartbeats_and_is_lost_without(broke
     done, _ = await asyncio.wait([waiting], timeout=1.5 * broker.settings.broker.lease_s)
     assert not done
     with actor._connection.lock:
-        actor._held.clear()  # it forgets the lease, and its heartbeats renew nothing
+        actor._leases.forget(actor.leases)  # it forgets the lease, and its heartbeats renew nothing
     again = await asyncio.wait_for(waiting, 30)
     assert (again.ticket_id, again.attempt) == ("t0", 1)
     assert await actor.send(make_trajectory(ticket)) == "late"

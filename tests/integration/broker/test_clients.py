@@ -93,7 +93,7 @@ async def connected() -> AsyncIterator[Rig]:
             yield Rig(broker, actor)
         finally:
             with actor._connection.lock:
-                actor._held.clear()  # nobody would answer the release
+                actor._leases.forget(actor.leases)  # nobody would answer the release
             await actor.close()
 
 

@@ -67,6 +67,22 @@ def test_no_more_is_held_than_it_may_be() -> None:
     assert len(network.arrived) == 6
 
 
+def test_it_has_read_until_what_it_still_holds_came() -> None:
+    times = iter((0.0, 1.0, 2.0, 3.0))
+    network = Network(("a", 1, 10))
+    waiting = Intake(network.receive, lambda routing: routing == b"learner", 20, lambda: next(times))
+    waiting.fill()
+    assert waiting.read_until == 0  # a1 may have come at any time since
+    list(waiting.take(1, 1 << 20))
+    assert waiting.read_until == 1
+    network.arrived += [("a", 2, 10), ("learner", 1, 10)]
+    waiting.fill()
+    list(waiting.take(2, 1 << 20))
+    assert waiting.read_until == 1  # there was no room to look whether there is more
+    waiting.fill()
+    assert waiting.read_until == 3
+
+
 @given(
     st.lists(st.tuples(st.sampled_from(["a", "b", "learner"]), st.integers(0, 300)), max_size=40),
     st.integers(1, 5),

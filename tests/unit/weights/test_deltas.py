@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.protocol import delta_loops, delta_records, deltas
+from broker.protocol import delta_loops, delta_records, deltas, hashes
 from broker.protocol.delta_loops import ELEMENT, PASS, Piece, Planes, find
-from broker.protocol.delta_records import BLOCK_BYTES, Block, Blocks, pack
+from broker.protocol.delta_records import BLOCK_BYTES, Blocks, pack
 from broker.protocol.deltas import DeltaEncoder, apply_delta, fold
-from broker.protocol.weights import DTYPES, Bytes, digest, lay_out
+from broker.protocol.hashes import LEAF_BYTES, Following, Leaves
+from broker.protocol.weights import DTYPES, Bytes, digest, flat, lay_out
 from tests.unit.weights.delta_samples import NUM_BYTES, SPECS, applied, encode, itemsize_of, loops, read_records
 
 __all__ = ["loops"]
@@ -191,27 +192,31 @@ def test_both_kinds_of_loops_find_the_same_in_pieces_of_any_alignment(versions: 
         assert found[0] == found[1]
 
 
-def test_each_block_is_done_once_it_is_up_to_date_and_all_of_them_are() -> None:
-    specs = lay_out([("a", "bfloat16", (BLOCK_BYTES,)), ("b", "uint8", (11,)), ("c", "uint8", (5,))])
-    old = np.zeros(specs[-1].offset + specs[-1].num_bytes, np.uint8)
+@pytest.mark.parametrize("num_first", [BLOCK_BYTES, LEAF_BYTES // 2 + 3, 7])
+@pytest.mark.parametrize("changed", [True, False])
+def test_what_is_compared_or_applied_is_hashed_on_the_way(num_first: int, changed: bool) -> None:
+    """Whatever is a whole leaf of one block: also where blocks do not begin with leaves."""
+    specs = lay_out([("a", "bfloat16", (num_first,)), ("b", "uint8", (3 * LEAF_BYTES + 11,)), ("c", "uint8", (5,))])
+    old = np.random.default_rng(0).integers(0, 256, specs[-1].offset + specs[-1].num_bytes, np.uint8)
     new = old.copy()
-    new[[5, BLOCK_BYTES + 1, -1]] = 1
-    base, target, seen = old.copy(), old.copy(), list[Block]()
-
-    def done(block: Block) -> None:
-        part = slice(block.offset, block.offset + block.num_bytes)
-        assert np.array_equal(base[part], new[part])
-        seen.append(block)
-
-    encoder = DeltaEncoder(specs, done=done)
+    if changed:
+        new[:: LEAF_BYTES // 3] += 1
+    base, target = old.copy(), old.copy()
+    leaves = Leaves(flat(base))
+    encoder = DeltaEncoder(specs, leaves=leaves)
     for spec in specs:
         encoder.add(base[spec.offset :][: spec.num_bytes], new[spec.offset :][: spec.num_bytes])
     payload = encoder.finish()
-    assert [block.number for block in seen] == [0, 1, 2]
-    applied_to: list[int] = []
-    apply_delta(payload, specs, target, done=lambda block: applied_to.append(block.number))
-    assert applied_to == [0, 1, 2]
-    assert np.array_equal(target, new)
+    of_new = hashes.leaves(flat(new))
+    on_the_way = list(leaves._digests)
+    assert on_the_way.count(None) <= 1  # the one that belongs to two blocks
+    assert all(digest in (None, right) for digest, right in zip(on_the_way, of_new, strict=True))
+    assert leaves.finish() == of_new
+    applied_to = Leaves(flat(target))
+    apply_delta(payload, specs, target, leaves=applied_to)
+    if changed:
+        assert applied_to._digests.count(None) <= 1
+    assert applied_to.finish() == of_new
 
 
 def test_an_encoder_that_is_abandoned_has_brought_its_bases_up_to_date() -> None:
@@ -234,15 +239,18 @@ def test_a_block_that_fails_is_said_and_nothing_is_left_at_work(threads: ThreadP
     new = np.ones(specs[0].num_bytes, np.uint8)
     failed, ended = threading.Event(), list[int]()
 
-    def done(block: Block) -> None:
-        if block.number == 0:
-            failed.set()
-            raise MemoryError
-        assert failed.wait(30)
-        ended.append(block.number)
+    class Failing(Leaves):
+        def follow(self, start: int) -> Following:
+            if start == 0:
+                failed.set()
+                raise MemoryError
+            assert failed.wait(30)
+            ended.append(start // BLOCK_BYTES)
+            return super().follow(start)
 
-    encoder = DeltaEncoder(specs, threads.submit, done)
-    encoder.add(np.zeros_like(new), new)
+    base = np.zeros_like(new)
+    encoder = DeltaEncoder(specs, threads.submit, Failing(flat(base)))
+    encoder.add(base, new)
     with pytest.raises(MemoryError):
         encoder.finish()
     encoder.wait()
