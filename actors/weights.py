@@ -38,8 +38,8 @@ MAX_SKIPPED = 2  # versions in a row: where they come faster than they can be fe
 class Subscriber(Protocol):
     """What adoption needs of broker.weights.WeightSubscriber; its calls block."""
 
-    def wait_newer(self, than: PolicyVersion | None, timeout_s: float) -> PolicyVersion | None:
-        """The newest announced version if it is newer, else None after `timeout_s`."""
+    def wait_coming(self, than: PolicyVersion | None, timeout_s: float) -> PolicyVersion | None:
+        """The newest announced version if it is newer, or one that is on its way; else None after `timeout_s`."""
         ...
 
     def latest(self) -> PolicyVersion | None:
@@ -108,7 +108,7 @@ class WeightAdopter:
         """Adopt for ever. Raises EngineDeadError, and ProtocolError where the relay refuses this peer for good."""
         loop = asyncio.get_running_loop()
         while True:
-            newest = await loop.run_in_executor(self._thread, self._subscriber.wait_newer, self._seen, POLL_S)
+            newest = await loop.run_in_executor(self._thread, self._subscriber.wait_coming, self._seen, POLL_S)
             if newest is not None and not await self._adopt(newest):
                 await asyncio.sleep(min(MAX_RETRY_S, RETRY_S * 2.0 ** min(self._num_failed, 10)))
 

@@ -100,6 +100,11 @@ def add(target: Bytes, itemsize: int, gaps: Bytes, values: Bytes) -> None:
         raise AssertionError("a record that was checked leads out of its block")
 
 
+def negated(values: Bytes, itemsize: int) -> Bytes:
+    """The planes of the opposite differences: adding them undoes adding these."""
+    return np.concatenate(_split(_zigzag(np.negative(_unzigzag(_join(values, itemsize))))))
+
+
 # --- compiled -------------------------------------------------------------------------------------------------------
 
 

@@ -130,6 +130,17 @@ def repack(record: Record) -> bytes:
     return header + bytes(record.packed)
 
 
+def whole_bytes(payload: Buffer) -> int:
+    """How many of the first bytes of a payload are whole records, as far as their headers say. Checks nothing."""
+    view, start = flat(payload), 0
+    while view.nbytes - start >= HEADER.size:
+        end = start + HEADER.size + HEADER.unpack_from(view, start)[3]
+        if end > view.nbytes:
+            break
+        start = end
+    return start
+
+
 def read_records(payload: Buffer, blocks: Blocks) -> list[Record]:
     """The records of a payload, their headers checked against the blocks; nothing is decompressed.
 

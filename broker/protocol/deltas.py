@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from broker.protocol.delta_loops import Piece, add, find
+from broker.protocol.delta_loops import Piece, add, find, negated
 from broker.protocol.delta_records import Block, Blocks, Content, Record, open_record, pack, read_records, repack
 from broker.protocol.hashes import Leaves, Run, Start, at_once
 from broker.protocol.weights import Buffer, Bytes, TensorSpec, flat
@@ -180,6 +180,14 @@ def apply_delta(
     for _ in run(write, range(len(batches))):
         pass
     return sum(record.num_values for batch in batches for record in batch)
+
+
+def undo_delta(payload: Buffer, tensors: Sequence[TensorSpec], target: Bytes) -> None:
+    """Take back what `apply_delta` did to this target with this payload. Raises as that does, but for the target's."""
+    for record in read_records(payload, Blocks(tensors)):
+        block, content = record.block, open_record(record)
+        values = negated(content.values, block.itemsize)
+        add(target[block.offset : block.offset + block.num_bytes], block.itemsize, content.gaps, values)
 
 
 def fold(payloads: Sequence[Buffer], tensors: Sequence[TensorSpec], run: Run = map) -> Bytes:

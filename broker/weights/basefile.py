@@ -8,6 +8,7 @@ again.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import time
@@ -21,9 +22,12 @@ from broker.protocol.proofs import Of
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Buffer, Bytes, Manifest, digest, flat, safetensors_header
 from broker.weights import metrics
+from broker.weights.begun import Begun
 from broker.weights.sinks import DeltaBuffer, wrong_total
 from broker.weights.threads import coding_run
 from broker.weights.vouching import check_digest
+
+logger = logging.getLogger(__name__)
 
 
 class BaseFile:
@@ -39,6 +43,7 @@ class BaseFile:
         self._held: Manifest | None = None  # of the version that the file holds
         self._arriving: Manifest | None = None
         self._delta: DeltaBuffer | None = None
+        self._begun: Begun | None = None  # changes to the version held, which it can be made again
         self._fd = -1
         self._data_offset = 0
         self._data: Bytes | None = None  # the mapped file behind its header
@@ -46,24 +51,35 @@ class BaseFile:
     @property
     def manifest(self) -> Manifest | None:
         """Of the version that the file holds whole and verified; None where it holds none."""
-        return self._held
+        return self._held if self._begun is None else None
 
     @property
     def version(self) -> PolicyVersion | None:
         """The version that the file holds whole and verified; None where it holds none."""
-        return self._held.version if self._held is not None else None
+        return self.manifest.version if self.manifest is not None else None
 
     @property
     def have(self) -> PolicyVersion | None:
-        """See Sink."""
-        return self.version
+        """See Sink: also where a delta to it has been begun."""
+        return self._held.version if self._held is not None else None
+
+    def apply_ahead(self, data: Bytes) -> None:
+        """The next bytes of the payload of a delta to what is held, the rest and the manifest of which are on their
+        way: `finish` goes on with them, where they are the same, and `abort` takes them back. Raises ProtocolError
+        where they are malformed."""
+        assert self._held is not None
+        assert self._data is not None
+        if self._begun is None:
+            self._pwrite(bytes(self._data_offset), 0)
+            self._begun = Begun(self._held.tensors, self._data)
+        self._begun.add(data)
 
     def begin(self, manifest: Manifest) -> None:
         """See Sink."""
         if manifest.parent is not None:
             self._delta = DeltaBuffer(manifest, self._held.tensors if self._held is not None else ())
         else:
-            self._delta, self._held = None, None
+            self._delta = self._begun = self._held = None
             header = safetensors_header(manifest)
             if self._data is None or (self._data_offset, self._data.size) != (len(header), manifest.total_bytes):
                 self._create(len(header), manifest.total_bytes)
@@ -86,9 +102,11 @@ class BaseFile:
         if self._delta is not None:
             started = time.monotonic()
             self._delta.check()
-            self._held = None
+            if self._begun is not None and not self._begun.begins(self._delta.data):
+                self._undo()
+            begun, self._begun, self._held = self._begun, None, None
             self._pwrite(bytes(self._data_offset), 0)
-            leaves = self._delta.apply_to(data)
+            leaves = self._delta.apply_to(data, begun)
             self._delta.verify(data, join(leaves.finish(coding_run())))
             metrics.apply_seconds.observe(time.monotonic() - started)
         else:
@@ -102,18 +120,34 @@ class BaseFile:
     def abort(self) -> None:
         """See Sink. What the file held before an unfinished delta it still holds."""
         self._arriving = self._delta = None
+        if self._begun is not None:
+            self._undo()
 
     def forget(self) -> None:
         """See Sink."""
-        self._held = None
+        self._held = self._begun = None
 
     def close(self) -> None:
         """Remove the file. Idempotent."""
-        self._held = self._data = None
+        self._held = self._data = self._begun = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
             self.path.unlink(missing_ok=True)
+
+    def _undo(self) -> None:
+        """Hold what was held before a delta to it was begun."""
+        held, begun, self._begun = self._held, self._begun, None
+        assert held is not None
+        assert begun is not None
+        assert self._data is not None
+        begun.undo()
+        if digest(self._data, coding_run()) != held.total_hash:
+            logger.error("base damaged version=%s next=anchor", tuple(held.version))
+            metrics.verify_failures.inc()
+            self._held = None
+            return
+        self._pwrite(safetensors_header(held), 0)
 
     def _create(self, header_bytes: int, data_bytes: int) -> None:
         """A new file of this size, mapped. Whoever still reads the former one keeps it until he is done."""

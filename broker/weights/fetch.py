@@ -236,7 +236,8 @@ class Fetch:
 
     def _begin(self, manifest: Manifest) -> None:
         """A plan for this payload; none where it is a delta that cannot be used, and then the anchor is asked for."""
-        self._sink.abort()
+        if self._plan is not None:
+            self._sink.abort()
         try:
             self._sink.begin(manifest)
         except DeltaRefusedError as error:

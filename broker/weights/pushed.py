@@ -62,6 +62,21 @@ class PushSlot:
         metrics.pushes_received.labels(TAKEN if fits else DROPPED).inc()
         return held if fits else None
 
+    def coming(self) -> tuple[PolicyVersion, PolicyVersion] | None:
+        """The version and the parent of the delta that parts have come of."""
+        with self._lock:
+            return (self._parts[0].version, self._parts[0].parent) if self._parts else None
+
+    def parts(self, version: PolicyVersion, start: int) -> list[Part]:
+        """Those of the delta to this version from byte `start` on."""
+        with self._lock:
+            return [part for part in self._parts if part.version == version and part.start >= start]
+
+    def forget_parts(self) -> None:
+        """Nobody waits for the rest of them."""
+        with self._lock:
+            self._parts.clear()
+
     @property
     def _part_bytes(self) -> int:
         return sum(part.data.size for part in self._parts)

@@ -20,6 +20,7 @@ from broker.protocol.proofs import Of
 from broker.protocol.trajectory import PolicyVersion
 from broker.protocol.weights import Buffer, Bytes, Manifest, TensorSpec, describe, flat
 from broker.weights import metrics
+from broker.weights.begun import Begun
 from broker.weights.chain import Payload
 from broker.weights.store import Draft, WeightStore
 from broker.weights.threads import coding_run
@@ -79,12 +80,13 @@ class DeltaBuffer:
         self.data.setflags(write=False)
         check_digest(self.manifest, Of.PAYLOAD, self.data)
 
-    def apply_to(self, target: Bytes) -> Leaves:
+    def apply_to(self, target: Bytes, begun: Begun | None = None) -> Leaves:
         """Make `target`, the parent's snapshot, that of this version; `verify` is due. The hashes of what has changed.
-        Raises DeltaRefusedError."""
-        leaves = Leaves(flat(target))
+
+        begun: what of this very payload is applied already. Raises DeltaRefusedError."""
+        leaves, start = (begun.leaves, begun.num_bytes) if begun is not None else (Leaves(flat(target)), 0)
         try:
-            apply_delta(self.data, self.manifest.tensors, target, coding_run(), leaves)
+            apply_delta(self.data[start:], self.manifest.tensors, target, coding_run(), leaves)
         except ProtocolError as error:
             raise DeltaRefusedError(f"the delta to {_text(self.manifest)} is malformed: {error.message}") from error
         return leaves

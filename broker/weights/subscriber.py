@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from broker.client.connection import Connection, ConnectionClosedError
@@ -20,14 +21,16 @@ from broker.process.security import OPEN, Security
 from broker.protocol import weight_messages as messages
 from broker.protocol import weights
 from broker.protocol.commands import parse_body
+from broker.protocol.errors import ProtocolError
 from broker.protocol.frames import Limits, Message
 from broker.protocol.proofs import Proof
 from broker.protocol.trajectory import PolicyVersion
-from broker.protocol.weights import Manifest
+from broker.protocol.weights import Bytes, Manifest
 from broker.weights import metrics
 from broker.weights.basefile import BaseFile
 from broker.weights.chain import Payload
 from broker.weights.fetch import Announced, Event, Fetch, Reconnected, WeightsSupersededError
+from broker.weights.news import News
 from broker.weights.pushed import PushSlot
 from broker.weights.sinks import Sink, StoreSink
 from broker.weights.store import WeightStore
@@ -79,10 +82,9 @@ class WeightSubscriber:
         self._signers = security.signers
         self.seal: tuple[PolicyVersion, Proof] | None = None  # announced last; neither is verified
         self._fetching = threading.Lock()  # one fetch at a time; the credit belongs to the connection
-        self._changed = threading.Condition()
-        self._latest: PolicyVersion | None = None  # newest ever announced
+        self._news = News(lambda: self._connection.failure, self._coming)
         self._have: PolicyVersion | None = None
-        self._inbox: queue.SimpleQueue[Event | Exception] | None = None
+        self._inbox: queue.SimpleQueue[Event | _PartCame | Exception] | None = None
         self._pushed = PushSlot(push_bytes)
         hello = messages.Hello(role=messages.Role(role), peer_id=peer_id, run_id=run_id, session=uuid.uuid4().hex)
         self._connection = Connection(
@@ -120,26 +122,29 @@ class WeightSubscriber:
 
     def latest(self) -> PolicyVersion | None:
         """The newest version announced so far; survives reconnections."""
-        return self._latest
+        return self._news.latest
 
     def wait_newer(self, than: PolicyVersion | None, timeout_s: float) -> PolicyVersion | None:
         """Block until a version newer than this one is announced; None when the time is up. Raises `failure`."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.failure is not None or self._is_newer(than), timeout_s)
-            if self.failure is not None:
-                raise self.failure
-            return self._latest if self._is_newer(than) else None
+        return self._news.wait_newer(than, timeout_s)
+
+    def wait_coming(self, than: PolicyVersion | None, timeout_s: float) -> PolicyVersion | None:
+        """As `wait_newer`, but also one of which the first bytes have come, as a delta to what was fetched last: to be
+        fetched by `fetch_base`, which then applies it while it is still being made."""
+        return self._news.wait_coming(than, timeout_s)
 
     def fetch_base(self, version: PolicyVersion, base: BaseFile, timeout_s: float) -> Manifest:
         """Make `base` hold this version, the cheapest way from what it holds; at once where it does already.
 
-        Blocks; survives reconnections and restarts of the server. Raises WeightsSupersededError, WeightsTimeoutError,
-        WeightsCorruptError, ErgonError (the file cannot be written), ProtocolError (refused for good); `base.version`
-        says whether the former version is still there.
+        What of it comes ahead is applied as it comes; where the rest does not, and nobody has announced the version,
+        that is taken back, and the version counts as superseded. Blocks; survives reconnections and restarts of the
+        server. Raises WeightsSupersededError, WeightsTimeoutError, WeightsCorruptError,
+        ErgonError (the file cannot be written), ProtocolError (refused for good); `base.version` says whether the
+        former version is still there.
         """
         if base.version == version and base.manifest is not None:
             return base.manifest
-        return self._fetch(version, base, timeout_s)
+        return self._fetch(version, base, timeout_s, base.apply_ahead)
 
     def fetch_into(self, version: PolicyVersion, store: WeightStore, timeout_s: float) -> Manifest:
         """Make `store` hold and serve this version, and keep the delta it came as. Raises as `fetch_base` does, and
@@ -153,12 +158,17 @@ class WeightSubscriber:
 
     # --- the fetch, in the caller's thread --------------------------------------------------------------------------
 
-    def _fetch(self, version: PolicyVersion, sink: Sink, timeout_s: float) -> Manifest:
-        started = time.monotonic()
+    def _fetch(
+        self, version: PolicyVersion, sink: Sink, timeout_s: float, ahead: Callable[[Bytes], None] | None = None
+    ) -> Manifest:
+        deadline = time.monotonic() + timeout_s
         if not self._fetching.acquire(timeout=timeout_s):
             raise WeightsTimeoutError(f"another fetch was still running after {timeout_s:g} s")
         try:
             self._inbox = queue.SimpleQueue()
+            if ahead is not None and (version, sink.have) == self._pushed.coming():
+                self._take_ahead(version, ahead, deadline, timeout_s)
+            started = time.monotonic()
             fetch = Fetch(version, self._run_id, sink, self._credit, self._send, self._signers)
             fetch.start(self._pushed.take(version, sink.have))
             moved = time.monotonic()
@@ -167,7 +177,9 @@ class WeightSubscriber:
                     arrived = time.monotonic()
                     if (manifest := fetch.finish()) is not None:
                         break
-                event = self._next_event(version, started + timeout_s, timeout_s, moved + self._stall_s)
+                event = self._next_event(version, deadline, timeout_s, moved + self._stall_s)
+                if isinstance(event, _PartCame):
+                    continue
                 if not isinstance(event, Announced):  # these come all the time, whatever becomes of our requests
                     moved = time.monotonic()
                 fetch.handle(event)
@@ -179,16 +191,39 @@ class WeightSubscriber:
             raise
         finally:
             self._inbox = None
-            sink.abort()
-            self._have = sink.have
-            self._fetching.release()
+            try:
+                sink.abort()
+            finally:
+                self._have = sink.have
+                self._fetching.release()
         self._watch()  # the server may let go of what this peer no longer fetches
         metrics.fetched_versions.labels(metrics.kind(manifest.parent)).inc()
         metrics.transfer_seconds.observe(arrived - started)
         metrics.fetch_seconds.observe(time.monotonic() - started)
         return manifest
 
-    def _next_event(self, version: PolicyVersion, deadline: float, timeout_s: float, stalled_at: float) -> Event:
+    def _take_ahead(
+        self, version: PolicyVersion, ahead: Callable[[Bytes], None], deadline: float, timeout_s: float
+    ) -> None:
+        """Hand over what has come of the delta to this version, and what comes, until it is announced. Raises
+        WeightsSupersededError where it is not, and nothing comes any more: then nobody has it."""
+        num_bytes, usable, moved = 0, True, time.monotonic()
+        while self._news.latest is None or self._news.latest < version:
+            for part in self._pushed.parts(version, num_bytes):
+                if usable and part.start == num_bytes:
+                    num_bytes, moved = num_bytes + part.data.size, time.monotonic()
+                    try:
+                        ahead(part.data)
+                    except ProtocolError:  # whoever sent it is found out when the whole is verified
+                        usable = False
+            self._next_event(version, deadline, timeout_s, moved + self._stall_s)
+            if time.monotonic() - moved >= self._stall_s:
+                self._pushed.forget_parts()
+                raise WeightsSupersededError(version, self._news.latest or version)
+
+    def _next_event(
+        self, version: PolicyVersion, deadline: float, timeout_s: float, stalled_at: float
+    ) -> Event | _PartCame:
         assert self._inbox is not None
         try:
             event = self._inbox.get(timeout=max(min(deadline, stalled_at) - time.monotonic(), 0.0))
@@ -231,8 +266,11 @@ class WeightSubscriber:
                     self._on_seal()
         elif message.command == messages.PushPart.COMMAND:
             part = messages.read_part(message)
-            if self._pushed.put_part(part) and self._on_part is not None:
-                self._on_part(part)
+            if self._pushed.put_part(part):
+                self._news.stir()
+                self._post(_PartCame())
+                if self._on_part is not None:
+                    self._on_part(part)
         elif message.command == messages.Push.COMMAND:
             pushed = messages.read_push(message)
             delta = self._pushed.put(pushed)
@@ -243,11 +281,7 @@ class WeightSubscriber:
             self._post(message)
 
     def _on_newest(self, newest: PolicyVersion | None) -> None:
-        with self._changed:
-            newer = newest if newest is not None and (self._latest is None or newest > self._latest) else None
-            if newer is not None:
-                self._latest = newer
-                self._changed.notify_all()
+        newer = self._news.announce(newest)
         if newer is not None:
             metrics.announced_lineage.set(newer.lineage)
             metrics.announced_version.set(newer.version)
@@ -256,16 +290,21 @@ class WeightSubscriber:
         self._post(Announced(newest))
 
     def _on_failure(self, error: Exception) -> None:
-        with self._changed:
-            self._changed.notify_all()
+        self._news.stir()
         self._post(error)
         if self._on_failure_given is not None:
             self._on_failure_given(error)
 
-    def _post(self, event: Event | Exception) -> None:
+    def _post(self, event: Event | _PartCame | Exception) -> None:
         inbox = self._inbox
         if inbox is not None:
             inbox.put(event)
 
-    def _is_newer(self, than: PolicyVersion | None) -> bool:
-        return self._latest is not None and (than is None or self._latest > than)
+    def _coming(self) -> PolicyVersion | None:
+        version, parent = self._pushed.coming() or (None, None)
+        return version if version is not None and parent == self._have else None
+
+
+@dataclass(frozen=True, slots=True)
+class _PartCame:
+    """More of a delta that is still being made."""

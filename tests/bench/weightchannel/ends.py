@@ -127,21 +127,15 @@ def fetch(state: State, number: int) -> Arrived:
     subscriber: WeightSubscriber = state["subscriber"]
     base: BaseFile = state["base"]
     wanted = PolicyVersion(LINEAGE, number)
-    if subscriber.wait_newer(PolicyVersion(LINEAGE, number - 1) if number else None, PATIENCE_S) != wanted:
+    if subscriber.wait_coming(PolicyVersion(LINEAGE, number - 1) if number else None, PATIENCE_S) != wanted:
         raise RuntimeError(f"version {number} was never announced")
-    transfer_s, apply_s = total("ergon_weights_transfer_seconds_sum"), total("ergon_weights_apply_seconds_sum")
-    announced, cpu = time.monotonic(), time.process_time()
+    names = ["ergon_weights_fetch_seconds_sum", "ergon_weights_transfer_seconds_sum", "ergon_weights_apply_seconds_sum"]
+    before = [total(name) for name in names]
+    cpu = time.process_time()
     manifest = subscriber.fetch_base(wanted, base, PATIENCE_S)
-    at = time.monotonic()
-    return Arrived(
-        at,
-        at - announced,
-        time.process_time() - cpu,
-        total("ergon_weights_transfer_seconds_sum") - transfer_s,
-        total("ergon_weights_apply_seconds_sum") - apply_s,
-        manifest.payload_bytes,
-        manifest.parent is None,
-    )
+    at, cpu = time.monotonic(), time.process_time() - cpu
+    seconds, transfer_s, apply_s = (total(name) - was for name, was in zip(names, before, strict=True))
+    return Arrived(at, seconds, cpu, transfer_s, apply_s, manifest.payload_bytes, manifest.parent is None)
 
 
 def total(name: str) -> float:

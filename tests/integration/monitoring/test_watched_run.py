@@ -36,6 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 ALERT = "ErgonRestartLoop"
 RELAY_DEATHS = 3
+SCRAPE_S = 0.25
 
 
 class Webhook:
@@ -110,10 +111,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Watched,
     settings = load_settings(run_file, overrides)
     manager_port, webhook_port, prometheus_port, page_port = free_ports(4)
     webhook = Webhook(webhook_port)
-    kills = [Kill("relay", step, 1.5) for step in range(2, 2 + RELAY_DEATHS)]
+    # Without a relay there are two more steps, so each of them lives for a step at least, and is scraped in it.
+    kills = [Kill("relay", step, 0.2) for step in range(2, 2 + 3 * RELAY_DEATHS, 3)]
     with ExitStack() as stack:
         stack.enter_context(alertmanager(directory, manager_port, webhook_port))
-        config = configuration(settings, 1.0, f"127.0.0.1:{manager_port}")
+        config = configuration(settings, SCRAPE_S, f"127.0.0.1:{manager_port}")
         prometheus = stack.enter_context(Prometheus(config, directory / "prometheus", prometheus_port))
         page = stack.enter_context(Page(page_port, prometheus.url, settings.run.name))
         threading.Thread(target=page.serve_forever, daemon=True).start()

@@ -35,7 +35,7 @@ class ScriptedSubscriber(Subscriber):
         self.bases: set[BaseFile] = set()
         self.held: list[Manifest | None] = []  # what the base held when a fetch began
 
-    def wait_newer(self, than: PolicyVersion | None, timeout_s: float) -> PolicyVersion | None:
+    def wait_coming(self, than: PolicyVersion | None, timeout_s: float) -> PolicyVersion | None:
         self.asked_than.append(than)
         if self.newest is None or (than is not None and self.newest <= than):
             try:

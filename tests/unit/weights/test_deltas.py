@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from broker.protocol import delta_loops, delta_records, deltas, hashes
 from broker.protocol.delta_loops import ELEMENT, PASS, Piece, Planes, find
 from broker.protocol.delta_records import BLOCK_BYTES, Blocks, pack
-from broker.protocol.deltas import DeltaEncoder, apply_delta, fold
+from broker.protocol.deltas import DeltaEncoder, apply_delta, fold, undo_delta
 from broker.protocol.hashes import LEAF_BYTES, Following, Leaves
 from broker.protocol.weights import DTYPES, Bytes, digest, flat, lay_out
 from tests.unit.weights.delta_samples import NUM_BYTES, SPECS, applied, encode, itemsize_of, loops, read_records
@@ -56,6 +56,16 @@ def snapshots(draw: st.DrawFn, num: int) -> list[Bytes]:
 def test_any_two_versions_come_out_bit_identical(versions: list[Bytes]) -> None:
     old, new = versions
     assert np.array_equal(applied(encode(old, new), old), new)
+
+
+@given(snapshots(2))
+@settings(deadline=None)
+def test_what_was_applied_can_be_taken_back_to_the_bit(versions: list[Bytes]) -> None:
+    old, new = versions
+    payload, target = encode(old, new), old.copy()
+    apply_delta(payload, SPECS, target)
+    undo_delta(payload, SPECS, target)
+    assert np.array_equal(target, old)
 
 
 @given(snapshots(3), st.integers(0, NUM_BYTES - 1), st.integers(1, 255))
