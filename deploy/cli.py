@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ def build_parser() -> argparse.ArgumentParser:
     monitor.add_argument("--interval", type=float, default=5.0, metavar="SECONDS", help="between two scrapes")
     monitor.add_argument("--alertmanager", metavar="HOST:PORT", help="where alerts are sent to")
     monitor.set_defaults(act=_monitor)
+
+    report = commands.add_parser("report", help="one HTML page about a run: curves, outcomes, sample trajectories")
+    report.add_argument(
+        "--output", type=Path, metavar="FILE", help="not report.html in the run's folder; - for standard output"
+    )
+    report.set_defaults(act=_report)
+    view = commands.add_parser("view", help="browse the trajectories of a run, live or finished, on this machine")
+    view.add_argument("--port", type=int, default=9780, help="port of the page, on 127.0.0.1")
+    view.set_defaults(act=_view)
+    for parser_of_run in (report, view):
+        parser_of_run.add_argument("run", type=Path, help="the run's folder, for example runs/NAME, or its TOML")
+        parser_of_run.add_argument(
+            "--model", type=Path, metavar="DIRECTORY", help="where the tokenizer is, if not at the run's model.path"
+        )
 
     export = commands.add_parser("export", help="a run's weights as a Hugging Face directory")
     export.add_argument("run", type=Path, help="the run's folder, for example runs/NAME, finished or not")
@@ -190,6 +205,29 @@ def _run(arguments: argparse.Namespace) -> None:
 def _monitor(arguments: argparse.Namespace) -> None:
     settings = load_settings(arguments.file, arguments.set)
     watch.monitor(settings, arguments.port, arguments.interval, install_stop().wait, arguments.alertmanager)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    _check_packages("jinja2", "svg", "tokenizers")
+    from deploy.report.page import make_report, write_report
+
+    if str(arguments.output) == "-":
+        print(make_report(arguments.run, arguments.model)[1])
+    else:
+        print(write_report(arguments.run, arguments.output, arguments.model))
+
+
+def _view(arguments: argparse.Namespace) -> None:
+    _check_packages("jinja2", "svg", "tokenizers")
+    from deploy.report.view import view
+
+    view(arguments.run, arguments.port, arguments.model, install_stop().wait)
+
+
+def _check_packages(*packages: str) -> None:
+    """Raise ErgonError where one that pages are made with is missing."""
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise ErgonError(f"the Python packages {', '.join(missing)} are missing; pip install 'ergon[report]'")
 
 
 def _export(arguments: argparse.Namespace) -> None:
