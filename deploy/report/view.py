@@ -40,13 +40,13 @@ class Follower(threading.Thread):
     def __init__(self, index: Index, transcriber: Transcriber) -> None:
         super().__init__(name="follower", daemon=True)
         self._index, self._transcriber = index, transcriber
-        self._stop, self._wake, self._searched = threading.Event(), threading.Event(), threading.Event()
+        self._ended, self._wake, self._searched = threading.Event(), threading.Event(), threading.Event()
         self._caught_up = threading.Event()
         self.problem = ""
 
     def run(self) -> None:
         """Until stopped."""
-        while not self._stop.is_set():
+        while not self._ended.is_set():
             self._index.refresh()
             if self._searched.is_set() and not self.problem:
                 self._read_texts()
@@ -62,13 +62,13 @@ class Follower(threading.Thread):
 
     def stop(self) -> None:
         """End."""
-        self._stop.set()
+        self._ended.set()
         self._wake.set()
         self.join()
 
     def _read_texts(self) -> None:
         try:
-            while not self._stop.is_set() and (some := self._index.without_text()):
+            while not self._ended.is_set() and (some := self._index.without_text()):
                 texts = self._transcriber.texts([kept.trajectory for kept in some])
                 names = [kept.trajectory.ticket.ticket_id for kept in some]
                 self._index.add_texts(dict(zip(names, texts, strict=True)))

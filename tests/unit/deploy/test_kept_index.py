@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.protocol.kept import FOLDER, file_name
+from broker.protocol.kept import FOLDER, Kept, KeptFacts, file_name, pack_kept
 from broker.protocol.trajectory import Mode, Outcome, PolicyVersion
 from deploy.report.kept import Filter, Index
 from learner.kept import Keeper
@@ -25,7 +25,7 @@ def test_it_follows_a_file_that_is_being_written(tmp_path: Path) -> None:
     assert (index.refresh(), index.count()) == (1, 1)
     keeper.keep(episode(1), "stale")
     with (tmp_path / FOLDER / file_name(1, 0)).open("ab") as file:
-        file.write(b"\x95half a record")
+        file.write(pack_kept(Kept(KeptFacts(step=1, lineage=1, version=1, fate="trained"), episode(2)))[:-3])
     assert (index.refresh(), index.count()) == (1, 2)
     assert index.num_damaged == 0
     row = index.find("made/train/0/1")

