@@ -83,7 +83,7 @@ class Reader:
             content = text[heading.end() : content_end]
             role = self._format.role(heading["role"], content)
             parts = self._parts(content) if role == "assistant" else [("text", content)]
-            said.append(Said(role, *firsts[number : number + 2], tuple(_placed(parts, heading.end()))))
+            said.append(Said(role, firsts[number], firsts[number + 1], tuple(_placed(parts, heading.end()))))
         return Reading(tuple(pieces), tuple(said))
 
     def _shown(self, token_id: int, sampled: bool, piece: str) -> str:

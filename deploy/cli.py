@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from deploy import broker_admin, cluster, environments
 from deploy.export import export_run
 from deploy.monitoring import monitor as watch
 from deploy.play import play_in_terminal
+from deploy.report import check_packages
 from deploy.rollout import Record, Rollout, as_table, policy_maker, roll_out, write_records
 from deploy.run import run_local
 from envs.interface import Environment
@@ -208,7 +208,7 @@ def _monitor(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    _check_packages("jinja2", "svg", "tokenizers")
+    check_packages()
     from deploy.report.page import make_report, write_report
 
     if str(arguments.output) == "-":
@@ -218,16 +218,10 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _view(arguments: argparse.Namespace) -> None:
-    _check_packages("jinja2", "svg", "tokenizers")
+    check_packages()
     from deploy.report.view import view
 
     view(arguments.run, arguments.port, arguments.model, install_stop().wait)
-
-
-def _check_packages(*packages: str) -> None:
-    """Raise ErgonError where one that pages are made with is missing."""
-    if missing := [package for package in packages if find_spec(package) is None]:
-        raise ErgonError(f"the Python packages {', '.join(missing)} are missing; pip install 'ergon[report]'")
 
 
 def _export(arguments: argparse.Namespace) -> None:

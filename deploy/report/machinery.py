@@ -6,19 +6,8 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from deploy.report.charts import Axis, Line
-from deploy.report.content import (
-    Cell,
-    Section,
-    Table,
-    bar_figure,
-    line_figure,
-    number,
-    of_steps,
-    percent,
-    seconds,
-    size,
-)
+from deploy.report.charts import Axis, Line, number
+from deploy.report.content import Cell, Section, Table, bar_figure, line_figure, of_steps, percent, seconds, size
 from deploy.report.run import Record, Run
 
 _STEP = "reinforcement-learning step"

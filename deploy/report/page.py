@@ -22,7 +22,7 @@ from broker.process.lifecycle import ErgonError
 from broker.protocol.kept import Kept
 from deploy.report import machinery, sections
 from deploy.report.charts import NUM_STYLES, number
-from deploy.report.content import seconds
+from deploy.report.content import Section, seconds
 from deploy.report.kept import Filter, Index, Row
 from deploy.report.run import Run, read_run
 from deploy.report.transcripts import Message, Transcriber
@@ -104,7 +104,7 @@ class Pages:
         )
 
 
-def all_sections(run: Run) -> list[Any]:
+def all_sections(run: Run) -> list[Section]:
     """The report's sections, in their order, but for the trajectories."""
     makers = (
         sections.what_it_was,

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.report.charts import Axis, Line
-from deploy.report.content import Section, Table, line_figure, number, of_steps, percent, seconds
+from deploy.report.charts import Axis, Line, number
+from deploy.report.content import Figure, Section, Table, line_figure, of_steps, percent, seconds
 from deploy.report.run import Record, Run, changed_settings
 
 STYLES = {"sampled": "at the training temperature", "greedy": "greedy"}
@@ -204,7 +204,7 @@ def _nested(steps: Sequence[Record], key: str, name: str, inner: str) -> Iterato
             yield step["step"], value[inner] if inner else value
 
 
-def _budget_figures(curves: Mapping[str, Sequence[Record]], per: str) -> Iterator[Any]:
+def _budget_figures(curves: Mapping[str, Sequence[Record]], per: str) -> Iterator[Figure]:
     order = list(dict.fromkeys(point["budget"] for curve in curves.values() for point in curve))
     across = Axis(f"thinking budget, tokens per {per}", names={float(i): str(each) for i, each in enumerate(order)})
     for key, title, unit in (

@@ -6,6 +6,7 @@ author each, and the list of its tokens. Knows no chat format.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import subprocess
 import sys
@@ -196,27 +197,16 @@ def _pieces(
     spans: Sequence[tuple[str, int, int]], tokens: Sequence[Token], ends: Sequence[int], text: str
 ) -> Iterator[Piece]:
     """Spans, cut where the version changes. A character belongs to the token that completes it."""
-    cuts = [(ends[token.place], token.version) for token in tokens]
+    shown = [token for token in tokens if token.text]
+    stops = [ends[token.place] for token in shown]
     last = ""
     for kind, start, end in spans:
-        for version, group in itertools.groupby(
-            ((max(start, before), min(end, upto), version) for before, (upto, version) in _from(cuts, start)),
-            key=lambda part: part[2],
-        ):
-            parts = [part for part in group if part[0] < part[1]]
-            if parts:
-                changed = bool(version and last and version != last)
-                yield Piece(kind, text[parts[0][0] : parts[-1][1]], version, changed)
-                last = version or last
-
-
-def _from(cuts: Sequence[tuple[int, str]], start: int) -> Iterator[tuple[int, tuple[int, str]]]:
-    """Each token's end and version with where it begins; those before `start` left out."""
-    before = 0
-    for cut in cuts:
-        if cut[0] > start:
-            yield before, cut
-        before = cut[0]
+        first, after = bisect.bisect_right(stops, start), bisect.bisect_left(stops, end) + 1
+        for version, group in itertools.groupby(range(first, min(after, len(stops))), lambda i: shown[i].version):
+            own = list(group)
+            piece = text[max(start, stops[own[0]] - len(shown[own[0]].text)) : min(end, stops[own[-1]])]
+            yield Piece(kind, piece, version, begins_version=bool(version and last and version != last))
+            last = version or last
 
 
 def _ids(segment: Segment) -> bytes:
