@@ -15,9 +15,10 @@ from xml.sax.saxutils import escape
 import svg
 
 NUM_STYLES: Final = 8  # colours and dashes in style.css; the ninth line looks like the first
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 250, 56, 12, 10, 40
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 250, 64, 12, 10, 40
 _ROW_H, _NAMES_W = 26, 150
 _LETTER_W = 6.2
+_ASIDE = 3.0
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
@@ -70,10 +71,11 @@ def lines(title: str, drawn: Sequence[Line], across: Axis, up: Axis) -> str:
     rows = ticks(low, high)
     frame = _Frame((min(xs), max(xs)), (rows[0], rows[-1]))
     elements = frame.rows(rows, up.name) + frame.columns(across, xs)
+    dodges = any(each.intervals for each in drawn)  # or intervals of two lines would lie on each other
     for place, each in enumerate(drawn):
-        style = f"s{place % NUM_STYLES}"
-        elements += [frame.whisker(*interval, style) for interval in each.intervals]
-        points = [frame.at(x, y) for x, y in each.points]
+        style, aside = f"s{place % NUM_STYLES}", (place - (len(drawn) - 1) / 2) * _ASIDE if dodges else 0.0
+        elements += [frame.whisker(*interval, style, aside) for interval in each.intervals]
+        points = [(round(x + aside, 1), y) for x, y in (frame.at(*point) for point in each.points)]
         elements.append(svg.Polyline(points=[svg.Point(*point) for point in points], class_=["line", style]))
         if len(points) <= 40:
             elements += [svg.Circle(cx=x, cy=y, r=2.6, class_=["dot", style]) for x, y in points]
@@ -140,9 +142,10 @@ class _Frame:
         elements.append(svg.Text(x=middle, y=_HEIGHT - 6, text=escape(axis.name), text_anchor="middle"))
         return elements
 
-    def whisker(self, x: float, low: float, high: float, style: str) -> svg.Element:
-        """An interval."""
+    def whisker(self, x: float, low: float, high: float, style: str, aside: float) -> svg.Element:
+        """An interval, a little aside."""
         (at, bottom), (_, top) = self.at(x, low), self.at(x, high)
+        at = round(at + aside, 1)
         return svg.Line(x1=at, y1=bottom, x2=at, y2=top, class_=["interval", style])
 
 

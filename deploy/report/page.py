@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from broker.process.lifecycle import ErgonError
 from broker.protocol.kept import Kept
@@ -46,9 +46,16 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"number": number, "seconds": seconds, "moment": _moment, "drawn": Markup}
+    made.filters |= {"number": number, "seconds": seconds, "moment": _moment, "drawn": Markup, "prose": _prose}
     made.globals |= {"style": Markup(STYLE), "policy": CONTENT_POLICY, "num_styles": NUM_STYLES}
     return made
+
+
+def _prose(sentence: str) -> Markup:
+    """A sentence in which `this` is code."""
+    parts = sentence.split("`")
+    marked = [Markup("<code>{}</code>").format(part) if place % 2 else escape(part) for place, part in enumerate(parts)]
+    return Markup("").join(marked)
 
 
 def _moment(unix: float) -> str:

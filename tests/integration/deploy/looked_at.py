@@ -48,7 +48,7 @@ class Looker:
     def _on_event(self, method: str, event: Mapping[str, Any]) -> None:
         if method == "Log.entryAdded":
             self.said.append(f"{event['entry']['level']}: {event['entry']['text']}")
-        elif method in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Audits.issueAdded"):
+        elif method in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
             self.said.append(f"{method}: {event}")
 
     async def go(self, target: str) -> None:
@@ -84,7 +84,7 @@ async def looking(site: Forwarded) -> AsyncIterator[Looker]:
         page.serve(site)
         found = await chromium.connection.send("Target.attachToTarget", targetId=page._target, flatten=True)
         looker = Looker(chromium, page, found["sessionId"])
-        for method in ("Runtime.enable", "Log.enable", "Audits.enable"):
+        for method in ("Runtime.enable", "Log.enable"):
             await chromium.connection.send(method, found["sessionId"])
         yield looker
     finally:
