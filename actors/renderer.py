@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from actors.formats.base import Control, Format, Piece
 from actors.formats.choice import Speaker, check_tokens, choose_format, read_speaker
@@ -36,6 +37,7 @@ class Renderer:
         self.chat_format = chat_format or Tagged()
         self._tokenizer = tokenizer
         self._added = _added_tokens(tokenizer)
+        self._added_names = {token_id: name for name, token_id in self._added.items()}
         check_tokens(self.chat_format, Speaker(name, frozenset(self._added)))
         self._literal = _literal(tokenizer)
         self._check_text(name)
@@ -95,6 +97,18 @@ class Renderer:
     def decode(self, ids: Sequence[int]) -> str:
         """The exact text of these tokens, special ones included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text: nothing where it is only the beginning of a character, which the next one
+        completes; together they are the text."""
+        stream = DecodeStream(skip_special_tokens=False)
+        pieces = [stream.step(self._tokenizer, token_id) or "" for token_id in ids]
+        rest = self.decode(ids)[sum(map(len, pieces)) :]  # a character that was never completed
+        return [*pieces[:-1], pieces[-1] + rest] if pieces else []
+
+    def control(self, token_id: int) -> str:
+        """The name of a special or added token, which text never becomes; empty for the others."""
+        return self._added_names.get(token_id, "")
 
     def parse(self, text: str, tools: Sequence[Tool]) -> Action:
         """The action that a turn's text says, its calls checked against the tools."""

@@ -15,6 +15,7 @@ from deploy import broker_admin, cluster, environments
 from deploy.export import export_run
 from deploy.monitoring import monitor as watch
 from deploy.play import play_in_terminal
+from deploy.report import check_packages
 from deploy.rollout import Record, Rollout, as_table, policy_maker, roll_out, write_records
 from deploy.run import run_local
 from envs.interface import Environment
@@ -44,6 +45,20 @@ def build_parser() -> argparse.ArgumentParser:
     monitor.add_argument("--interval", type=float, default=5.0, metavar="SECONDS", help="between two scrapes")
     monitor.add_argument("--alertmanager", metavar="HOST:PORT", help="where alerts are sent to")
     monitor.set_defaults(act=_monitor)
+
+    report = commands.add_parser("report", help="one HTML page about a run: curves, outcomes, sample trajectories")
+    report.add_argument(
+        "--output", type=Path, metavar="FILE", help="not report.html in the run's folder; - for standard output"
+    )
+    report.set_defaults(act=_report)
+    view = commands.add_parser("view", help="browse the trajectories of a run, live or finished, on this machine")
+    view.add_argument("--port", type=int, default=9780, help="port of the page, on 127.0.0.1")
+    view.set_defaults(act=_view)
+    for parser_of_run in (report, view):
+        parser_of_run.add_argument("run", type=Path, help="the run's folder, for example runs/NAME, or its TOML")
+        parser_of_run.add_argument(
+            "--model", type=Path, metavar="DIRECTORY", help="where the tokenizer is, if not at the run's model.path"
+        )
 
     export = commands.add_parser("export", help="a run's weights as a Hugging Face directory")
     export.add_argument("run", type=Path, help="the run's folder, for example runs/NAME, finished or not")
@@ -190,6 +205,23 @@ def _run(arguments: argparse.Namespace) -> None:
 def _monitor(arguments: argparse.Namespace) -> None:
     settings = load_settings(arguments.file, arguments.set)
     watch.monitor(settings, arguments.port, arguments.interval, install_stop().wait, arguments.alertmanager)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    check_packages()
+    from deploy.report.page import make_report, write_report
+
+    if str(arguments.output) == "-":
+        print(make_report(arguments.run, arguments.model)[1])
+    else:
+        print(write_report(arguments.run, arguments.output, arguments.model))
+
+
+def _view(arguments: argparse.Namespace) -> None:
+    check_packages()
+    from deploy.report.view import view
+
+    view(arguments.run, arguments.port, arguments.model, install_stop().wait)
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -20,7 +20,8 @@ from rich.text import Text
 
 from broker.process.settings import Settings
 from deploy.local import Child
-from deploy.scrape import JsonLines, Scraper
+from deploy.scrape import JsonLines, Samples, Scraper
+from deploy.tally import FILE, Tally
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class View:
     def __init__(self, settings: Settings, started_at: float, plain: bool) -> None:
         self._name = settings.run.name
         self._records = JsonLines(settings.run_dir / "metrics.jsonl")
-        self._scraper = Scraper(settings)
+        self._tally = Tally(settings.run_dir / FILE)
+        self._scraper = Scraper(settings, self._count)
         self._live = None if plain else Live(console=Console(stderr=True), refresh_per_second=2, transient=False)
         self._next_line = 0.0
         self.progress = Progress(settings.learner.num_steps, started_at)
@@ -106,6 +108,11 @@ class View:
         elif fresh or now >= self._next_line:
             self._next_line = now + PLAIN_INTERVAL_S
             logger.info(line(progress, now))
+
+    def _count(self, samples: Mapping[str, Samples]) -> None:
+        for process, of_process in samples.items():
+            self._tally.add(process, of_process)
+        self._tally.write()
 
     def _read_records(self) -> bool:
         records = self._records.read()

@@ -50,6 +50,7 @@ def run_local(settings: Settings, new: bool = False, plain: bool = False) -> Non
         finished = supervisor.run(stop.is_set, lambda: view.update(supervisor.children))
     if not finished:
         raise ErgonError(f"stopped before the end; the same command continues the run in {settings.run_dir}")
+    logger.info("finished; to look at it: ergon report %s, ergon view %s", settings.run_dir, settings.run_dir)
     print(json.dumps(finish(settings, started_at, supervisor)))  # noqa: T201  the command's result
 
 

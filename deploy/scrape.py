@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ Samples = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 class Scraper:
     """The newest samples of every process, and the rates of counters between scrapes."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, on_scrape: Callable[[Mapping[str, Samples]], None] | None = None) -> None:
+        """on_scrape: called in the scraping thread with the samples of the processes that have answered."""
+        self._on_scrape = on_scrape
         metrics = settings.metrics
         ports = {"broker": metrics.broker_port, "relay": metrics.relay_port, "learner": metrics.learner_port}
         ports |= {f"actor-{index}": metrics.actor_port + index for index in range(settings.actor.count)}
@@ -80,6 +82,8 @@ class Scraper:
         fresh = {name: samples for name, url in self._urls.items() if (samples := scrape(url)) is not None}
         with self._lock:
             self._samples = dict(fresh)
+        if self._on_scrape is not None:
+            self._on_scrape(fresh)
 
 
 def scrape(url: str) -> Samples | None:

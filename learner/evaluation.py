@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from broker.process.thinking_settings import UNLIMITED, Budget
 from broker.protocol.trajectory import Trajectory
+from learner.intervals import interval95
 from learner.thinking import Result, describe
 from learner.tickets import BUDGET_MARK, EvalStyle
 
@@ -79,6 +81,29 @@ class Evaluation:
             if result.env:
                 by_env.setdefault(result.env, []).append(result.reward)
         return {env: float(np.mean(values)) for env, values in sorted(by_env.items())}
+
+    def intervals(self, style: str, by: Literal["", "kind", "env"] = "") -> dict[str, list[float] | None]:
+        """95 % intervals of the mean reward: of each kind or environment, or, under "", of all results.
+
+        What varies are the tasks: where there are budgets, a task's results are taken together first.
+        """
+        found: dict[str, dict[int, list[float]]] = {}
+        for key, result in self._results[style].items():
+            of_task = found.setdefault(str(getattr(result, by)) if by else "", {})
+            of_task.setdefault(key // len(self.budgets), []).append(result.reward)
+        return {
+            name: interval95([sum(rewards) / len(rewards) for rewards in tasks.values()])
+            for name, tasks in sorted(found.items())
+        }
+
+    def outcomes(self) -> dict[str, dict[str, int]]:
+        """How many episodes ended how, by environment, of both styles."""
+        found: dict[str, Counter[str]] = {}
+        for results in self._results.values():
+            for result in results.values():
+                if result.outcome:  # not kept by checkpoints of earlier releases
+                    found.setdefault(result.env, Counter())[result.outcome] += 1
+        return {env: dict(counts) for env, counts in sorted(found.items())}
 
     def curve(self, style: str) -> list[dict[str, Any]]:
         """What the episodes with each budget did, in the order of the budgets; those without a result are left out."""

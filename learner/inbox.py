@@ -26,7 +26,8 @@ class StoppedError(Exception):
 
 
 class Inbox:
-    """Receives and routes. `on_evaluation` is told of each evaluation that becomes complete."""
+    """Receives and routes. `on_evaluation` is told of each evaluation that becomes complete; `keep` is handed what is
+    not for the batcher, with its fate and evaluation."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Inbox:
         batcher: Batcher,
         stop: threading.Event,
         on_evaluation: Callable[[Evaluation], None],
+        keep: Callable[[Trajectory, str, str], None],
     ) -> None:
         self._client = client
         self._settings = settings
@@ -43,6 +45,7 @@ class Inbox:
         self._batcher = batcher
         self._stop = stop
         self._on_evaluation = on_evaluation
+        self._keep = keep
         self._references: dict[str, Trajectory | DeadLetter] = {}
         self._eval_ids: dict[str, list[str]] = {}
 
@@ -87,6 +90,8 @@ class Inbox:
         else:
             ticket_id = item.ticket_id if isinstance(item, DeadLetter) else item.ticket.ticket_id
             self._references[ticket_id] = item
+            if not isinstance(item, DeadLetter):
+                self._keep(item, "reference", "")
         return True
 
     def _train(self, item: Trajectory | DeadLetter) -> None:
@@ -107,6 +112,7 @@ class Inbox:
             evaluation.add_dead(style, number, budget)
         else:
             evaluation.add(style, number, item)
+            self._keep(item, "evaluated", f"{phase}/{style}")
         if evaluation.complete:
             # Complete results are in the next checkpoint, so that is when their tickets may be acknowledged.
             self._state.unacked.extend(self._eval_ids.pop(phase))

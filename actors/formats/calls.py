@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from envs.interface import Tool, ToolCall
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+TAGGED = re.compile(f"{OPEN}.*?{CLOSE}", re.DOTALL)
 MAX_SHOWN = 40  # characters of the policy's own text in a reason
 _SPACE = re.compile(r"[ \t\r\n]*")
 

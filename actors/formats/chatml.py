@@ -9,9 +9,10 @@ is added where the task brings none, but for the tools.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from actors.formats.base import Control, Format, Piece
+from actors.formats.base import MARK, Control, Format, Piece, marked
 from envs.interface import Message, Tool
 
 START, END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -21,6 +22,7 @@ class ChatMl(Format):
     """The layout; its subclasses say what they tell of tools and how calls are written."""
 
     required = (START, END)
+    heading = re.compile(f"{marked(START)}(?P<role>[^\n{MARK}]*)\n?")
 
     def open(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[Piece]:
         """See Format."""

@@ -11,6 +11,7 @@ from actors.formats.base import END_THINK, THINK, Piece
 from actors.formats.calls import (
     CLOSE,
     OPEN,
+    TAGGED,
     begin_tagged,
     dump,
     prose_around_tagged,
@@ -27,6 +28,7 @@ class ChatMlJson(ChatMl):
     """ChatML whose calls are JSON in `<tool_call>`, for models whose own template knows no tools."""
 
     name = "chatml_json"
+    call = TAGGED
     stop = (END, END_OF_TEXT)
     markup = (THINK, END_THINK, OPEN, CLOSE)
 

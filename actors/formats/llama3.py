@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from actors.formats.base import END_THINK, THINK, Control, Format, Piece
+from actors.formats.base import END_THINK, MARK, THINK, Control, Format, Piece, marked
 from actors.formats.calls import (
     MalformedError,
     begin_json,
@@ -47,6 +47,8 @@ class Llama3(Format):
     """The format of Llama 3.1 and 3.2."""
 
     name = "llama3"
+    heading = re.compile(f"{marked(HEADER)}(?P<role>[^{MARK}]*){marked(END_HEADER)}(?:\n\n)?")
+    call = re.compile(rf"\A\s*(?:{re.escape(PYTHON)}.*|\{{.*\"name\".*)\Z", re.DOTALL)
     required = (BEGIN, HEADER, END_HEADER, END_OF_TURN)
     stop = (END_OF_TURN, END_OF_MESSAGE, END_OF_TEXT)
     markup = (THINK, END_THINK, PYTHON)
@@ -79,6 +81,10 @@ class Llama3(Format):
             return [dump(message.content)]
         text = message.content.strip()
         return self.voice(text) if message.role == "assistant" else [text]
+
+    def role(self, heading: str, content: str) -> str:
+        """See Format."""
+        return "tool" if heading == "ipython" else super().role(heading, content)
 
     def read_calls(self, text: str, tools: Sequence[Tool]) -> list[ToolCall]:
         """See Format."""

@@ -9,10 +9,11 @@ turn has no more tokens. Roles are text here, so what a message says can look li
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from actors.formats.base import Control, Format, Piece
-from actors.formats.calls import begin_tagged, prose_around_tagged, quote_tagged, read_tagged, write_tagged
+from actors.formats.base import MARK, Control, Format, Piece
+from actors.formats.calls import TAGGED, begin_tagged, prose_around_tagged, quote_tagged, read_tagged, write_tagged
 from actors.formats.chatml import take_system
 from actors.formats.chatml_json import describe_tools
 from envs.interface import Message, Tool, ToolCall
@@ -22,6 +23,8 @@ class Plain(Format):
     """Headings and an end-of-text token."""
 
     name = "plain"
+    call = TAGGED
+    heading = re.compile(rf"(?:\A(?:{MARK}[^>]*>)*|(?<=\n\n))(?P<role>System|User|Tool|Assistant):\n")
 
     def __init__(self, end: str, begin: Sequence[str] = ()) -> None:
         """end: the token that ends a turn. begin: what the model expects before everything else."""

@@ -14,6 +14,7 @@ from actors.formats.base import END_THINK, THINK, Control, Piece
 from actors.formats.calls import (
     CLOSE,
     OPEN,
+    TAGGED,
     begin_tagged,
     dump,
     prose_around_tagged,
@@ -32,6 +33,7 @@ class Qwen3(ChatMl):
     """The format of Qwen3, and of Qwen2.5 with a system message."""
 
     name = "qwen3"
+    call = TAGGED
     stop = (END, END_OF_TEXT)
     markup = (THINK, END_THINK, OPEN, CLOSE)
 
@@ -68,6 +70,10 @@ class Qwen3(ChatMl):
             else message
             for number, message in enumerate(messages)
         ]
+
+    def role(self, heading: str, content: str) -> str:
+        """See Format."""
+        return "tool" if content.startswith(RESPONSE) else super().role(heading, content)
 
     def read_calls(self, text: str, tools: Sequence[Tool]) -> list[ToolCall]:
         """See Format."""

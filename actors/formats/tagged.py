@@ -24,6 +24,7 @@ class Tagged(ChatMl):
     """ChatML whose calls are `<tool>NAME TEXT</tool>`."""
 
     name = "tagged"
+    call = _WHOLE_CALL
     stop = (END,)
 
     def read_calls(self, text: str, tools: Sequence[Tool]) -> list[ToolCall]:

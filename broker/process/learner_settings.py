@@ -147,6 +147,10 @@ class LearnerSection(Section):
     record: Literal["none", "passed", "all"] = "none"
     """Training episodes that are also written to `recorded` in the run's folder, for later warm starts: those with at
     least `eval.pass_reward`, or all that count."""
+    keep_trajectories_mb: int = Field(default=64, ge=0)
+    """MiB of trajectories kept in `trajectories` of the run's folder, for `ergon report` and `ergon view`: of training,
+    evaluations and demonstrations. Beyond it whole groups are left out, at random and evenly over the run; the newest
+    quarter is complete. One larger than a sixteenth of it is not kept. 0: none."""
     lora: LoraSection = LoraSection()
     loss: LossSection = LossSection()
     warm_start: WarmStartSection = WarmStartSection()

@@ -15,18 +15,18 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
 from broker.process.lifecycle import ErgonError
 from broker.process.settings import Settings
+from deploy.loopback import HOST, LoopbackServer, Reply, plain
 
 logger = logging.getLogger(__name__)
 
 HERE: Final = Path(__file__).parent
-HOST: Final = "127.0.0.1"
 READY_S: Final = 60.0  # for Prometheus to replay what an earlier one wrote
+_JSON: Final = "application/json"
 _PASSED_ON: Final = ("/api/v1/query", "/api/v1/query_range", "/api/v1/alerts", "/api/v1/label/", "/api/v1/series")
 
 
@@ -114,54 +114,33 @@ class Prometheus:
         raise ErgonError(f"prometheus was not ready after {READY_S:g} s; its log is {log}")
 
 
-class Page(ThreadingHTTPServer):
+class Page(LoopbackServer):
     """Serves page.html and the dashboards, and passes queries on to Prometheus; nothing else of it can be reached."""
-
-    daemon_threads = True
 
     def __init__(self, port: int, prometheus_url: str, run: str) -> None:
         boards = [json.loads(path.read_text("utf-8")) for path in sorted((HERE / "dashboards").glob("*.json"))]
         self.content = {
-            "/": ("text/html; charset=utf-8", (HERE / "page.html").read_bytes()),
-            "/dashboards.json": ("application/json", json.dumps({"run": run, "dashboards": boards}).encode()),
+            "/": Reply(200, "text/html; charset=utf-8", (HERE / "page.html").read_bytes()),
+            "/dashboards.json": Reply(200, _JSON, json.dumps({"run": run, "dashboards": boards}).encode()),
         }
         self.prometheus_url = prometheus_url
+        super().__init__(port)
+
+    def reply(self, path: str) -> Reply:
+        """See LoopbackServer."""
+        name = path.split("?", 1)[0]
+        if name in self.content:
+            return self.content[name]
+        return self._passed_on(path) if name.startswith(_PASSED_ON) else plain(404, "not found")
+
+    def _passed_on(self, path: str) -> Reply:
         try:
-            super().__init__((HOST, port), _Handler)
-        except OSError as error:
-            raise ErgonError(f"{HOST}:{port} cannot be bound ({error.strerror}); choose another --port") from error
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Page
-
-    def do_GET(self) -> None:
-        path = self.path.split("?", 1)[0]
-        if path in self.server.content:
-            self._reply(200, *self.server.content[path])
-        elif path.startswith(_PASSED_ON):
-            self._pass_on()
-        else:
-            self._reply(404, "text/plain", b"not found\n")
-
-    def _pass_on(self) -> None:
-        try:
-            with urllib.request.urlopen(self.server.prometheus_url + self.path, timeout=30) as reply:
-                self._reply(reply.status, "application/json", reply.read())
+            with urllib.request.urlopen(self.prometheus_url + path, timeout=30) as reply:
+                return Reply(reply.status, _JSON, reply.read())
         except urllib.error.HTTPError as error:
-            self._reply(error.code, "application/json", error.read())
+            return Reply(error.code, _JSON, error.read())
         except OSError as error:
-            self._reply(502, "text/plain", f"prometheus does not answer: {error}\n".encode())
-
-    def _reply(self, status: int, content_type: str, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base class names it so
-        """Queries are not worth a log line each."""
+            return plain(502, f"prometheus does not answer: {error}")
 
 
 def monitor(

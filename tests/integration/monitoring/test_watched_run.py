@@ -26,7 +26,7 @@ from broker.process.config import load_settings
 from deploy.monitoring.dashboards import HERE, load
 from deploy.monitoring.monitor import Page, Prometheus, configuration, program
 from tests.chaos.kill_each import Kill, run_with_kills
-from tests.integration.deploy.test_whole_run import RUN
+from tests.integration.deploy.runs import RUN
 from tests.ports import free_ports, port_overrides
 from tests.tiny_model import make_tiny_model
 

@@ -126,7 +126,7 @@ def test_a_mixture_is_summarised_by_environment() -> None:
     kept = json.loads(json.dumps(evaluations["after"].to_state()))
     assert Evaluation.from_state("after", kept).mean_by_env("sampled") == {"reason": 1.0, "shop": 0.5}
     for row in kept["results"]["sampled"].values():  # as a checkpoint of before has it
-        row.pop()
+        del row[5:]
     assert Evaluation.from_state("after", kept).mean_by_env("sampled") == {}
 
 
