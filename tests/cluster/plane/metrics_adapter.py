@@ -1,0 +1,158 @@
+"""What stands between Prometheus and the autoscaler in a cluster, small: a Prometheus that watches pods, and an adapter.
+
+`prometheus_config` is what the operator of Prometheus makes of the chart's PodMonitor. `Adapter` serves external metrics
+(external.metrics.k8s.io/v1beta1) behind the apiserver's aggregation: METRIC is `run:METRIC:count` of the recording rules,
+for the namespace and the run that the autoscaler names.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qs, quote, urlsplit
+
+from kubernetes import client
+
+from tests.cluster.plane.control import HOST, ControlPlane
+
+GROUP: Final = "external.metrics.k8s.io"
+RULES: Final = Path(__file__).parents[3] / "deploy" / "monitoring" / "rules" / "recording.yml"
+
+
+def prometheus_config(monitor: Mapping[str, Any], kubeconfig: Path, namespace: str, interval_s: int) -> dict[str, Any]:
+    """Prometheus' configuration for a PodMonitor in this namespace, read by the API that `kubeconfig` names."""
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    keep = [
+        {"source_labels": ["__meta_kubernetes_pod_phase"], "regex": "Running", "action": "keep"},
+        {
+            "source_labels": ["__meta_kubernetes_pod_container_port_name"],
+            "regex": endpoint["port"],
+            "action": "keep",
+        },
+        {"source_labels": ["__meta_kubernetes_namespace"], "target_label": "namespace"},
+    ]
+    for name, value in monitor["spec"]["selector"]["matchLabels"].items():
+        label = "__meta_kubernetes_pod_label_" + "".join(c if c.isalnum() else "_" for c in name)
+        keep.append({"source_labels": [label], "regex": value, "action": "keep"})
+    words = {"sourceLabels": "source_labels", "targetLabel": "target_label"}
+    relabelings = [{words.get(key, key): value for key, value in each.items()} for each in endpoint["relabelings"]]
+    interval = f"{interval_s}s"
+    discovery = {"role": "pod", "kubeconfig_file": str(kubeconfig), "namespaces": {"names": [namespace]}}
+    return {
+        "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval},
+        "rule_files": [str(RULES)],
+        "scrape_configs": [
+            {"job_name": "pods", "kubernetes_sd_configs": [discovery], "relabel_configs": [*keep, *relabelings]}
+        ],
+    }
+
+
+class Adapter(ThreadingHTTPServer):
+    """Serves what Prometheus at `prometheus_url` knows; a context manager. Registers itself at the apiserver."""
+
+    daemon_threads = True
+
+    def __init__(self, plane: ControlPlane, prometheus_url: str) -> None:
+        super().__init__((HOST, 0), _Handler)
+        self.prometheus_url = prometheus_url
+        self.answers: list[tuple[float, float]] = []  # (monotonic seconds, what the autoscaler was told)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(plane.pki / "kubelet.crt", plane.pki / "kubelet.key")
+        self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self._api = plane.api()
+
+    def __enter__(self) -> Adapter:
+        threading.Thread(target=self.serve_forever, name="adapter", daemon=True).start()
+        # A Service that is another name for this machine: the apiserver asks loopback.
+        ports = [{"port": self.server_address[1]}]
+        service = {"type": "ExternalName", "externalName": "localhost", "ports": ports}
+        client.CoreV1Api(self._api).create_namespaced_service(
+            "kube-system", {"metadata": {"name": "external-metrics"}, "spec": service}
+        )
+        client.ApiregistrationV1Api(self._api).create_api_service(
+            {
+                "metadata": {"name": f"v1beta1.{GROUP}"},
+                "spec": {
+                    "group": GROUP,
+                    "version": "v1beta1",
+                    "groupPriorityMinimum": 100,
+                    "versionPriority": 100,
+                    "insecureSkipTLSVerify": True,
+                    "service": {
+                        "name": "external-metrics",
+                        "namespace": "kube-system",
+                        "port": self.server_address[1],
+                    },
+                },
+            }
+        )
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        client.ApiregistrationV1Api(self._api).delete_api_service(f"v1beta1.{GROUP}")
+        client.CoreV1Api(self._api).delete_namespaced_service("external-metrics", "kube-system")
+        self.shutdown()
+        self.server_close()
+
+    def value(self, metric: str, labels: Mapping[str, str]) -> float | None:
+        """What the recording rule says, or None where it says nothing."""
+        matchers = ",".join(f'{name}="{value}"' for name, value in labels.items())
+        found = query(self.prometheus_url, f"max(run:{metric}:count{{{matchers}}})")
+        return found[0][1] if found else None
+
+
+def query(prometheus_url: str, expression: str) -> list[tuple[dict[str, str], float]]:
+    """(labels, value) of every series of the result."""
+    with urllib.request.urlopen(f"{prometheus_url}/api/v1/query?query={quote(expression)}", timeout=10) as reply:
+        result = json.load(reply)["data"]["result"]
+    return [(series["metric"], float(series["value"][1])) for series in result]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Adapter
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path)
+        words = parts.path.strip("/").split("/")
+        base = {"apiVersion": "v1", "groupVersion": f"{GROUP}/v1beta1"}
+        if words[:3] != ["apis", GROUP, "v1beta1"] or len(words) not in (3, 6):
+            self._reply(404, {"kind": "Status", "code": 404})
+        elif len(words) == 3:
+            self._reply(200, base | {"kind": "APIResourceList", "resources": [_resource()]})
+        else:
+            self._metric(words[5], parse_qs(parts.query).get("labelSelector", [""])[0])
+
+    def _metric(self, metric: str, selector: str) -> None:
+        labels = dict(each.split("=", 1) for each in selector.split(",") if each)
+        value = self.server.value(metric, labels)
+        items = []
+        if value is not None:
+            self.server.answers.append((time.monotonic(), value))
+            at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            told = f"{round(value * 1000)}m"
+            items = [{"metricName": metric, "metricLabels": labels, "timestamp": at, "value": told}]
+        told_list = {"kind": "ExternalMetricValueList", "apiVersion": f"{GROUP}/v1beta1", "metadata": {}}
+        self._reply(200, told_list | {"items": items})
+
+    def _reply(self, status: int, answer: dict[str, Any]) -> None:
+        body = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base class names it so
+        """Quiet."""
+
+
+def _resource() -> dict[str, Any]:
+    return {"name": "ergon_actors_wanted", "namespaced": True, "kind": "ExternalMetricValueList", "verbs": ["get"]}
