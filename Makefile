@@ -54,13 +54,13 @@ $(CLUSTER)/.ready: tests/cluster/requirements.txt tests/cluster/tools.sh | $(REA
 test-chart: $(CLUSTER)/.ready ## the chart by the real helm: golden files, schemas of Kubernetes 1.34-1.37, security; Dockerfiles
 	@$(PYTHON) -m pytest tests/cluster --timeout 300 $(ARGS)
 
-# Programs of a control plane, which are built once, outside the tree.
+# Programs of Kubernetes and images, which are built outside the tree.
+IMAGES ?= $(HOME)/.cache/ergon/images
 KUBERNETES ?= $(HOME)/.cache/ergon/kubernetes/1.20.2
 test-cluster: $(CLUSTER)/.ready ## the chart on a real control plane with played nodes; builds Kubernetes first (20 minutes, once)
 	@tests/cluster/plane/build.sh $(KUBERNETES)
-	@ERGON_KUBERNETES=$(KUBERNETES) $(PYTHON) -m pytest tests/cluster/plane --timeout 1200 -s $(ARGS)
+	@ERGON_KUBERNETES=$(KUBERNETES) ERGON_IMAGES=$(IMAGES) $(PYTHON) -m pytest tests/cluster/plane --timeout 1200 -s $(ARGS)
 
-IMAGES ?= $(HOME)/.cache/ergon/images
 test-images: $(CLUSTER)/.ready ## the slim image by buildah, without a registry: build/ergon-broker.cdx.json is what is in it
 	@tests/cluster/images.sh $(IMAGES) $(CLUSTER)/bin/python
 	@mkdir -p build && cp $(IMAGES)/broker.cdx.json build/ergon-broker.cdx.json

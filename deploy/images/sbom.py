@@ -1,8 +1,8 @@
 """`python sbom.py NAME VERSION PIP DPKG > FILE`: what is in an image, as a CycloneDX 1.6 document.
 
-PIP is what `pip list --format json` says in the image, DPKG what `dpkg-query -W -f '${Package}\\t${Version}\\t${Architecture}\\n'`
-does. Runs in the environment that tests/cluster/tools.sh makes, and imports nothing of Ergon. The document is checked
-against CycloneDX's own schema before it is written.
+PIP is what `pip list --format json` says in the image, DPKG what `dpkg-query -W -f
+'${Package}\\t${Version}\\t${Architecture}\\n'` does. Runs in the environment that tests/cluster/tools.sh makes, and
+imports nothing of Ergon. The document is checked against CycloneDX's own schema before it is written.
 """
 
 from __future__ import annotations
@@ -47,4 +47,4 @@ def document(name: str, version: str, packages: Iterator[PackageURL]) -> str:
 
 
 if __name__ == "__main__":
-    print(document(sys.argv[1], sys.argv[2], urls(Path(sys.argv[3]), Path(sys.argv[4]))))
+    sys.stdout.write(document(sys.argv[1], sys.argv[2], urls(Path(sys.argv[3]), Path(sys.argv[4]))) + "\n")

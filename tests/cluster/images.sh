@@ -1,15 +1,15 @@
 #!/bin/sh
-# Builds the slim image (deploy/images/broker.Dockerfile) with buildah, without a registry: the base that its FROM names is
-# made here, of Debian's packages, under that name. Installs buildah and debootstrap as root; 190 MB for the base, once in
-# DIRECTORY; everything of buildah's is in DIRECTORY too. Writes DIRECTORY/image.json, DIRECTORY/broker.tar (OCI) and
-# DIRECTORY/broker.cdx.json (the image's bill of materials, CycloneDX). PYTHON is one that tests/cluster/tools.sh has made.
+# Builds the images without CUDA and without an engine (broker and sandbox of deploy/images) with buildah and without a
+# registry: the bases that their FROM names are one that is made here, of Debian's packages, under these names. Installs
+# buildah and debootstrap as root; everything of buildah's is in DIRECTORY. Writes there, of each image, NAME.json (what it
+# is) and NAME.tar (a Docker archive), and broker.cdx.json, its bill of materials. PYTHON is one of tests/cluster/tools.sh.
 # Usage: tests/cluster/images.sh DIRECTORY PYTHON
 set -eu
 directory=$1
 python=$2
 root=$(cd "$(dirname "$0")/../.." && pwd)
 base=docker.io/library/python:3.11-slim-bookworm
-image=localhost/ergon-broker:test
+debian=docker.io/library/debian:bookworm-slim
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -38,20 +38,23 @@ if ! $tool inspect --type image "$base" >/dev/null 2>&1; then
   container=$($tool from scratch)
   $tool copy -q "$container" "$directory/base" / >/dev/null
   $tool commit -q "$container" "$base" >/dev/null
+  $tool tag "$base" "$debian"
   $tool rm "$container" >/dev/null
   rm -rf "$directory/base"
 fi
-say "building $image"
-# The certificates that this machine trusts, for a package index behind an authority of its own.
-$tool bud -q --layers --pull-never --network host --volume /etc/ssl/certs:/etc/ssl/certs:ro -t "$image" \
-  -f "$root/deploy/images/broker.Dockerfile" "$root" > "$directory/build.log" 2>&1 || {
-  tail -n 20 "$directory/build.log" >&2
-  exit 1
-}
-$tool inspect --type image "$image" > "$directory/image.json"
-rm -f "$directory/broker.tar"
-$tool push -q "$image" "oci-archive:$directory/broker.tar:ergon-broker:test"
-container=$($tool from --pull-never "$image")
+for name in broker sandbox; do
+  say "building ergon-$name"
+  # The certificates that this machine trusts, for a package index behind an authority of its own.
+  $tool bud -q --layers --pull-never --network host --volume /etc/ssl/certs:/etc/ssl/certs:ro \
+    -t "localhost/ergon-$name:test" -f "$root/deploy/images/$name.Dockerfile" "$root" > "$directory/build.log" 2>&1 || {
+    tail -n 20 "$directory/build.log" >&2
+    exit 1
+  }
+  $tool inspect --type image "localhost/ergon-$name:test" > "$directory/$name.json"
+  rm -f "$directory/$name.tar"
+  $tool push -q "localhost/ergon-$name:test" "docker-archive:$directory/$name.tar:localhost/ergon-$name:test"
+done
+container=$($tool from --pull-never localhost/ergon-broker:test)
 inside="$tool run --network host $container --"
 $inside python -m pip --disable-pip-version-check list --format json > "$directory/pip.json"
 # shellcheck disable=SC2016  dpkg fills these in

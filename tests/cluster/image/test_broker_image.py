@@ -31,7 +31,7 @@ RUN = '[run]\nname = "x"\ndirectory = "/tmp/runs"\n[[environments]]\nname = "sho
 @pytest.fixture(scope="module")
 def directory() -> Path:
     path = Path(os.environ.get(AT, "/nowhere"))
-    if not (path / "image.json").exists():
+    if not (path / "broker.json").exists():
         pytest.skip(f"no image in ${AT}: `make test-images` builds it")
     return path
 
@@ -58,7 +58,7 @@ def run(container: tuple[Path, str], *words: str) -> str:
 
 
 def test_it_is_what_the_dockerfile_says(directory: Path) -> None:
-    told: dict[str, Any] = json.loads((directory / "image.json").read_text())
+    told: dict[str, Any] = json.loads((directory / "broker.json").read_text())
     config = told["OCIv1"]["config"]
     assert config["User"] == "10001:10001"
     assert config["Cmd"] == ["python", "-m", "broker", "--help"]
@@ -69,7 +69,9 @@ def test_it_is_what_the_dockerfile_says(directory: Path) -> None:
 
 def test_its_user_is_nobody_and_has_no_torch_and_no_compiler(container: tuple[Path, str]) -> None:
     assert run(container, "id", "-u").strip() == "10001"
-    found = run(container, "python", "-c", "import importlib.util as u; print(u.find_spec('torch'), u.find_spec('vllm'))")
+    found = run(
+        container, "python", "-c", "import importlib.util as u; print(u.find_spec('torch'), u.find_spec('vllm'))"
+    )
     assert found.split() == ["None", "None"]
     assert run(container, "sh", "-c", "command -v gcc || echo none").strip() == "none"
     assert "ergon" in run(container, "ergon", "--help")
@@ -109,7 +111,8 @@ def test_its_processes_answer_their_health_check(container: tuple[Path, str], wo
         "metrics.relay_port": metrics,
     }
     overrides = " ".join(f"--set {key}={value}" for key, value in sets.items())
-    script = f"printf %s {shlex.quote(RUN)} > /tmp/run.toml && echo $$ > /tmp/pid && exec python -m broker {words[0]} --config /tmp/run.toml {overrides}"
+    serve = f"exec python -m broker {words[0]} --config /tmp/run.toml {overrides}"
+    script = f"printf %s {shlex.quote(RUN)} > /tmp/run.toml && {serve}"
     with process(container, script) as started:
         deadline = time.monotonic() + 60
         while True:

@@ -1,8 +1,8 @@
 """The box of a container whose image is this checkout: what its process sees, as a command of bubblewrap.
 
-A read-only root, the pod's volumes where they are mounted, the pod's user, host name and environment, and PID 1, as the
-pod says and as a container runtime would have it. The network is the machine's: where a container binds every address it
-binds its pod's here. Resources are not limited.
+A read-only root, the pod's volumes where they are mounted, the pod's user, host name and environment, and PID 1, as
+the pod says and as a container runtime would have it. The network is the machine's: where a container binds every
+address it binds its pod's here. Resources are not limited.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes the programs of Kubernetes in DIRECTORY: kube-apiserver, kube-controller-manager, kube-scheduler, and kubelet. No
 # of packages ships them, so they are built from Debian's source package with Debian's Go: some 20 minutes on two cores,
-# once; 35 MB to fetch, 400 MB to keep. Installs what it needs (golang-go, rsync, etcd-server) as root.
+# once; 35 MB to fetch, 400 MB to keep. Installs what it needs as root: etcd, what builds, what a real node has.
 # Usage: build.sh DIRECTORY
 set -eu
 directory=$1
@@ -13,6 +13,10 @@ say() { printf '%s\n' "$*" >&2; }
 
 missing=
 command -v etcd >/dev/null 2>&1 || missing="$missing etcd-server"
+command -v containerd >/dev/null 2>&1 || missing="$missing containerd"
+command -v runc >/dev/null 2>&1 || missing="$missing runc"
+command -v ip >/dev/null 2>&1 || missing="$missing iproute2"
+[ -x /usr/lib/cni/ptp ] || missing="$missing containernetworking-plugins"
 built=yes
 for program in $programs; do [ -x "$directory/$program" ] || built=; done
 if [ -z "$built" ]; then
@@ -23,7 +27,8 @@ if [ -n "$missing" ]; then
   [ "$(id -u)" = 0 ] || { say "ergon: error: type: sudo apt-get install$missing"; exit 2; }
   apt-get update -qq
   # shellcheck disable=SC2086  one word per package
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+  # No runlevel of servers: nothing of it is started as a service.
+  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
 fi
 [ -n "$built" ] && exit 0
 

@@ -1,4 +1,6 @@
-"""The certificates of a cluster that lives for one test session: an authority, servers, clients. Files in a directory."""
+"""The certificates of a cluster that lives for one test session: an authority, servers, clients. Files in a
+directory.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class Authority:
             usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
             builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         if hosts:
-            builder = builder.add_extension(x509.SubjectAlternativeName([_name(host) for host in hosts]), critical=False)
+            builder = builder.add_extension(
+                x509.SubjectAlternativeName([_name(host) for host in hosts]), critical=False
+            )
         path = self._directory / f"{name}.crt"
         path.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
         write_key(path.with_suffix(".key"), key)
@@ -70,9 +74,7 @@ def make_signing_key(path: Path) -> Path:
     """A key pair for the tokens of service accounts: PATH, and PATH.pub."""
     key = ec.generate_private_key(ec.SECP256R1())
     write_key(path, key)
-    public = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     path.with_suffix(".pub").write_bytes(public)
     return path
 

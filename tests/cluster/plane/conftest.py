@@ -1,4 +1,6 @@
-"""One cluster for all tests of this directory. Without `make test-cluster` they are skipped, by the name of what lacks."""
+"""One cluster for all tests of this directory. Without `make test-cluster` they are skipped, by the name of what
+lacks.
+"""
 
 from __future__ import annotations
 

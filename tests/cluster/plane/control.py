@@ -95,6 +95,10 @@ class ControlPlane:
         )
         return path
 
+    def issue(self, name: str, common_name: str, hosts: tuple[str, ...]) -> Path:
+        """A server's certificate of the cluster's authority: NAME.crt, and NAME.key beside it."""
+        return self._authority.issue(name, common_name, hosts=hosts)
+
     def context(self, user: str = "admin") -> ssl.SSLContext:
         """What a connection to the apiserver is made with, by a user of `kubeconfig_of`."""
         context = ssl.create_default_context(cafile=str(self.pki / "ca.crt"))

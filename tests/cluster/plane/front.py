@@ -1,9 +1,10 @@
 """Kubernetes' API of today in front of the control plane that can be built here, for helm, kubectl and `ergon`.
 
-The apiserver is 1.20. The chart is for 1.34 and later and uses two groups that 1.20 has under older names with the same
-content (policy/v1, autoscaling/v2), and three fields that it does not know. So that the chart, helm and `ergon` run
-unchanged, this passes every request on and only says the other name, and leaves the fields out. It answers /version with
-what it plays. What the newer versions themselves check is proven elsewhere: against their schemas (`make test-chart`).
+The apiserver is 1.20. The chart is for 1.34 and later and uses two groups that 1.20 has under older names with the
+same content (policy/v1, autoscaling/v2), and two fields that it does not know. So that the chart, helm and `ergon`
+run unchanged, this passes every request on and only says the other name, and leaves the fields out. It answers
+/version with what it plays. What the newer versions themselves check is proven elsewhere: against their schemas
+(`make test-chart`).
 """
 
 from __future__ import annotations

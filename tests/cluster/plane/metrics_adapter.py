@@ -1,8 +1,9 @@
-"""What stands between Prometheus and the autoscaler in a cluster, small: a Prometheus that watches pods, and an adapter.
+"""What stands between Prometheus and the autoscaler in a cluster, small: a Prometheus that watches pods, and an
+adapter.
 
-`prometheus_config` is what the operator of Prometheus makes of the chart's PodMonitor. `Adapter` serves external metrics
-(external.metrics.k8s.io/v1beta1) behind the apiserver's aggregation: METRIC is `run:METRIC:count` of the recording rules,
-for the namespace and the run that the autoscaler names.
+`prometheus_config` is what the operator of Prometheus makes of the chart's PodMonitor. `Adapter` serves external
+metrics (external.metrics.k8s.io/v1beta1) behind the apiserver's aggregation: METRIC is `run:METRIC:count` of the
+recording rules, for the namespace and the run that the autoscaler names.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Network(threading.Thread):
         asyncio.run_coroutine_threadsafe(self._update(service, gone), self._loop).result(10)
 
     async def _update(self, service: Object, gone: bool) -> None:
-        namespace, name = key = service["metadata"]["namespace"], service["metadata"]["name"]
+        namespace, _ = key = service["metadata"]["namespace"], service["metadata"]["name"]
         known = key in self._services
         if gone:
             self._services.pop(key, None)

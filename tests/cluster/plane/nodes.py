@@ -3,9 +3,9 @@
     with Nodes(plane, directory, {"node-1": 8, "node-2": 8}) as nodes:  # GPUs of each
         ...
 
-Registers the nodes and keeps them alive, makes volumes for claims, runs a `pod.py::Pod` for every pod that the scheduler
-puts on them, serves their Services (`network.py`) and their logs, which the apiserver asks for as it asks a kubelet. Ends
-every process that it started.
+Registers the nodes and keeps them alive, makes volumes for claims, runs a `pod.py::Pod` for every pod that the
+scheduler puts on them, serves their Services (`network.py`) and their logs, which the apiserver asks for as it asks a
+kubelet. Ends every process that it started.
 """
 
 from __future__ import annotations
@@ -207,13 +207,13 @@ def _node_status(log_port: int) -> Object:
         "conditions": [ready],
         "addresses": [{"type": "InternalIP", "address": HOST}],
         "daemonEndpoints": {"kubeletEndpoint": {"Port": log_port}},
-        "nodeInfo": {
-            key: "played"
-            for key in (
+        "nodeInfo": dict.fromkeys(
+            (
                 *("machineID", "systemUUID", "bootID", "kernelVersion", "osImage", "containerRuntimeVersion"),
                 *("kubeletVersion", "kubeProxyVersion", "operatingSystem", "architecture"),
-            )
-        },
+            ),
+            "played",
+        ),
     }
 
 

@@ -1,8 +1,8 @@
 """The life of one pod on a played node: its volumes, its processes, its readiness, its end. A thread for each pod.
 
 As a kubelet does it: init containers in turn, the container started again with a growing pause, readiness by the HTTP
-probe, SIGTERM on deletion or eviction, SIGKILL after the grace period, and the pod is gone when its process is. Liveness
-and startup probes are not played. One container a pod.
+probe, SIGTERM on deletion or eviction, SIGKILL after the grace period, and the pod is gone when its process is.
+Liveness and startup probes are not played. One container a pod.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ class Pod(threading.Thread):
             self._live()
             self.done.set()
             self._ending.wait()
-            with contextlib.suppress(_Gone):
+            with contextlib.suppress(_GoneError):
                 self._delete()
-        except _Gone:
+        except _GoneError:
             logger.info("pod is gone pod=%s", self.pod_name)
         except Exception:
             logger.exception("pod died of a fault of the harness pod=%s", self.pod_name)
@@ -186,8 +186,10 @@ class Pod(threading.Thread):
                 )
         finally:
             os.close(tell)
-        with os.fdopen(told) as file:
-            text = file.read()
+        text = b""
+        while b"}" not in text and (piece := os.read(told, 4096)):  # the process may hold the other end for its life
+            text += piece
+        os.close(told)
         pid = int(json.loads(text)["child-pid"]) if text else process.pid  # it could not be started, and says so
         return process, pid
 
@@ -228,7 +230,7 @@ class Pod(threading.Thread):
         }
 
     def _report(self, phase: str, container: Object) -> None:
-        """Tell the API, where it is news. Raises _Gone where it knows the pod no more."""
+        """Tell the API, where it is news. Raises _GoneError where it knows the pod no more."""
         ready = "True" if container["ready"] else "False"
         news = {"phase": phase, "ready": ready, "restarts": self._restarts, "state": _kind(container["state"])}
         if news == self._reported:
@@ -250,7 +252,7 @@ class Pod(threading.Thread):
             self._host.core.patch_namespaced_pod_status(self.pod_name, self.namespace, {"status": status})
         except ApiException as error:
             if error.status in (NOT_FOUND, CONFLICT):
-                raise _Gone from error
+                raise _GoneError from error
             raise
         self._reported = news
 
@@ -264,7 +266,7 @@ class Pod(threading.Thread):
                 raise
 
 
-class _Gone(Exception):
+class _GoneError(Exception):
     """The API knows the pod no more."""
 
 

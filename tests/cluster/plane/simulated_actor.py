@@ -1,7 +1,9 @@
-"""`python -m tests.cluster.plane.simulated_actor --config FILE`: an actor's process without an engine, for played nodes.
+"""`python -m tests.cluster.plane.simulated_actor --config FILE`: an actor's process without an engine, for played
+nodes.
 
 Loop, lease, drain, adoption of weights, keys, metrics and health are the real ones; an episode is that of
-`tests/chaos/script.py`, a time that passes and a trajectory drawn from the seed, so that the learner can tell a wrong one.
+`tests/chaos/script.py`, a time that passes and a trajectory drawn from the seed, so that the learner can tell a wrong
+one.
 """
 
 from __future__ import annotations

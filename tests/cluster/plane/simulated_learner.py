@@ -1,9 +1,10 @@
-"""`python -m tests.cluster.plane.simulated_learner --config FILE`: a learner's process without a model, for played nodes.
+"""`python -m tests.cluster.plane.simulated_learner --config FILE`: a learner's process without a model, for played
+nodes.
 
-Client, publisher, curriculum, batcher, audit, checkpoints, keys, metrics and health are the real ones; it trains on nothing
-and keeps the real books (`tests/chaos/scripted_learner.py`). How much it asks for, a file in the run's folder says while it
-runs: `pace` has the seconds that a step takes, or the word `finish`, after which it issues nothing more and ends when all
-that was issued has been trained on.
+Client, publisher, curriculum, batcher, audit, checkpoints, keys, metrics and health are the real ones; it trains on
+nothing and keeps the real books (`tests/chaos/scripted_learner.py`). How much it asks for, a file in the run's folder
+says while it runs: `pace` has the seconds that a step takes, or the word `finish`, after which it issues nothing more
+and ends when all that was issued has been trained on.
 """
 
 from __future__ import annotations

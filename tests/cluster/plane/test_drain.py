@@ -1,5 +1,6 @@
-"""A node is drained by kubectl: actors are evicted no faster than their budget allows, broker and learner move with their
-volumes, and no episode is lost."""
+"""A node is drained by kubectl: actors are evicted no faster than their budget allows, broker and learner move with
+their volumes, and no episode is lost.
+"""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def test_an_upgrade_restarts_the_processes_and_keeps_run_and_keys(release: Relea
 
 def test_an_upgrade_that_cannot_start_is_rolled_back(release: Release) -> None:
     keys = secrets(release)
-    release.up("images.tag=9.9.9")
+    release.up("images.actor=ergon-missing")
     release.wait(lambda: "ImagePullBackOff" in {row[2] for row in table(release)}, "image that is not there")
     # The half of the actors that may be missing at most is being replaced, and no more.
     assert release.ready("actor") >= 2

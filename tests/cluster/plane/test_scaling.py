@@ -1,7 +1,8 @@
 """The autoscaler on a real Kubernetes API: the real controller, the real recording rules in a real Prometheus, which
 scrapes a real broker and simulated actors; an adapter of ours in between.
 
-The learner's appetite is what changes: more actors within a minute when it waits, fewer when they do, and no episode lost.
+The learner's appetite is what changes: more actors within a minute when it waits, fewer when they do, and no episode
+lost.
 """
 
 from __future__ import annotations
