@@ -5,6 +5,7 @@ One run goes through all of it; what it has issued is trained on once, whatever 
 
 from __future__ import annotations
 
+import base64
 import signal
 import subprocess
 import sys
@@ -16,7 +17,13 @@ import pytest
 from kubernetes import client
 from kubernetes.client.rest import ApiException
 
+from broker.process.keys import Identity, read_pair
+from broker.process.security import Security
+from broker.protocol.commands import Ack, Inspect, Role
+from broker.protocol.errors import ErrorCode, ProtocolError
+from tests.cluster.plane.network import service_address
 from tests.cluster.plane.release import RUN, Cluster, Release
+from tests.integration.broker.test_security import hello, raw_peer
 
 ALL = 7  # broker, relay, learner, four actors
 IDENTITIES = ("broker", "relay", "learner", "actor", "operator")
@@ -87,6 +94,29 @@ def test_the_account_of_the_pods_may_do_nothing(release: Release) -> None:
     for verb, resource in (("get", "secrets"), ("list", "pods"), ("create", "pods"), ("patch", "deployments")):
         words = ("auth", "can-i", verb, resource, "-n", release.namespace, "--as", account)
         assert release.cluster.run("kubectl", *words, check=False).stdout.strip() == "no"
+
+
+def test_with_an_actors_secret_nobody_can_ack_inspect_or_be_of_another_run(release: Release, tmp_path: Path) -> None:
+    """Whoever breaks out of an actor has what is mounted there, and the broker's address."""
+    secret = release.cluster.nodes.read("Secret", release.namespace, "demo-keys-actor")
+    for name, content in secret["data"].items():
+        (tmp_path / name).write_bytes(base64.b64decode(content))
+    assert not [path for path in tmp_path.iterdir() if "learner" in path.name or "signing" in path.name]
+    security = Security(Identity.ACTOR, read_pair(tmp_path, Identity.ACTOR), tmp_path)
+    endpoint = f"tcp://{service_address(release.namespace, 'demo-broker')}:7700"
+    for body in (Ack(request_id="r", ticket_ids=("demo/train/0/0",)), Inspect(request_id="r")):
+        with raw_peer(endpoint, security, Identity.BROKER) as ask:
+            ask(hello(Role.ACTOR, "demo"))
+            with pytest.raises(ProtocolError) as caught:
+                ask(body)
+        assert caught.value.code is ErrorCode.WRONG_ROLE
+    for role, run_id, code in (
+        (Role.LEARNER, "demo", ErrorCode.WRONG_ROLE),
+        (Role.ACTOR, "another", ErrorCode.WRONG_RUN),
+    ):
+        with raw_peer(endpoint, security, Identity.BROKER) as ask, pytest.raises(ProtocolError) as caught:
+            ask(hello(role, run_id))
+        assert caught.value.code is code
 
 
 def test_logs_follow_what_is_said_and_who_comes_later(release: Release) -> None:
