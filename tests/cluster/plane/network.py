@@ -62,16 +62,26 @@ class Network(threading.Thread):
         self._services: dict[tuple[str, str], Object] = {}
         self._servers: dict[tuple[str, str], list[asyncio.Server]] = {}
         self._loop = asyncio.new_event_loop()
-        self._connections: set[asyncio.Task[None]] = set()
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
+        self._loop.close()
 
     def close(self) -> None:
         """Serve no more."""
+        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self.join()
+
+    async def _shut(self) -> None:
+        for servers in self._servers.values():
+            for server in servers:
+                server.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     def hosts(self, namespace: str) -> Path:
         """The hosts file of a namespace; it is kept true in place."""

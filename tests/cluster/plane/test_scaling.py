@@ -49,6 +49,9 @@ def test_actors_come_within_a_minute_and_go_without_losing_an_episode(
     (series,) = query(adapter.prometheus_url, 'count by (job) (ergon_broker_tickets{job="ergon-broker"})')
     assert series[1] > 0, "the broker's own metrics are among those that were scraped"
 
+    refused = release.ergon("scale", "3", check=False)
+    assert (refused.returncode, "are scaled automatically" in refused.stderr) == (2, True)
+
     release.pace(NOTHING)
     decided_s = release.wait(lambda: release.scale_of_actors() > MIN, "more actors")
     ready_s = decided_s + release.wait(lambda: release.ready("actor") > MIN, "ready actors")
