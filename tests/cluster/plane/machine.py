@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,6 +40,7 @@ PAUSE: Final = "ergon.dev/pause:1"
 READY_S: Final = 120.0
 _OUTSIDE: Final = ("/var/lib/kubelet", "/var/lib/cni")
 _CGROUPS: Final = Path("/sys/fs/cgroup")
+_OF_A_CONTAINER: Final = re.compile(r"[0-9a-f]{64}|k8s\.io")
 _PAUSE_C: Final = "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n"
 
 
@@ -244,7 +246,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _remove_what_is_left() -> None:
     """Empty directories: mount points, and the groups of containers that have ended."""
-    found = [each for root in _CGROUPS.glob("*/k8s.io") for each in [*root.rglob("*"), root] if each.is_dir()]
+    groups = [each for each in _CGROUPS.glob("*/*") if _OF_A_CONTAINER.fullmatch(each.name)]
+    found = [each for group in groups for each in [*group.rglob("*"), group] if each.is_dir()]
     for path in [*sorted(found, key=lambda each: -len(each.parts)), *map(Path, _OUTSIDE)]:
         with contextlib.suppress(OSError):  # somebody else's, who is still in it
             path.rmdir()
