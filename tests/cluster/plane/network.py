@@ -110,12 +110,12 @@ class Network(threading.Thread):
 
     async def _serve(self, key: tuple[str, str], port: Object) -> asyncio.Server:
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            target = self._target(self._services.get(key), port.get("targetPort", port["port"]))
+            target = self._backend(self._services.get(key), port.get("targetPort", port["port"]))
             await _join(reader, writer, target)
 
         return await asyncio.start_server(connected, service_address(*key), port["port"])
 
-    def _target(self, service: Object | None, port: int | str) -> tuple[str, int] | None:
+    def _backend(self, service: Object | None, port: int | str) -> tuple[str, int] | None:
         if service is None:
             return None
         selector = service["spec"]["selector"].items()

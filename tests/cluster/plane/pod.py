@@ -68,7 +68,6 @@ class Pod(threading.Thread):
         self._grace_s = 0.0
         self._restarts = 0
         self._reported: Object = {}
-        self._init_states: list[Object] = []
         self._started_at = _now()
         (self._container,) = pod["spec"]["containers"]
         self.update(pod)
@@ -93,7 +92,7 @@ class Pod(threading.Thread):
             self.done.set()
             self._ending.wait()
             with contextlib.suppress(_GoneError):
-                self._delete()
+                self._remove()
         except _GoneError:
             logger.info("pod is gone pod=%s", self.pod_name)
         except Exception:
@@ -256,7 +255,7 @@ class Pod(threading.Thread):
             raise
         self._reported = news
 
-    def _delete(self) -> None:
+    def _remove(self) -> None:
         """The process has ended, and so has the pod."""
         options = {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}}
         try:

@@ -39,17 +39,17 @@ class Watch(threading.Thread):
 
     def __init__(self, release: Release) -> None:
         super().__init__(name="actors that are ready", daemon=True)
-        self.least, self._release, self._stop = ACTORS, release, threading.Event()
+        self.least, self._release, self._ended = ACTORS, release, threading.Event()
 
     def run(self) -> None:
-        while not self._stop.wait(0.05):
+        while not self._ended.wait(0.05):
             found = self._release.cluster.list(self._release.namespace, "app.kubernetes.io/component=actor")
             # One that is ending still finishes its episodes, but the budget counts it as gone.
             ready = sum(is_ready(pod) and "deletionTimestamp" not in pod["metadata"] for pod in found)
             self.least = min(self.least, ready)
 
     def end(self) -> int:
-        self._stop.set()
+        self._ended.set()
         self.join()
         return self.least
 
