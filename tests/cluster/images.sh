@@ -29,9 +29,9 @@ export BUILDAH_ISOLATION=chroot
 if ! $tool inspect --type image "$base" >/dev/null 2>&1; then
   say "making the base image of Debian's packages"
   rm -rf "$directory/base"
-  debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip,python3-venv bookworm "$directory/base" \
+  debootstrap --variant=minbase --include=ca-certificates,python3,python3-dev,python3-pip,python3-venv bookworm "$directory/base" \
     http://deb.debian.org/debian > "$directory/base.log" 2>&1 || { tail -n 20 "$directory/base.log" >&2; exit 1; }
-  # As in the image of that name: the newest Python is `python`, in /usr/local.
+  # As in the image of that name: the newest Python is `python`, in /usr/local, and has its headers.
   ln -sf /usr/bin/python3 "$directory/base/usr/local/bin/python"
   rm -rf "$directory/base/var/cache/apt/archives" "$directory/base/var/lib/apt/lists"
   mkdir -p "$directory/base/var/lib/apt/lists/partial" "$directory/base/var/cache/apt/archives/partial"

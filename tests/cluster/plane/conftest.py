@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from kubernetes import client
 
 from tests.cluster.plane.control import PROGRAMS, ControlPlane
 from tests.cluster.plane.front import Front
@@ -18,7 +17,6 @@ from tests.cluster.plane.nodes import Nodes
 from tests.cluster.plane.release import Cluster, simulated
 
 PROGRAMS_AT = "ERGON_KUBERNETES"
-CUSTOM = (("PodMonitor", "podmonitors"), ("PrometheusRule", "prometheusrules"))
 
 
 def programs() -> Path:
@@ -42,24 +40,7 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
 
 @pytest.fixture(scope="session")
 def cluster(plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The control plane with two nodes of eight GPUs, whose pods are processes, and the custom kinds of Prometheus'
-    operator, which nobody acts on."""
+    """The control plane with two nodes of eight GPUs, whose pods are processes."""
     directory = tmp_path_factory.mktemp("cluster")
-    extensions = client.ApiextensionsV1Api(plane.api())
-    for kind, plural in CUSTOM:
-        extensions.create_custom_resource_definition(_definition(kind, plural))
     with Front(plane) as front, Nodes(plane, directory, {"node-1": 8, "node-2": 8}, simulated) as nodes:
         yield Cluster(plane, front, nodes, directory)
-
-
-def _definition(kind: str, plural: str) -> dict[str, object]:
-    schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
-    return {
-        "metadata": {"name": f"{plural}.monitoring.coreos.com"},
-        "spec": {
-            "group": "monitoring.coreos.com",
-            "names": {"kind": kind, "plural": plural, "singular": kind.lower(), "listKind": f"{kind}List"},
-            "scope": "Namespaced",
-            "versions": [{"name": "v1", "served": True, "storage": True, "schema": schema}],
-        },
-    }

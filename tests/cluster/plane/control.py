@@ -143,6 +143,8 @@ class ControlPlane:
                 "tls-private-key-file": pki / "apiserver.key",
                 "client-ca-file": pki / "ca.crt",
                 "authorization-mode": "Node,RBAC",
+                # Its code for maps does not bear the Go that it is built with, as that of custom resources does not.
+                "feature-gates": "ServerSideApply=false",
                 "service-account-issuer": "https://kubernetes.default.svc",
                 "service-account-key-file": self._signing.with_suffix(".pub"),
                 "service-account-signing-key-file": self._signing,

@@ -3,8 +3,9 @@
 The apiserver is 1.20. The chart is for 1.34 and later and uses two groups that 1.20 has under older names with the
 same content (policy/v1, autoscaling/v2), and two fields that it does not know. So that the chart, helm and `ergon`
 run unchanged, this passes every request on and only says the other name, and leaves the fields out. It answers
-/version with what it plays. What the newer versions themselves check is proven elsewhere: against their schemas
-(`make test-chart`).
+/version with what it plays. A server-side apply becomes a creation or a merge patch: 1.20's own asks for what today's
+takes from defaults (a port's protocol). What the newer versions themselves check is proven elsewhere: against their
+schemas (`make test-chart`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ OLDER: Final = {"policy/v1": "policy/v1beta1", "autoscaling/v2": "autoscaling/v2
 """Group and version of today -> of the apiserver."""
 UNKNOWN: Final = ("unhealthyPodEvictionPolicy", "persistentVolumeClaimRetentionPolicy")
 """Fields that came after 1.20; both only say what becomes of things in cases that no test here has."""
+APPLY: Final = "application/apply-patch"
 HOP: Final = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "accept-encoding"}
 
 
@@ -79,13 +81,21 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and parts.path == "/version":
             self._reply(200, VERSION)
             return
+        if parts.path == "/openapi/v2":
+            # No schema at all, an empty protobuf message, so that clients leave validation to the server. `make
+            # test-chart` has validated against the versions that are meant.
+            self._reply(200, b"")
+            return
         pair = _pair(parts.path)
         path = parts.path if pair is None else parts.path.replace(f"/apis/{pair[0]}", f"/apis/{pair[1]}", 1)
         body = _as_older(body)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP}
         if pair is not None or parts.path in ("/apis", "/api", "/api/v1"):
             headers["Accept"] = "application/json"  # and not protobuf, or one answer for all groups
-        upstream = http.client.HTTPSConnection(HOST, self.server.plane_port, context=self.server.context, timeout=600)
+        if headers.get("Content-Type", "").startswith(APPLY):
+            self._apply(path, headers, body, pair)
+            return
+        upstream = self._connection()
         try:
             upstream.request(self.command, f"{path}?{parts.query}" if parts.query else path, body or None, headers)
             reply = upstream.getresponse()
@@ -93,10 +103,30 @@ class _Handler(BaseHTTPRequestHandler):
                 self._stream(reply, pair)
             else:
                 self._pass_back(reply, parts.path, pair)
-        except (ConnectionError, ssl.SSLError):
+        except (ConnectionError, ssl.SSLError, http.client.IncompleteRead):
             self.close_connection = True  # one of both ends has gone; the other is told by the end of the stream
         finally:
             upstream.close()
+
+    def _apply(self, path: str, headers: dict[str, str], body: bytes, pair: tuple[str, str] | None) -> None:
+        """Create what is not there, change what is: the effect of a server-side apply by the only one who applies."""
+        upstream = self._connection()
+        try:
+            upstream.request("GET", path, headers={"Accept": "application/json"})
+            found = upstream.getresponse()
+            found.read()
+            if found.status == 404:
+                headers["Content-Type"] = "application/json"
+                upstream.request("POST", path.rpartition("/")[0], body, headers)
+            else:
+                headers["Content-Type"] = "application/merge-patch+json"
+                upstream.request("PATCH", path, body, headers)
+            self._pass_back(upstream.getresponse(), path, pair)
+        finally:
+            upstream.close()
+
+    def _connection(self) -> http.client.HTTPSConnection:
+        return http.client.HTTPSConnection(HOST, self.server.plane_port, context=self.server.context, timeout=600)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _do
 
@@ -128,10 +158,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         self.wfile.write(b"0\r\n\r\n")
 
-    def _reply(self, status: int, answer: dict[str, Any]) -> None:
-        body = json.dumps(answer).encode()
+    def _reply(self, status: int, answer: dict[str, Any] | bytes) -> None:
+        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", f"application/{'octet-stream' if isinstance(answer, bytes) else 'json'}")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

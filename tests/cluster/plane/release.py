@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from kubernetes import client
 from kubernetes.client.rest import ApiException
@@ -170,8 +169,3 @@ class Release:
         """How many are asked for."""
         apps = client.AppsV1Api(self.cluster.api)
         return int(apps.read_namespaced_deployment_scale("demo-actor", self.namespace).spec.replicas or 0)
-
-    def custom(self, group: str, version: str, plural: str) -> Any:
-        """The run's object of a custom kind."""
-        objects = client.CustomObjectsApi(self.cluster.api)
-        return objects.get_namespaced_custom_object(group, version, self.namespace, plural, self.name)

@@ -101,6 +101,7 @@ def test_with_an_actors_secret_nobody_can_ack_inspect_or_be_of_another_run(relea
     secret = release.cluster.nodes.read("Secret", release.namespace, "demo-keys-actor")
     for name, content in secret["data"].items():
         (tmp_path / name).write_bytes(base64.b64decode(content))
+        (tmp_path / name).chmod(0o600)
     assert not [path for path in tmp_path.iterdir() if "learner" in path.name or "signing" in path.name]
     security = Security(Identity.ACTOR, read_pair(tmp_path, Identity.ACTOR), tmp_path)
     endpoint = f"tcp://{service_address(release.namespace, 'demo-broker')}:7700"
