@@ -160,10 +160,10 @@ class Release:
         verdict.problems += [f"violations: {path.read_text()}" for path in folders]
         return verdict
 
-    def killed(self) -> list[str]:
-        """Pods whose process did not end within its grace period."""
-        pods = list(self.cluster.nodes.pods.values())
-        return [pod.pod_name for pod in pods if pod.namespace == self.namespace and pod.killed]
+    def killed_actors(self) -> list[str]:
+        """Those whose process did not end within its grace period."""
+        pods = [pod for pod in list(self.cluster.nodes.pods.values()) if pod.namespace == self.namespace and pod.killed]
+        return [pod.pod_name for pod in pods if pod.pod_name.startswith("demo-actor-")]
 
     def scale_of_actors(self) -> int:
         """How many are asked for."""

@@ -83,4 +83,4 @@ def test_a_drained_node_loses_no_episode_and_the_budget_is_kept(crowded: Release
     assert verdict.problems == []
     assert (verdict.lost, verdict.duplicated) == (0, 0)
     assert verdict.issued == verdict.trained > 0
-    assert release.killed() == []
+    assert release.killed_actors() == []

@@ -219,4 +219,4 @@ def test_down_ends_everything_and_up_goes_on_and_no_episode_is_lost(release: Rel
     assert verdict.problems == []
     assert (verdict.lost, verdict.duplicated) == (0, 0)
     assert verdict.issued == verdict.trained > trained
-    assert release.killed() == []
+    assert release.killed_actors() == []

@@ -73,4 +73,4 @@ def test_actors_come_within_a_minute_and_go_without_losing_an_episode(
     assert verdict.problems == []
     assert (verdict.lost, verdict.duplicated) == (0, 0)
     assert verdict.issued == verdict.trained > 0
-    assert release.killed() == []
+    assert release.killed_actors() == []
