@@ -10,7 +10,7 @@ WORKDIR /src
 COPY . .
 RUN python -m venv /opt/ergon \
  && /opt/ergon/bin/python -m pip install --no-cache-dir --constraint requirements.lock ".[kubernetes]" \
- && /opt/ergon/bin/python -c "import broker.protocol._delta_loops"
+ && /opt/ergon/bin/python -I -c "from broker.protocol.delta_loops import compiled as c; assert c"
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/ergon /opt/ergon

@@ -27,8 +27,8 @@ GROUP: Final = "external.metrics.k8s.io"
 RULES: Final = Path(__file__).parents[3] / "deploy" / "monitoring" / "rules" / "recording.yml"
 
 
-def prometheus_config(monitor: Mapping[str, Any], kubeconfig: Path, namespace: str, interval_s: int) -> dict[str, Any]:
-    """Prometheus' configuration for a PodMonitor in this namespace, read by the API that `kubeconfig` names."""
+def prometheus_config(monitor: Mapping[str, Any], targets: Path, interval_s: int) -> dict[str, Any]:
+    """Prometheus' configuration for a PodMonitor, with the pods that `Discovery` writes to `targets`."""
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     keep = [
         {"source_labels": ["__meta_kubernetes_pod_phase"], "regex": "Running", "action": "keep"},
@@ -40,19 +40,67 @@ def prometheus_config(monitor: Mapping[str, Any], kubeconfig: Path, namespace: s
         {"source_labels": ["__meta_kubernetes_namespace"], "target_label": "namespace"},
     ]
     for name, value in monitor["spec"]["selector"]["matchLabels"].items():
-        label = "__meta_kubernetes_pod_label_" + "".join(c if c.isalnum() else "_" for c in name)
-        keep.append({"source_labels": [label], "regex": value, "action": "keep"})
+        keep.append({"source_labels": [_label(name)], "regex": value, "action": "keep"})
     words = {"sourceLabels": "source_labels", "targetLabel": "target_label"}
     relabelings = [{words.get(key, key): value for key, value in each.items()} for each in endpoint["relabelings"]]
     interval = f"{interval_s}s"
-    discovery = {"role": "pod", "kubeconfig_file": str(kubeconfig), "namespaces": {"names": [namespace]}}
+    discovery = {"files": [str(targets)]}
     return {
         "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval},
         "rule_files": [str(RULES)],
         "scrape_configs": [
-            {"job_name": "pods", "kubernetes_sd_configs": [discovery], "relabel_configs": [*keep, *relabelings]}
+            {"job_name": "pods", "file_sd_configs": [discovery], "relabel_configs": [*keep, *relabelings]}
         ],
     }
+
+
+class Discovery(threading.Thread):
+    """What Prometheus' own discovery of pods would tell it, written to a file: Debian's Prometheus is built without."""
+
+    def __init__(self, api: Any, namespace: str, path: Path) -> None:
+        super().__init__(name="discovery", daemon=True)
+        self._core, self._namespace, self._path = client.CoreV1Api(api), namespace, path
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Discovery:
+        self.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._ended.wait(1.0):
+            reply = self._core.list_namespaced_pod(self._namespace, _preload_content=False)
+            told = [target for pod in json.loads(reply.data)["items"] for target in _targets(pod)]
+            draft = self._path.with_suffix(".new")
+            draft.write_text(json.dumps(told))
+            draft.rename(self._path)
+
+
+def _targets(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    """A pod's ports, with the labels that the discovery of role `pod` gives them."""
+    meta, status = pod["metadata"], pod["status"]
+    labels = {
+        "__meta_kubernetes_namespace": meta["namespace"],
+        "__meta_kubernetes_pod_name": meta["name"],
+        "__meta_kubernetes_pod_phase": status["phase"],
+    }
+    labels |= {_label(name): value for name, value in meta.get("labels", {}).items()}
+    ports = [port for container in pod["spec"]["containers"] for port in container.get("ports", [])]
+    return [
+        {
+            "targets": [f"{status['podIP']}:{port['containerPort']}"],
+            "labels": labels | {"__meta_kubernetes_pod_container_port_name": port["name"]},
+        }
+        for port in ports
+        if "podIP" in status
+    ]
+
+
+def _label(name: str) -> str:
+    return "__meta_kubernetes_pod_label_" + "".join(c if c.isalnum() else "_" for c in name)
 
 
 class Adapter(ThreadingHTTPServer):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deploy.monitoring.monitor import Prometheus
-from tests.cluster.plane.metrics_adapter import Adapter, prometheus_config, query
+from tests.cluster.plane.metrics_adapter import Adapter, Discovery, prometheus_config, query
 from tests.cluster.plane.release import Cluster, Release
 from tests.cluster.rendering import MATRIX, render
 from tests.ports import free_ports
@@ -31,9 +31,14 @@ def scaled(cluster: Cluster, tmp_path: Path) -> Iterator[tuple[Release, Adapter]
     scaling = f"mode=hpa,min={MIN},max={MAX},cooldownSeconds=20".split(",")
     release.up(*(f"actors.scaling.{each}" for each in scaling))
     (monitor,) = (each for each in render(*MATRIX["eight-gpus"]) if each["kind"] == "PodMonitor")
-    config = prometheus_config(monitor, cluster.plane.kubeconfig, release.namespace, interval_s=5)
+    targets = tmp_path / "targets.json"
+    config = prometheus_config(monitor, targets, interval_s=5)
     (port,) = free_ports(1)
-    with Prometheus(config, tmp_path / "prometheus", port) as prometheus, Adapter(cluster.plane, prometheus.url) as it:
+    with (
+        Discovery(cluster.api, release.namespace, targets),
+        Prometheus(config, tmp_path / "prometheus", port) as prometheus,
+        Adapter(cluster.plane, prometheus.url) as it,
+    ):
         yield release, it
         release.ergon("down", check=False)
 
