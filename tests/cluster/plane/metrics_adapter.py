@@ -9,6 +9,7 @@ recording rules, for the namespace and the run that the autoscaler names.
 from __future__ import annotations
 
 import json
+import logging
 import ssl
 import threading
 import time
@@ -22,6 +23,8 @@ from urllib.parse import parse_qs, quote, urlsplit
 from kubernetes import client
 
 from tests.cluster.plane.control import HOST, ControlPlane
+
+logger = logging.getLogger(__name__)
 
 GROUP: Final = "external.metrics.k8s.io"
 RULES: Final = Path(__file__).parents[3] / "deploy" / "monitoring" / "rules" / "recording.yml"
@@ -145,8 +148,10 @@ class Adapter(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_error: object) -> None:
-        client.ApiregistrationV1Api(self._api).delete_api_service(f"v1beta1.{GROUP}")
-        client.CoreV1Api(self._api).delete_namespaced_service("external-metrics", "kube-system")
+        # What 1.20 answers is not what the client of today expects of it.
+        client.ApiregistrationV1Api(self._api).delete_api_service(f"v1beta1.{GROUP}", _preload_content=False)
+        core = client.CoreV1Api(self._api)
+        core.delete_namespaced_service("external-metrics", "kube-system", _preload_content=False)
         self.shutdown()
         self.server_close()
 
@@ -183,6 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         labels = dict(each.split("=", 1) for each in selector.split(",") if each)
         value = self.server.value(metric, labels)
         items = []
+        logger.info("asked metric=%s labels=%s value=%s", metric, labels, value)
         if value is not None:
             self.server.answers.append((time.monotonic(), value))
             at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
