@@ -24,7 +24,7 @@ from tests.ports import free_ports
 
 AT = "ERGON_IMAGES"
 IMAGE = "localhost/ergon-broker:test"
-MOST_MB = 300  # beside the base
+MOST_MB = 400  # beside the base
 RUN = '[run]\nname = "x"\ndirectory = "/tmp/runs"\n[[environments]]\nname = "shop"\n'
 
 
