@@ -128,6 +128,13 @@ class Adapter(ThreadingHTTPServer):
         client.CoreV1Api(self._api).create_namespaced_service(
             "kube-system", {"metadata": {"name": "external-metrics"}, "spec": service}
         )
+        # As adapters bring it along: the autoscaler may read what is served here.
+        rights, name = client.RbacAuthorizationV1Api(self._api), {"name": "external-metrics"}
+        rule = {"apiGroups": [GROUP], "resources": ["*"], "verbs": ["get", "list"]}
+        rights.create_cluster_role({"metadata": name, "rules": [rule]})
+        role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", **name}
+        subject = {"kind": "ServiceAccount", "name": "horizontal-pod-autoscaler", "namespace": "kube-system"}
+        rights.create_cluster_role_binding({"metadata": name, "roleRef": role, "subjects": [subject]})
         client.ApiregistrationV1Api(self._api).create_api_service(
             {
                 "metadata": {"name": f"v1beta1.{GROUP}"},
