@@ -60,5 +60,5 @@ $inside python -m pip --disable-pip-version-check list --format json > "$directo
 # shellcheck disable=SC2016  dpkg fills these in
 $inside dpkg-query -W -f '${Package}\t${Version}\t${Architecture}\n' > "$directory/dpkg.tsv"
 $tool rm "$container" >/dev/null
-"$python" "$root/deploy/images/sbom.py" ergon-broker "$(sed -n 's/^version = "\(.*\)"/\1/p' "$root/pyproject.toml")" \
+"$python" "$root/tests/cluster/sbom.py" ergon-broker "$(sed -n 's/^version = "\(.*\)"/\1/p' "$root/pyproject.toml")" \
   "$directory/pip.json" "$directory/dpkg.tsv" > "$directory/broker.cdx.json"
