@@ -67,7 +67,11 @@ class Machine:
             raise UnavailableError(lacking)
         self._directory.mkdir(parents=True, exist_ok=True)
         with self._stack:
-            subprocess.run(["ip", "address", "add", f"{ADDRESS}/32", "dev", "lo"], check=True, capture_output=True)
+            added = subprocess.run(
+                ["ip", "address", "add", f"{ADDRESS}/32", "dev", "lo"], capture_output=True, text=True, check=False
+            )
+            if added.returncode != 0:
+                raise UnavailableError(f"{ADDRESS} cannot be had, another node may have it: {added.stderr.strip()}")
             self._stack.callback(subprocess.run, ["ip", "address", "del", f"{ADDRESS}/32", "dev", "lo"], check=True)
             self._start()
             self._wait_ready()
