@@ -6,7 +6,7 @@ RUN ?= deploy/runs/quickstart.toml
 ARGS ?=
 READY := $(VENV)/.ready
 
-.PHONY: setup run monitor dashboards test test-monitoring test-chart chart-golden test-envs test-adapters test-gateway-clients check lint format bench fuzz chaos chaos-real reference lock clean help
+.PHONY: setup run monitor dashboards test test-monitoring test-chart test-cluster test-images chart-golden test-envs test-adapters test-gateway-clients check lint format bench fuzz chaos chaos-real reference lock clean help
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -53,6 +53,18 @@ $(CLUSTER)/.ready: tests/cluster/requirements.txt tests/cluster/tools.sh | $(REA
 
 test-chart: $(CLUSTER)/.ready ## the chart by the real helm: golden files, schemas of Kubernetes 1.34-1.37, security; Dockerfiles
 	@$(PYTHON) -m pytest tests/cluster --timeout 300 $(ARGS)
+
+# Programs of Kubernetes and images, which are built outside the tree.
+IMAGES ?= $(HOME)/.cache/ergon/images
+KUBERNETES ?= $(HOME)/.cache/ergon/kubernetes/1.20.2
+test-cluster: $(CLUSTER)/.ready ## the chart on a real control plane with played nodes; builds Kubernetes first (20 minutes, once)
+	@tests/cluster/plane/build.sh $(KUBERNETES)
+	@ERGON_KUBERNETES=$(KUBERNETES) ERGON_IMAGES=$(IMAGES) $(PYTHON) -m pytest tests/cluster/plane --timeout 1200 -s $(ARGS)
+
+test-images: $(CLUSTER)/.ready ## the slim image by buildah, without a registry: build/ergon-broker.cdx.json is what is in it
+	@tests/cluster/images.sh $(IMAGES) $(CLUSTER)/bin/python
+	@mkdir -p build && cp $(IMAGES)/broker.cdx.json build/ergon-broker.cdx.json
+	@ERGON_IMAGES=$(IMAGES) $(PYTHON) -m pytest tests/cluster/image tests/cluster/test_images.py -s $(ARGS)
 
 chart-golden: $(CLUSTER)/.ready ## rewrite tests/cluster/golden from the chart; look at the diff
 	@$(PYTHON) -m tests.cluster.rendering

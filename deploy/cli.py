@@ -104,6 +104,7 @@ def _add_cluster(commands: Any) -> None:
     logs = commands.add_parser("logs", help="what the pods of a run on Kubernetes say")
     logs.add_argument("component", nargs="?", choices=cluster.COMPONENTS, help="of these pods only")
     logs.add_argument("--tail", type=int, default=100, metavar="LINES", help="the last lines of each")
+    logs.add_argument("--follow", "-f", action="store_true", help="go on with what they say from now on")
     logs.set_defaults(act=_logs)
     scale = commands.add_parser("scale", help="set the number of actors of a run on Kubernetes")
     scale.add_argument("actors", type=int, help="how many")
@@ -247,8 +248,9 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _logs(arguments: argparse.Namespace) -> None:
-    for line in cluster.logs(cluster.connect(), _release(arguments), arguments.component or "", arguments.tail):
-        print(line)
+    what = (cluster.connect(), _release(arguments), arguments.component or "", arguments.tail)
+    for line in cluster.follow(*what, install_stop()) if arguments.follow else cluster.logs(*what):
+        print(line, flush=True)
 
 
 def _scale(arguments: argparse.Namespace) -> None:

@@ -6,8 +6,11 @@ Owns no state: what is there, the cluster knows. The run's TOML is checked befor
 
 from __future__ import annotations
 
+import queue
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from broker.process.lifecycle import ErgonError
 
 CHART: Final = Path(__file__).parent / "chart"
 COMPONENTS: Final = ("broker", "relay", "learner", "actor")
+FOLLOW_S: Final = 1.0  # between two looks for pods whose log is not followed yet
 _NOT_FOUND: Final = 404
 
 
@@ -148,6 +152,56 @@ def logs(api: Any, release: Release, component: str, num_lines: int) -> Iterator
         except ApiException as error:
             text = f"(no log: {error.reason})"  # it is only starting, or has just gone
         yield from (f"{row.name}: {line}" for line in text.splitlines())
+
+
+def follow(api: Any, release: Release, component: str, num_lines: int, stop: threading.Event) -> Iterator[str]:
+    """What `logs` tells, and then every line as it is said, also by pods and containers that are started later.
+
+    Ends when `stop` is set, or the run has no pod any more. Raises ErgonError where it has none at the beginning.
+    """
+    lines: queue.Queue[str] = queue.Queue()
+    followed: set[tuple[str, int]] = set()  # a container that was started again has a log of its own
+    looked_at = 0.0
+    while not stop.is_set():
+        if not looked_at or time.monotonic() - looked_at >= FOLLOW_S:
+            try:
+                rows = status(api, release)
+            except ErgonError:
+                if not looked_at:
+                    raise
+                break
+            looked_at = time.monotonic()
+            for row in rows:
+                if (component and row.component != component) or (row.name, row.restarts) in followed:
+                    continue
+                followed.add((row.name, row.restarts))
+                what = (api, release, row, num_lines, lines, followed)
+                threading.Thread(target=_follow_pod, args=what, name=f"log of {row.name}", daemon=True).start()
+        try:
+            yield lines.get(timeout=0.2)
+        except queue.Empty:
+            continue
+    while not lines.empty():
+        yield lines.get()
+
+
+def _follow_pod(
+    api: Any,
+    release: Release,
+    row: PodState,
+    num_lines: int,
+    lines: queue.Queue[str],
+    followed: set[tuple[str, int]],
+) -> None:
+    from kubernetes import client, watch
+    from kubernetes.client.rest import ApiException
+
+    read = client.CoreV1Api(api).read_namespaced_pod_log
+    try:
+        for line in watch.Watch().stream(read, name=row.name, namespace=release.namespace, tail_lines=num_lines):
+            lines.put(f"{row.name}: {line}")
+    except ApiException:
+        followed.discard((row.name, row.restarts))  # it is only starting, or has just gone: see at the next look
 
 
 def scale(api: Any, release: Release, num_actors: int) -> int:

@@ -13,7 +13,7 @@ WORKDIR /src
 COPY . .
 RUN python -m venv /opt/ergon \
  && /opt/ergon/bin/python -m pip install --no-cache-dir --constraint requirements.lock ".[actor,model]" \
- && /opt/ergon/bin/python -c "import broker.protocol._delta_loops" \
+ && /opt/ergon/bin/python -I -c "from broker.protocol.delta_loops import compiled as c; assert c" \
  && rm -rf /src/*
 ENV PATH=/opt/ergon/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 WORKDIR /tmp

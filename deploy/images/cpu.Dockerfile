@@ -19,7 +19,7 @@ RUN : "${TORCH_INDEX:?give the index of PyTorch CPU builds as a build argument}"
  && $pip install --no-deps --index-url "$TORCH_INDEX" "$(grep '^torch==' requirements.lock)" \
  && $pip install --no-deps --no-build-isolation -r requirements.lock \
  && $pip install --no-deps --no-build-isolation . \
- && /opt/ergon/bin/python -c "import broker.protocol._delta_loops" \
+ && /opt/ergon/bin/python -I -c "from broker.protocol.delta_loops import compiled as c; assert c" \
  && rm -rf /src/*
 ENV PATH=/opt/ergon/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 WORKDIR /tmp

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Prometheus, promtool, Alertmanager and amtool out of Debian's packages, into DIRECTORY: only the programs, so that no
-# daemon is enabled on this machine and nobody need be root. 30 MB to fetch, 140 MB on disk.
+# daemon is enabled on this machine and nobody need be root. 30 MB to fetch, 140 MB on disk. Debian's Alertmanager reads
+# its templates from /usr/share/prometheus/alertmanager; where they are not, they are put into DIRECTORY/../share.
 # Usage: deploy/monitoring/tools.sh DIRECTORY. Programs that the machine has already are taken as they are.
 set -eu
 directory=$1
@@ -13,6 +14,8 @@ for program in prometheus promtool alertmanager amtool; do
   found=$(command -v "$program" || command -v "prometheus-$program" || true)
   if [ -n "$found" ]; then ln -s "$found" "$directory/$program"; else missing="$missing $program"; fi
 done
+templates=prometheus/alertmanager/default.tmpl
+if [ ! -e "/usr/share/$templates" ] && [ ! -e "$directory/../share/$templates" ]; then missing="$missing templates"; fi
 [ -n "$missing" ] || exit 0
 if ! command -v apt-get >/dev/null 2>&1 || ! command -v dpkg-deb >/dev/null 2>&1; then
   say "ergon setup: error:$missing are missing; install Prometheus and Alertmanager, or put them into $directory"
@@ -31,6 +34,11 @@ fetch || { [ "$(id -u)" = 0 ] && apt-get update -qq && fetch; } || {
 for package in ./*.deb; do dpkg-deb -x "$package" unpacked; done
 cd - >/dev/null
 for program in $missing; do
+  if [ "$program" = templates ]; then
+    mkdir -p "$directory/../share/prometheus/alertmanager"
+    mv "$work/unpacked/usr/share/$templates" "$directory/../share/$templates"
+    continue
+  fi
   [ "$program" = alertmanager ] && packed=prometheus-alertmanager || packed=$program
   mv "$work/unpacked/usr/bin/$packed" "$directory/$program"
 done

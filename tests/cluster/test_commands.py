@@ -163,6 +163,19 @@ def test_logs_say_whose_they_are(cluster: Api) -> None:
     assert "demo-actor-x: (no log: Not Found)" in in_demo("logs").stdout
 
 
+def test_logs_follow_a_container_that_is_started_again_until_the_run_is_gone(cluster: Api) -> None:
+    command = [sys.executable, "-m", "deploy", "logs", "broker", "--follow", "--name", "demo", "-n", "rl"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "demo-broker-0: one\n"
+        assert process.stdout.readline() == "demo-broker-0: two of 100\n"
+        cluster.pods[1] = pod("demo-broker-0", "broker", ready=True, restarts=4)
+        assert process.stdout.readline() == "demo-broker-0: one\n"
+        cluster.pods = []
+        assert process.stdout.read() == "demo-broker-0: two of 100\n"
+        assert process.wait(30) == 0
+
+
 def test_scale_sets_the_number_and_leaves_it_to_an_autoscaler(cluster: Api) -> None:
     assert in_demo("scale", "5").stdout == "actors: 2 -> 5\n"
     assert cluster.replicas == 5

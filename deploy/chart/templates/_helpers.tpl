@@ -210,9 +210,10 @@ livenessProbe:
   ports: [{port: metrics, protocol: TCP}]
 {{- end }}
 
+{{/* More at once, because the rule looks back for a minute itself; after that, actors are given time to start. */}}
 {{- define "ergon.scalingBehaviour" -}}
 scaleUp:
-  stabilizationWindowSeconds: 60
+  stabilizationWindowSeconds: 0
   policies: [{type: Percent, value: 100, periodSeconds: 120}]
 scaleDown:
   stabilizationWindowSeconds: {{ .scaling.cooldownSeconds }}

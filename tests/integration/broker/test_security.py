@@ -301,7 +301,7 @@ def test_a_relay_of_a_learner_with_another_key_ends_with_one_sentence(run: Run, 
 
 
 @contextlib.contextmanager
-def raw_peer(run: Run, endpoint: str, security: Security, server: Identity) -> Iterator[Callable[[Body], None]]:
+def raw_peer(endpoint: str, security: Security, server: Identity) -> Iterator[Callable[[Body], None]]:
     """Sends bodies as they are, and raises what the server answers."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.setsockopt(zmq.LINGER, 0)
@@ -327,7 +327,7 @@ def hello(role: Role, run_id: str = RUN_ID) -> Hello:
 
 @pytest.mark.parametrize("role", [Role.LEARNER, Role.OPERATOR])
 def test_an_actors_key_cannot_take_another_role(run: Run, role: Role) -> None:
-    with raw_peer(run, run.endpoint, run.security(Identity.ACTOR), Identity.BROKER) as ask:
+    with raw_peer(run.endpoint, run.security(Identity.ACTOR), Identity.BROKER) as ask:
         with pytest.raises(ProtocolError, match=f"role is {role}, but the connection's key is that of actor") as caught:
             ask(hello(role))
         assert caught.value.code is ErrorCode.WRONG_ROLE
@@ -349,7 +349,7 @@ def test_an_actors_key_cannot_take_another_role(run: Run, role: Role) -> None:
     ids=lambda body: body.COMMAND,
 )
 def test_an_actors_key_cannot_use_anothers_commands(run: Run, body: Body) -> None:
-    with raw_peer(run, run.endpoint, run.security(Identity.ACTOR), Identity.BROKER) as ask:
+    with raw_peer(run.endpoint, run.security(Identity.ACTOR), Identity.BROKER) as ask:
         with pytest.raises(ProtocolError) as caught:  # before HELLO nobody may do anything
             ask(body)
         assert caught.value.code is ErrorCode.UNKNOWN_PEER
@@ -360,14 +360,14 @@ def test_an_actors_key_cannot_use_anothers_commands(run: Run, body: Body) -> Non
 
 
 def test_an_actors_key_reads_no_other_run(run: Run) -> None:
-    with raw_peer(run, run.endpoint, run.security(Identity.ACTOR), Identity.BROKER) as ask:
+    with raw_peer(run.endpoint, run.security(Identity.ACTOR), Identity.BROKER) as ask:
         with pytest.raises(ProtocolError) as caught:
             ask(hello(Role.ACTOR, "another-run"))
         assert caught.value.code is ErrorCode.WRONG_RUN
 
 
 def test_an_operators_key_takes_no_ticket_and_a_learners_key_pulls_no_weights(run: Run) -> None:
-    with raw_peer(run, run.endpoint, run.security(Identity.OPERATOR), Identity.BROKER) as ask:
+    with raw_peer(run.endpoint, run.security(Identity.OPERATOR), Identity.BROKER) as ask:
         ask(hello(Role.OPERATOR))
         with pytest.raises(ProtocolError) as caught:
             ask(Lease(credit=1))
@@ -380,7 +380,7 @@ def test_an_operators_key_takes_no_ticket_and_a_learners_key_pulls_no_weights(ru
         with pytest.raises(ErgonError, match="refuses the key of this learner"):
             learner.wait_connected(60)
         learner.close()
-        with raw_peer(run, publisher.endpoint, run.security(Identity.ACTOR), Identity.LEARNER) as ask:
+        with raw_peer(publisher.endpoint, run.security(Identity.ACTOR), Identity.LEARNER) as ask:
             with pytest.raises(ProtocolError, match="the connection's key is that of actor") as caught:
                 ask(hello(Role.OPERATOR))
             assert caught.value.code is ErrorCode.WRONG_ROLE

@@ -72,6 +72,7 @@ def alertmanager(directory: Path, port: int, webhook_port: int) -> Iterator[None
     config.write_text(json.dumps({"route": route, "receivers": [receiver]}))
     subprocess.run([program("amtool"), "check-config", config], check=True, capture_output=True)
     command = [
+        *_with_templates(directory),
         program("alertmanager"),
         f"--config.file={config}",
         f"--storage.path={directory / 'alertmanager'}",
@@ -86,6 +87,18 @@ def alertmanager(directory: Path, port: int, webhook_port: int) -> Iterator[None
             yield
         finally:
             process.terminate()
+
+
+def _with_templates(directory: Path) -> list[str]:
+    """What shows Debian's Alertmanager its templates where it looks for them, if it is not installed as a package."""
+    place = Path("/usr/share/prometheus")
+    if (place / "alertmanager" / "default.tmpl").exists():
+        return []
+    beside = Path(program("alertmanager")).parents[1] / "share" / "prometheus"
+    return [
+        *("bwrap", "--die-with-parent", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev"),
+        *("--tmpfs", "/usr/share", "--ro-bind", str(beside), str(place), "--bind", str(directory), str(directory)),
+    ]
 
 
 class Watched:
