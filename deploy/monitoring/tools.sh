@@ -14,8 +14,8 @@ for program in prometheus promtool alertmanager amtool; do
   found=$(command -v "$program" || command -v "prometheus-$program" || true)
   if [ -n "$found" ]; then ln -s "$found" "$directory/$program"; else missing="$missing $program"; fi
 done
-templates=prometheus/alertmanager/default.tmpl
-if [ ! -e "/usr/share/$templates" ] && [ ! -e "$directory/../share/$templates" ]; then missing="$missing templates"; fi
+templates=share/prometheus/alertmanager
+if [ ! -e "/usr/$templates/email.tmpl" ] && [ ! -e "$directory/../$templates/email.tmpl" ]; then missing="$missing templates"; fi
 [ -n "$missing" ] || exit 0
 if ! command -v apt-get >/dev/null 2>&1 || ! command -v dpkg-deb >/dev/null 2>&1; then
   say "ergon setup: error:$missing are missing; install Prometheus and Alertmanager, or put them into $directory"
@@ -35,8 +35,8 @@ for package in ./*.deb; do dpkg-deb -x "$package" unpacked; done
 cd - >/dev/null
 for program in $missing; do
   if [ "$program" = templates ]; then
-    mkdir -p "$directory/../share/prometheus/alertmanager"
-    mv "$work/unpacked/usr/share/$templates" "$directory/../share/$templates"
+    mkdir -p "$directory/../$templates"
+    mv "$work/unpacked/usr/$templates"/*.tmpl "$directory/../$templates"
     continue
   fi
   [ "$program" = alertmanager ] && packed=prometheus-alertmanager || packed=$program
