@@ -30,6 +30,7 @@ TRUNCATED, TIMED_OUT, FLOODED = 1, 2, 4
 CLOSED, STOPPED = 1, 2
 CANNOT_START = 126  # as a shell says it
 
+SILENCE_S = 150.0  # an actor says something every 30 s
 FLOOD_BYTES = 64 << 20
 READ_BYTES = 64 << 10
 DRAIN_BYTES = 128 << 10  # at most, before an answer of the shell: something may go on writing
@@ -80,6 +81,7 @@ class Agent:
         self.bounds = bounds  # a `ulimit` command, for all that is started
         self.poll = select.poll()
         self.pending = bytearray()
+        self.heard_at = time.monotonic()
         self.stdout, self.stderr = Stream(), Stream()
         self.command: subprocess.Popen[bytes] | None = None
         self.number = 0
@@ -99,13 +101,14 @@ class Agent:
             self.poll.register(fd, select.POLLIN)
 
     def run(self) -> None:
-        """Until the connection ends."""
-        while True:
+        """Until the connection ends, or nothing comes over it: its end may never be told."""
+        while time.monotonic() - self.heard_at < SILENCE_S:
             for fd, _ in self.poll.poll(self.patience_ms()):
                 if fd == 0:
                     chunk = os.read(0, READ_BYTES)
                     if not chunk:
                         return
+                    self.heard_at = time.monotonic()
                     self.pending += chunk
                     self.take()
                 elif fd == self.wake:
@@ -118,9 +121,11 @@ class Agent:
                     self.collect(self.stdout if fd == self.stdout.fd else self.stderr)
             self.look_after()
 
-    def patience_ms(self) -> int | None:
-        """Until the command's time is over."""
-        return None if self.command is None else max(0, int((self.deadline - time.monotonic()) * 1000) + 1)
+    def patience_ms(self) -> int:
+        """Until the command's time is over, or it is time to look whether anybody is there."""
+        now = time.monotonic()
+        until = self.heard_at + SILENCE_S
+        return max(0, int(((until if self.command is None else min(until, self.deadline)) - now) * 1000) + 1)
 
     def take(self) -> None:
         """Do what has arrived whole."""
