@@ -34,7 +34,7 @@ class SinksSection(Section):
 
 def check_sinks(sinks: SinksSection) -> None:
     """Raise ErgonError where a sink is named whose library is not installed."""
-    wanted = [("tensorboard", sinks.tensorboard, "tensorboardX"), ("wandb", sinks.wandb != "off", "wandb")]
+    wanted = [("tensorboard", sinks.tensorboard, "tensorboard"), ("wandb", sinks.wandb != "off", "wandb")]
     for name, is_wanted, package in wanted:
         if is_wanted and importlib.util.find_spec(package) is None:
             value = getattr(sinks, name)

@@ -1,4 +1,4 @@
-"""TensorBoard's event files, by the library tensorboardX. Knows nothing of steps but their numbers."""
+"""TensorBoard's event files, by its own library and PyTorch's writer. Knows nothing of steps but their numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from tensorboardX import SummaryWriter
+from torch.utils.tensorboard import SummaryWriter
 
 from learner.sinks.points import Points
 
@@ -23,7 +23,7 @@ class TensorboardSink:
         self._directory = directory
         self._config = config
         self._purge = purge
-        self._writers: dict[str, SummaryWriter] = {}
+        self._writers: dict[str, Any] = {}
 
     def open(self) -> None:
         """The run's settings, as a text."""
@@ -35,7 +35,7 @@ class TensorboardSink:
         """Write and flush, so that a killed learner has lost nothing here."""
         writer = self._writer(points.axis)
         for name, value in points.values.items():
-            writer.add_scalar(name, value, points.at, walltime=points.time)
+            writer.add_scalar(name, value, points.at, points.time)
         writer.flush()
 
     def close(self) -> None:
@@ -43,9 +43,13 @@ class TensorboardSink:
         for writer in self._writers.values():
             writer.close()
 
-    def _writer(self, axis: str) -> SummaryWriter:
+    def _writer(self, axis: str) -> Any:
         if axis not in self._writers:
             place = self._directory if axis == "step" else self._directory / axis
             purge = self._purge[axis]
-            self._writers[axis] = SummaryWriter(str(place), purge_step=purge if purge > 1 else None)
+            make: Any = SummaryWriter  # which has no types
+            self._writers[axis] = make(str(place), purge_step=purge if self._goes_on(place) else None)
         return self._writers[axis]
+
+    def _goes_on(self, place: Path) -> bool:
+        return any(place.glob("events.*"))

@@ -158,7 +158,8 @@ def test_a_missing_library_is_refused_with_what_to_type(monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     check_sinks(SinksSection())
     with pytest.raises(
-        ErgonError, match=r"sinks\.tensorboard = true needs .*tensorboardX.*pip install 'ergon\[tensorboard\]'"
+        ErgonError,
+        match=r"sinks\.tensorboard = true needs .*Python package tensorboard,.*pip install 'ergon\[tensorboard\]'",
     ):
         check_sinks(SinksSection(tensorboard=True))
     with pytest.raises(ErgonError, match=r"sinks\.wandb = 'offline' needs .*pip install 'ergon\[wandb\]'"):
