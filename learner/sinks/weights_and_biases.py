@@ -39,7 +39,7 @@ class WandbSink:
     ) -> None:
         self._directory = directory
         self._config = config
-        self._place = {"mode": mode, "project": project, "entity": entity or None, "name": name}
+        self._place: dict[str, Any] = {"mode": mode, "project": project, "entity": entity or None, "name": name}
         self._run: Any = None
 
     def open(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from envs.interface import SandboxError
 from envs.sandbox.pods.cluster import Cluster
 from envs.sandbox.pods.manifest import PodSettings, session_command
+from envs.sandbox.pods.refusals import RefusedError
 from envs.sandbox.pods.session import LostError, Session, ShellEnds
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class PodLife:
         self._born = time.monotonic()
         self._session: Session | None = None
         self._connecting = asyncio.Lock()
+        self._may_be_there = True
         self._dead_because: str | None = None
         self._closing: asyncio.Task[None] | None = None
         self._reconnecting: asyncio.Task[None] | None = None
@@ -42,13 +44,20 @@ class PodLife:
         cluster = await Cluster.acquire(settings)
         made = cls(cluster, str(manifest["metadata"]["name"]))
         try:
-            await cluster.create(manifest)
+            await made._create(manifest)
             await cluster.ready(made.name, settings.start_timeout_s)
             await made.connected()
         except BaseException:
             await made.close()
             raise
         return made
+
+    async def _create(self, manifest: Mapping[str, Any]) -> None:
+        try:
+            await self._cluster.create(manifest)
+        except RefusedError:
+            self._may_be_there = False
+            raise
 
     @property
     def alive(self) -> bool:
@@ -123,7 +132,8 @@ class PodLife:
 
     async def _remove(self) -> None:
         try:
-            await self._cluster.delete(self.name)
+            if self._may_be_there:
+                await self._cluster.delete(self.name)
         except SandboxError as error:
             # It ends by itself: nothing but its room is lost, and for a while.
             logger.warning("sandbox's pod not deleted pod=%s error=%s", self.name, error)

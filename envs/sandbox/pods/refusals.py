@@ -21,7 +21,11 @@ HOPELESS: Final = {
 """Why a container waits, where waiting longer does not help."""
 
 
-def refusal(status: int, body: str, verb: str, resource: str, namespace: str) -> SandboxError:
+class RefusedError(SandboxError):
+    """Kubernetes has answered, and the answer is no."""
+
+
+def refusal(status: int, body: str, verb: str, resource: str, namespace: str) -> RefusedError:
     """The sentence for an answer that is not a success.
 
     status: HTTP's. body: of the answer, a Status object as a rule. verb, resource: what was asked, as RBAC has it.
@@ -54,7 +58,7 @@ def refusal(status: int, body: str, verb: str, resource: str, namespace: str) ->
         reason = "it is not there any more"
     else:
         reason = said or "without a word"
-    return SandboxError(f"Kubernetes refused to {asked} (HTTP {status}): {reason}")
+    return RefusedError(f"Kubernetes refused to {asked} (HTTP {status}): {reason}")
 
 
 def _message(body: str) -> str:

@@ -147,8 +147,8 @@ class PodSandbox(FilesByCommand):
         if flags & TIMED_OUT:
             self._life.kill("a command ran past its time limit")
         streams = answer[RESULT.size : RESULT.size + length], answer[RESULT.size + length :]
-        ended = (bool(flags & TRUNCATED), bool(flags & TIMED_OUT), time.monotonic() - began)
-        return ExecResult(None if code < 0 else code, *streams, *ended)
+        truncated, timed_out = bool(flags & TRUNCATED), bool(flags & TIMED_OUT)
+        return ExecResult(None if code < 0 else code, *streams, truncated, timed_out, time.monotonic() - began)
 
     async def shell(
         self,

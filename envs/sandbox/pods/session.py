@@ -175,7 +175,8 @@ class Session:
             raise self.lost
         self._next += 1
         number = self._next
-        answer = self._asked[number] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._asked[number] = answer
         self.send(letter, number, body)
         try:
             async with asyncio.timeout(timeout_s):
@@ -246,7 +247,8 @@ class Session:
             return
         self.lost = lost
         self._ends.close_shell()
-        for answer in (self._hello, *self._asked.values()):
+        waited_for: list[asyncio.Future[Any]] = [self._hello, *self._asked.values()]
+        for answer in waited_for:
             if not answer.done():
                 answer.set_exception(lost)
         if not self._hello.cancelled():

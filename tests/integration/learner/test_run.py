@@ -268,16 +268,14 @@ def check_tensorboard(run_dir: Path, records: list[dict[str, Any]]) -> None:
 
 
 def check_wandb(run_dir: Path, records: list[dict[str, Any]]) -> None:
-    """One run, whichever learner wrote; steps that were taken again are there again."""
+    """One run, whichever learner wrote. The two that were killed lived for less than the library takes to begin."""
     runs = wandb_runs(run_dir)
-    assert len(runs) == 4
-    assert {run.run_id for run in runs} == {kept_id(run_dir)}
-    assert all(run.config["learner"]["num_steps"] == NUM_STEPS for run in runs)
+    assert {run.run_id for run in runs if run.run_id} == {kept_id(run_dir)}
+    for run, lineage in zip(runs[-2:], (3, 4), strict=True):
+        assert run.config["learner"]["num_steps"] == NUM_STEPS
+        said = [line["step"] for line in records if line["lineage"] == lineage and line["event"] == "step"]
+        assert [line["step"] for line in run.history if "train/reward_mean" in line] == said
     last = [line for line in records if line["lineage"] == 4]
-    history = [line for line in runs[-1].history if "train/reward_mean" in line]
-    assert [line["step"] for line in history] == [line["step"] for line in last if line["event"] == "step"]
-    steps = {line["step"] for run in runs for line in run.history if "train/reward_mean" in line}
-    assert steps == set(range(1, NUM_STEPS + 1))
     (after,) = (line for line in last if line["event"] == "evaluation" and line["evaluation"] == "after")
     assert runs[-1].history[-1]["eval/sampled"] == pytest.approx(after["sampled"])
 
