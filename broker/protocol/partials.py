@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from broker.protocol.trajectory import PolicyVersion, Segment, Ticket
 
 PARTIAL_NAMES: Final = (*ARRAY_NAMES, "snapshot")
 MAX_PARTIAL_BODY_BYTES: Final = MAX_BODY_BYTES - 16_384  # of a HANDOVER: a CONTINUE has the ticket besides
-PARTIAL_DTYPES: Final = (*ARRAY_DTYPES, np.dtype("|u1"))
+PARTIAL_DTYPES: Final[tuple[np.dtype[Any], ...]] = (*ARRAY_DTYPES, np.dtype("|u1"))
 
 BodyT = TypeVar("BodyT", Handover, Continue)
 
