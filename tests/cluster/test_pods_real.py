@@ -67,7 +67,7 @@ async def test_commands_files_and_the_shell(sandbox: PodSandbox) -> None:
         assert await fork.read("a/b", 1_000_000) == b"\0\xff" * 500_000
 
 
-async def test_what_runs_there_has_no_network_no_token_and_no_way_to_its_session(sandbox: PodSandbox) -> None:
+async def test_what_runs_there_has_no_token_and_no_way_to_its_session(sandbox: PodSandbox) -> None:
     assert (await sandbox.exec("id -u")).stdout.strip() not in (b"0", b"")
     assert not (await sandbox.exec("ls /var/run/secrets/kubernetes.io")).ok
     assert b"KUBERNETES" not in (await sandbox.exec("env")).stdout

@@ -178,7 +178,7 @@ class Cluster:
             method,
             f"/api/v1/namespaces/{quote(self.settings.namespace)}/pods{path}",
             query_params=list(query),
-            header_params={"Accept": "application/json"},
+            header_params={"Accept": "*/*" if path.endswith("/exec") else "application/json"},
             body=body,
             auth_settings=["BearerToken"],
         )

@@ -200,6 +200,8 @@ class FakeCluster:
     async def _exec(self, request: web.Request) -> web.StreamResponse:
         refused = self._refused(request, "get", "pods/exec")
         pod = self.pods.get(request.match_info["name"])
+        if request.headers.get("Accept") != "*/*":
+            return said(406, "only the following media types are accepted: */*")  # as the real one does
         if refused is not None or pod is None or pod.running is None:
             return refused or said(404, "container not found")
         stream = web.WebSocketResponse(protocols=("v4.channel.k8s.io",), max_msg_size=1 << 20)
