@@ -222,7 +222,9 @@ class PodSandbox(FilesByCommand):
 
     async def unpack(self, archive: bytes) -> None:
         """Lay the files of a snapshot over its own. Raises OSError where that cannot be done."""
-        tar = "tar --extract --file=- --directory=/ --no-same-owner --no-overwrite-dir"
+        # /workspace and /tmp themselves are mounts that are not the sandbox's to change.
+        ours = "--no-recursion --anchored --exclude=workspace --exclude=tmp"
+        tar = f"tar --extract --file=- --directory=/ --no-same-owner --no-overwrite-dir {ours}"
         succeeded(await self._exec(tar, archive))
 
     async def fork(self) -> PodSandbox:
