@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import threading
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from broker.protocol.trajectory import PolicyVersion
 from broker.weights.subscriber import WeightSubscriber
 from envs.interface import Environment, ErgonEnvError
 from envs.registry import create_environment
+from envs.sandbox import PodSettings, configure_pods
 from envs.timeouts import within
 from envs.tools import ToolRunner
 
@@ -72,6 +74,7 @@ def run_actor(settings: Settings, index: int) -> None:
         model = Path(settings.model.path).expanduser()
         checkpoint_shapes(model)  # a bad path is told before anything slow starts
         renderer = Renderer.load(model, settings.model.tool_format)
+        configure_pods(pods_of(settings, index))
         environments = make_environments(settings)
         _tell_bounds(environments, settings.sampling.max_turns)
         seed = (settings.run.seed * 1009 + index) % 2**31
@@ -90,6 +93,14 @@ def run_actor(settings: Settings, index: int) -> None:
         raise
     finally:
         server.close()
+
+
+def pods_of(settings: Settings, index: int) -> PodSettings:
+    """What sandboxes that are pods are like for this actor, which is the owner where its own pod is beside them."""
+    name, uid, namespace = (os.environ.get(f"ERGON_POD_{what}", "") for what in ("NAME", "UID", "NAMESPACE"))
+    owner = (name, uid) if name and uid and namespace == settings.sandboxes.namespace else None
+    actor = f"{socket.gethostname()}-{index}"
+    return PodSettings(**settings.sandboxes.model_dump(), run=settings.run.name, actor=actor, owner=owner)
 
 
 def make_environments(settings: Settings) -> dict[str, Environment]:

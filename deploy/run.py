@@ -18,6 +18,7 @@ from broker.process.keys import Identity
 from broker.process.lifecycle import EXIT_USER_ERROR, ErgonError, install_stop
 from broker.process.security import load_security
 from broker.process.settings import Settings
+from broker.process.sink_settings import check_sinks
 from deploy.local import Supervisor, check_ports, children_of
 from deploy.progress import make_view
 from envs.interface import ErgonEnvError
@@ -39,6 +40,7 @@ def run_local(settings: Settings, new: bool = False, plain: bool = False) -> Non
     stop = install_stop()
     check_environments(settings)
     check_security(settings)
+    check_sinks(settings.sinks)
     settings = claim(settings, new)
     check_ports(settings)
     settings = with_model(settings)

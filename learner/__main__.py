@@ -9,6 +9,7 @@ from pathlib import Path
 
 from broker.process.config import load_settings
 from broker.process.lifecycle import run_main
+from broker.process.sink_settings import check_sinks
 from learner import launch
 
 
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     arguments = parser.parse_args()
     settings = load_settings(arguments.config, arguments.overrides)
+    check_sinks(settings.sinks)
     if launch.is_needed(settings):
         sys.exit(launch.launch(settings, sys.argv[1:]))
 

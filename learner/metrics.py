@@ -93,6 +93,11 @@ CHECKPOINT_SECONDS = Histogram(
     ["part"],
     buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320),
 )
+SINK_LOST = Counter(
+    "ergon_learner_sink_lost_total",
+    "Lines of metrics.jsonl that a sink did not get, by why: it failed, its queue was full, it did not end in time",
+    ["sink", "reason"],
+)
 UNACKED = Gauge("ergon_learner_unacked_trajectories", "Trajectories consumed and not yet in a checkpoint")
 
 _FROM_STATS = {

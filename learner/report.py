@@ -1,4 +1,4 @@
-"""metrics.jsonl and the gauges: one line for every step, supervised step, evaluation and phase. Decides nothing."""
+"""metrics.jsonl, gauges and sinks: a line for every step, supervised step, evaluation and phase. Decides nothing."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from learner.batching import Batch
 from learner.engine import TrainEngine
 from learner.evaluation import STYLES, Evaluation
 from learner.health import Edge
+from learner.sinks import Sinks
 from learner.state import TrainerState
 from learner.thinking import by_bucket
 
@@ -30,9 +31,16 @@ class Reporter:
     """Writes lines that all carry: event, time (Unix), phase, step, version, lineage."""
 
     def __init__(
-        self, path: Path, settings: Settings, state: TrainerState, engine: TrainEngine, lineage: Callable[[], int]
+        self,
+        path: Path,
+        settings: Settings,
+        state: TrainerState,
+        engine: TrainEngine,
+        lineage: Callable[[], int],
+        sinks: Sinks | None = None,
     ) -> None:
         self._file = LineFile(path)
+        self._sinks = sinks or Sinks()
         self._pass_reward = settings.eval.pass_reward
         self._state = state
         self._engine = engine
@@ -142,8 +150,9 @@ class Reporter:
         self._write("summary", summary=summary)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and the sinks."""
         self._file.close()
+        self._sinks.close()
 
     def _write(self, event: str, **fields: Any) -> None:
         place = {
@@ -155,6 +164,7 @@ class Reporter:
             "lineage": self._lineage(),
         }
         self._file.append([place | fields], durable=False)
+        self._sinks.offer(place | fields)
 
 
 def rewards_by_kind(trajectories: Iterable[Trajectory]) -> dict[str, float]:

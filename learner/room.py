@@ -41,6 +41,7 @@ from learner.quarantine import Quarantine, make_batcher
 from learner.recording import Recorder
 from learner.report import Reporter
 from learner.schedule import scheduled_rate
+from learner.sinks import open_sinks
 from learner.state import Phase
 from learner.summary import summarise
 
@@ -82,7 +83,8 @@ class Room:
         self.batcher = make_batcher(learner)
         self._adapt_price(None)
         self.curriculum = Curriculum(settings, IssueLog(self._directory / "issued.jsonl"), self.state.curriculum)
-        self.report = Reporter(self._directory / "metrics.jsonl", settings, self.state, engine, self._lineage)
+        sinks = open_sinks(settings, self.state)
+        self.report = Reporter(self._directory / "metrics.jsonl", settings, self.state, engine, self._lineage, sinks)
         self.inbox = Inbox(self.client, settings, self.state, self.batcher, stop, self._evaluated, self._keeper.keep)
 
     def __enter__(self) -> Room:

@@ -57,6 +57,7 @@ LABELS = {
     "result": "what became of it, some five words",
     "role": "actor, learner, operator, relay",
     "route": "the gateway's routes, and unknown",
+    "sink": "tensorboard, wandb",
     "solved": "never, sometimes, always",
     "state": "a ticket's seven states",
     "status": "the broker's answers; of the gateway, HTTP's",

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from broker.process.learner_settings import CurriculumSection, EvalSection, LearnerSection
+from broker.process.sandbox_settings import SandboxesSection
 from broker.process.section import Section
+from broker.process.sink_settings import SinksSection
 from broker.process.thinking_settings import ThinkingSection
 
 _Share: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -296,7 +298,9 @@ class Settings(Section):
     weights: WeightsSection = WeightsSection()
     security: SecuritySection = SecuritySection()
     metrics: MetricsSection = MetricsSection()
+    sinks: SinksSection = SinksSection()
     gateway: GatewaySection = GatewaySection()
+    sandboxes: SandboxesSection = SandboxesSection()
     supervisor: SupervisorSection = SupervisorSection()
 
     @field_validator("environments")
@@ -330,6 +334,17 @@ class Settings(Section):
             raise ValueError(
                 f"actor.drain_s = {self.actor.drain_s:g} leaves less than {GIVE_BACK_S:g} s of supervisor.grace_s = "
                 f"{self.supervisor.grace_s:g} to give back what is not finished; lower the one or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_life(self) -> Settings:
+        pods = any(environment.options.get("sandbox") == "pod" for environment in self.environments)
+        if pods and self.sandboxes.life_s < 2 * self.sampling.deadline_s:
+            raise ValueError(
+                f"sandboxes.life_s = {self.sandboxes.life_s} is less than twice sampling.deadline_s = "
+                f"{self.sampling.deadline_s:g}, and a pod may be half its life old when an episode gets it; raise "
+                "sandboxes.life_s, or lower sampling.deadline_s"
             )
         return self
 

@@ -12,7 +12,7 @@ RUN apt-get update \
 WORKDIR /src
 COPY . .
 RUN python -m venv /opt/ergon \
- && /opt/ergon/bin/python -m pip install --no-cache-dir --constraint requirements.lock ".[actor,model]" \
+ && /opt/ergon/bin/python -m pip install --no-cache-dir --constraint requirements.lock ".[actor,model,kubernetes]" \
  && /opt/ergon/bin/python -I -c "from broker.protocol.delta_loops import compiled as c; assert c" \
  && rm -rf /src/*
 ENV PATH=/opt/ergon/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1

@@ -13,7 +13,7 @@ COPY . .
 RUN python -m venv /opt/ergon \
  && /opt/ergon/bin/python -m pip install --no-cache-dir --constraint requirements.lock setuptools wheel torch \
  && DS_BUILD_OPS=0 /opt/ergon/bin/python -m pip install --no-cache-dir --no-build-isolation \
-      --constraint requirements.lock ".[learner,model,report]" \
+      --constraint requirements.lock ".[learner,model,report,tensorboard,wandb]" \
  && /opt/ergon/bin/python -I -c "from broker.protocol.delta_loops import compiled as c; assert c" \
  && rm -rf /src/*
 ENV PATH=/opt/ergon/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1

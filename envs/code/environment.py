@@ -33,7 +33,7 @@ from envs.interface import (
     Tool,
     ToolCall,
 )
-from envs.sandbox import AnySandbox, Limits, SandboxPool
+from envs.sandbox import AnySandbox, Limits, SandboxPool, check_walled
 from envs.snapshots import State, pack, unpack
 from envs.tools import ToolEpisode, ToolError, ToolSet
 from envs.tools.output import shown
@@ -161,7 +161,8 @@ class CodeEnvironment(Environment):
     """Functions to write, of procedural families.
 
     families: names of those to ask, all by default. warm_sandboxes: how many are kept ready. tool_timeout_s,
-    grade_timeout_s: wall-clock seconds of one trial, and of all hidden calls together. Raises ValueError.
+    grade_timeout_s: wall-clock seconds of one trial, and of all hidden calls together. sandbox: the backend,
+    `bubblewrap` or `pod`. Raises ValueError.
     """
 
     name = "code"
@@ -173,6 +174,7 @@ class CodeEnvironment(Environment):
         warm_sandboxes: int = 4,
         tool_timeout_s: float = 10.0,
         grade_timeout_s: float = 10.0,
+        sandbox: str = "bubblewrap",
     ) -> None:
         known = {family.name: family for family in FAMILIES}
         names = tuple(known) if families is None else tuple(families)
@@ -184,7 +186,8 @@ class CodeEnvironment(Environment):
         self._families = tuple(known[name] for name in names)
         self._timeouts_s = tool_timeout_s, grade_timeout_s
         runner = Path(__file__).with_name("runner.py").read_bytes()
-        self._pool = SandboxPool(warm_sandboxes, {RUNNER: runner}, LIMITS)
+        backend = check_walled(sandbox)
+        self._pool = SandboxPool(warm_sandboxes, {RUNNER: runner}, LIMITS, backend)
 
     @property
     def tools(self) -> Sequence[Tool]:

@@ -1,7 +1,8 @@
 """What every sandbox can do, and the backends by name. Chooses nothing by itself: there is no fallback to another one.
 
-`bubblewrap` is the sandbox (session.py). `trusted` is a plain subprocess without any wall, for code of the
-environment's author, never of a policy; it must be asked for by name.
+`bubblewrap` is the sandbox (session.py). `pod` is a Kubernetes pod for each (pods/), and is refused where there is no
+cluster. `trusted` is a plain subprocess without any wall, for code of the environment's author, never of a policy; it
+must be asked for by name.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Protocol, Self
 
 from envs.interface import ErgonEnvError
 from envs.sandbox.limits import ExecResult, Limits
+from envs.sandbox.pods import PodSandbox
 from envs.sandbox.session import Sandbox
 from envs.sandbox.shell import ShellResult
 from envs.sandbox.trusted import TrustedSandbox
@@ -72,7 +74,13 @@ class AnySandbox(Protocol):
         """Close it."""
 
 
-BACKENDS: Mapping[str, type[Sandbox] | type[TrustedSandbox]] = {"bubblewrap": Sandbox, "trusted": TrustedSandbox}
+BACKENDS: Mapping[str, type[Sandbox] | type[TrustedSandbox] | type[PodSandbox]] = {
+    "bubblewrap": Sandbox,
+    "trusted": TrustedSandbox,
+    "pod": PodSandbox,
+}
+WALLED = ("bubblewrap", "pod")
+"""Backends in which a policy's commands may run."""
 
 
 def check_backend(name: str) -> str:
@@ -81,6 +89,16 @@ def check_backend(name: str) -> str:
         near = difflib.get_close_matches(name, BACKENDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ErgonEnvError(f"there is no sandbox backend {name!r}: {hint}choose {' or '.join(BACKENDS)}")
+    return name
+
+
+def check_walled(name: str) -> str:
+    """The name of a backend that a policy's commands may run in. Raises ErgonEnvError for any other."""
+    if check_backend(name) not in WALLED:
+        raise ErgonEnvError(
+            f"the sandbox backend {name!r} has no walls, and this environment's tools run what the policy says: choose "
+            f"{' or '.join(WALLED)}"
+        )
     return name
 
 

@@ -11,16 +11,20 @@ from types import TracebackType
 from envs.interface import SandboxError
 from envs.sandbox.backends import BACKENDS, AnySandbox, check_backend, create_sandbox
 from envs.sandbox.limits import Limits
+from envs.sandbox.pods import PodSandbox
 
 logger = logging.getLogger(__name__)
+
+MAKING = {"pod": 8}
+"""How many sandboxes are made at a time; of other backends 2, since a start costs CPU that episodes need."""
 
 
 class SandboxPool:
     """Keeps up to `size` sandboxes ready, all with the same files, limits and hidden paths. Belongs to one event loop.
 
     The taker owns what `acquire` returns and closes it. Refilling starts with the first `acquire` or `prepare` and
-    makes at most two at a time, since a start costs CPU that episodes need. When making one fails, refilling stops
-    until the next `acquire`, which then makes its own and so raises the reason.
+    makes a few at a time (MAKING). When making one fails, refilling stops until the next `acquire`, which then makes
+    its own and so raises the reason.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class SandboxPool:
             raise SandboxError("the sandbox pool is closed")
         while self._ready:
             sandbox = self._ready.popleft()
-            if sandbox.alive:
+            if sandbox.alive and not (isinstance(sandbox, PodSandbox) and sandbox.worn):
                 self._refill()
                 return sandbox
             await sandbox.close()
@@ -76,7 +80,16 @@ class SandboxPool:
         SandboxError where no sandbox can be made."""
         if self._closed:
             raise SandboxError("the sandbox pool is closed")
-        return await BACKENDS[self._backend].restore(archive, self._files, self._limits)
+        if self._backend != "pod":
+            return await BACKENDS[self._backend].restore(archive, self._files, self._limits)
+        sandbox = await self.acquire()  # a warm one, since a new pod takes seconds
+        assert isinstance(sandbox, PodSandbox)
+        try:
+            await sandbox.unpack(archive)
+        except BaseException:
+            await sandbox.close()
+            raise
+        return sandbox
 
     async def _create(self) -> AnySandbox:
         return await create_sandbox(self._backend, self._files, self._limits, self._hidden)
@@ -87,7 +100,7 @@ class SandboxPool:
 
     async def _fill(self) -> None:
         while len(self._ready) < self._size:
-            want = min(2, self._size - len(self._ready))
+            want = min(MAKING.get(self._backend, 2), self._size - len(self._ready))
             made = await asyncio.gather(*(self._create() for _ in range(want)), return_exceptions=True)
             self._ready.extend(sandbox for sandbox in made if not isinstance(sandbox, BaseException))
             for error in made:

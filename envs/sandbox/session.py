@@ -20,6 +20,7 @@ from types import TracebackType
 
 from envs.interface import SandboxError
 from envs.sandbox import bubblewrap
+from envs.sandbox.files import FilesByCommand, succeeded
 from envs.sandbox.life import Life
 from envs.sandbox.limits import ExecResult, Limits
 from envs.sandbox.shell import Shell, ShellResult
@@ -30,7 +31,7 @@ CHUNK_BYTES = 48 << 10  # of a file, encoded, in one command
 SNAPSHOT = "/opt/snapshot.tar"  # where a fork finds its files
 
 
-class Sandbox:
+class Sandbox(FilesByCommand):
     """A place where untrusted commands run. Make it with `create`, close it always; closing kills all that runs in it.
 
     Belongs to one event loop. Dies with the thread and the process that made it.
@@ -188,18 +189,6 @@ class Sandbox:
         if result.timed_out:
             raise self._life.died()
 
-    async def snapshot(self, max_bytes: int = 64 << 20) -> bytes:
-        """A tar archive of /workspace and /tmp, as they are; unreadable files are left out. No process is stopped.
-
-        Raises OSError where it is larger than `max_bytes` or cannot be made.
-        """
-        tar = "exec tar --create --sparse --ignore-failed-read --file=- --directory=/ workspace tmp"
-        result = await self.exec(tar, output_bytes=max_bytes)
-        if result.truncated or result.exit_code not in (0, 1):  # 1: a file changed as it was read
-            reason = "too large" if result.truncated else result.stderr.decode(errors="replace").strip()[:200]
-            raise OSError(f"the sandbox's files cannot be read: {reason}")
-        return result.stdout
-
     async def fork(self) -> Sandbox:
         """A new sandbox with copies of this one's files in /workspace and /tmp; processes are not copied.
 
@@ -248,14 +237,6 @@ class Sandbox:
             encoded = base64.b64encode(data[start : start + step]).decode()
             await self._succeed(f"printf %s {encoded} | base64 -d >> {target}")
 
-    async def read(self, path: str, max_bytes: int = 1 << 20) -> bytes:
-        """A file's content. Raises OSError where it cannot be read or is larger than `max_bytes`."""
-        target = bubblewrap.check_path(path)
-        result = await self._succeed(f"exec head -c {max_bytes + 1} {shlex.quote(target)}", max_bytes + 1)
-        if len(result.stdout) > max_bytes:
-            raise OSError(f"{target} in the sandbox is larger than {max_bytes} bytes")
-        return result.stdout
-
     async def close(self) -> None:
         """Kill everything in the sandbox, wait until it is gone, release the descriptors. Idempotent."""
         self._life.kill("it was closed")
@@ -272,10 +253,6 @@ class Sandbox:
     ) -> None:
         await self.close()
 
-    async def _succeed(self, command: str, output_bytes: int | None = None) -> ExecResult:
+    async def _succeed(self, command: str) -> None:
         """Run a command of our own that must exit with 0. Raises OSError with its complaint."""
-        result = await self.exec(command, output_bytes=output_bytes)
-        if not result.ok:
-            reason = "it timed out" if result.timed_out else result.stderr.decode(errors="replace").strip()
-            raise OSError(f"the sandbox refused: {reason}")
-        return result
+        succeeded(await self.exec(command))

@@ -27,7 +27,7 @@ from envs.interface import (
     Tool,
     ToolCall,
 )
-from envs.sandbox import AnySandbox, Limits, SandboxPool
+from envs.sandbox import AnySandbox, Limits, SandboxPool, check_walled
 from envs.shop.kinds import KINDS, Kind
 from envs.shop.problems import problem
 from envs.tools import ToolEpisode, ToolError, ToolSet, ToolTimeoutError
@@ -158,7 +158,7 @@ class ShopEnvironment(Environment):
 
     kinds: names of the kinds of problems to ask, all by default. warm_sandboxes: how many are kept ready, so that an
     episode need not wait for its own. tool_timeout_s: wall-clock seconds of one tool call. demonstrations: `perfect` or
-    `careless`, what a warm start imitates. Raises ValueError.
+    `careless`, what a warm start imitates. sandbox: the backend, `bubblewrap` or `pod`. Raises ValueError.
     """
 
     name = "shop"
@@ -170,6 +170,7 @@ class ShopEnvironment(Environment):
         warm_sandboxes: int = 4,
         tool_timeout_s: float = 10.0,
         demonstrations: str = PERFECT,
+        sandbox: str = "bubblewrap",
     ) -> None:
         self._kinds = _chosen(kinds)
         if demonstrations not in (PERFECT, CARELESS):
@@ -179,7 +180,8 @@ class ShopEnvironment(Environment):
             raise ValueError(f"tool_timeout_s is {tool_timeout_s}; it must be greater than 0")
         self._tool_timeout_s = tool_timeout_s
         calculator = Path(__file__).with_name("calc.py").read_bytes()
-        self._pool = SandboxPool(warm_sandboxes, {CALC: calculator, PRICE: PRICE_PROGRAM.encode()}, LIMITS)
+        backend = check_walled(sandbox)
+        self._pool = SandboxPool(warm_sandboxes, {CALC: calculator, PRICE: PRICE_PROGRAM.encode()}, LIMITS, backend)
 
     @property
     def tools(self) -> Sequence[Tool]:

@@ -22,7 +22,7 @@ from envs.interface import (
     Tool,
     ToolCall,
 )
-from envs.sandbox import AnySandbox, Limits, SandboxPool
+from envs.sandbox import AnySandbox, Limits, SandboxPool, check_walled
 from envs.terminal.kinds import KINDS
 from envs.terminal.problem import Kind, Problem, problem
 from envs.terminal.state import StateError, final_state
@@ -127,7 +127,8 @@ class TerminalEnvironment(Environment):
     """Procedural tasks for a shell: files, logs, text, archives, processes.
 
     kinds: names of the kinds to ask, all by default. levels: of difficulty, of 1, 2 and 3. warm_sandboxes: how many are
-    kept ready. tool_timeout_s: wall-clock seconds of one command. Raises ValueError.
+    kept ready. tool_timeout_s: wall-clock seconds of one command. sandbox: the backend, `bubblewrap` or `pod`. Raises
+    ValueError.
     """
 
     name = "terminal"
@@ -138,6 +139,7 @@ class TerminalEnvironment(Environment):
         levels: Sequence[int] = LEVELS,
         warm_sandboxes: int = 4,
         tool_timeout_s: float = 10.0,
+        sandbox: str = "bubblewrap",
     ) -> None:
         known = {kind.name: kind for kind in KINDS}
         names = tuple(known) if kinds is None else tuple(kinds)
@@ -150,7 +152,7 @@ class TerminalEnvironment(Environment):
         self._kinds: tuple[Kind, ...] = tuple(known[name] for name in names)
         self._levels = tuple(levels)
         self._tool_timeout_s = tool_timeout_s
-        self._pool = SandboxPool(warm_sandboxes, limits=LIMITS)
+        self._pool = SandboxPool(warm_sandboxes, limits=LIMITS, backend=check_walled(sandbox))
 
     @property
     def tools(self) -> Sequence[Tool]:

@@ -31,6 +31,7 @@ MATRIX: Final[dict[str, tuple[str, ...]]] = {
     "eight-gpus": (*RUN, *profile("eight-gpus")),
     "many-nodes": (*RUN, *profile("many-nodes")),
     "hpa": (*RUN, *profile("one-gpu"), "--set", "actors.scaling.mode=hpa", "--set", "actors.scaling.max=3"),
+    "pods": (*RUN, *profile("one-gpu"), "--set", "sandboxes.create=true", "--set", "sandboxes.actors=true"),
     "own-everything": (
         *("--set", "run.existingConfigMap=mine", "--set", "run.name=other", "--set", "keys.create=false"),
         *("--set", "keys.secretPrefix=kept", "--set", "model.existingClaim=models", "--set", "model.path=smollm2"),

@@ -86,6 +86,7 @@ def test_a_manifest_that_is_wrong_is_found() -> None:
         (["model.path=x"], "model.existingClaim names none"),
         (["actors.seccompProfile.type=Localhost"], "name the profile's file on the nodes"),
         (["sandboxes.runtimeClass.name=gvisor"], "has no handler"),
+        (["sandboxes.actors=true"], "there is no namespace for them; set sandboxes.create=true"),
         (["actors.seccompProfile.type=Unconfined"], "actors/seccompProfile/type"),
         (["actors.replicas=-1"], "actors/replicas"),
         (["actor.replicas=1"], "actor"),
@@ -107,7 +108,7 @@ def environment(spec: Manifest) -> dict[str, str]:
     return {each["name"]: each["value"] for each in container.get("env", []) if "value" in each}
 
 
-@pytest.mark.parametrize("name", ["cpu", "one-gpu", "eight-gpus", "many-nodes", "hpa"])
+@pytest.mark.parametrize("name", ["cpu", "one-gpu", "eight-gpus", "many-nodes", "hpa", "pods"])
 def test_the_processes_read_the_toml_of_a_laptop_and_find_each_other(name: str, tmp_path: Path) -> None:
     """What each pod's environment makes of the TOML, by the code that reads it there."""
     manifests = render(*MATRIX[name])

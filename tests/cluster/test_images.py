@@ -60,4 +60,4 @@ def test_every_image_of_the_chart_has_a_dockerfile_of_the_same_user() -> None:
                 named.add(container["image"].rpartition("/")[2].partition(":")[0])
     assert named <= built
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())["images"]
-    assert {defaults[name] for name in ("broker", "actor", "learner")} <= built
+    assert {defaults[name] for name in ("broker", "actor", "learner", "sandbox")} <= built

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster.rendering import MATRIX, RELEASE, Manifest, of_kind, pods, render
+from envs.sandbox import Limits, PodSettings
+from envs.sandbox.pods.manifest import make_manifest
+from tests.cluster.rendering import MATRIX, NAMESPACE, RELEASE, TOOLS, Manifest, of_kind, pods, render
+from tests.integration.envs.fake_cluster import violations
 
-WITH_TOKEN = {"keys", "costs"}  # the two that speak to the API server
+WITH_TOKEN = {"keys", "costs"}  # the two that speak to the API server; actors do where they make sandboxes
 
 all_profiles = pytest.mark.parametrize("name", MATRIX)
 
@@ -58,10 +64,11 @@ def test_no_pod_sees_the_host_or_the_keys_of_another(name: str) -> None:
 @all_profiles
 def test_only_what_speaks_to_the_api_has_a_token_and_may_do_next_to_nothing(name: str) -> None:
     manifests = render(*MATRIX[name])
+    with_token = WITH_TOKEN | ({"actor"} if "sandboxes.actors=true" in MATRIX[name] else set())
     holders = {}
     for pod, labels, spec in pods(manifests):
         has = spec["automountServiceAccountToken"]
-        assert has == (labels["app.kubernetes.io/component"] in WITH_TOKEN), pod
+        assert has == (labels["app.kubernetes.io/component"] in with_token), pod
         holders[spec["serviceAccountName"]] = holders.get(spec["serviceAccountName"], False) or has
     for account in of_kind(manifests, "ServiceAccount"):
         assert account["automountServiceAccountToken"] is False
@@ -70,7 +77,10 @@ def test_only_what_speaks_to_the_api_has_a_token_and_may_do_next_to_nothing(name
     assert not of_kind(manifests, "ClusterRole")
     assert not of_kind(manifests, "ClusterRoleBinding")
     rights = [(tuple(r["resources"]), tuple(r["verbs"])) for role in of_kind(manifests, "Role") for r in role["rules"]]
-    assert set(rights) <= {(("secrets",), ("create",)), (("secrets",), ("get",)), (("pods",), ("list", "patch"))}
+    allowed = {(("secrets",), ("create",)), (("secrets",), ("get",)), (("pods",), ("list", "patch"))}
+    if "sandboxes.actors=true" in MATRIX[name]:
+        allowed |= {(("pods",), ("create", "list", "watch", "delete")), (("pods/exec",), ("create", "get"))}
+    assert set(rights) <= allowed
     for role in of_kind(manifests, "Role"):
         for rule in role["rules"]:
             if rule["resources"] == ["secrets"] and rule["verbs"] == ["get"]:
@@ -162,3 +172,29 @@ def test_the_namespace_of_sandboxes_is_closed() -> None:
     assert quota["pods"] == "512"
     assert quota["secrets"] == "0"
     assert [m["handler"] for m in of_kind(manifests, "RuntimeClass")] == ["runsc"]
+
+
+def test_actors_may_make_sandboxes_there_and_touch_nothing_here() -> None:
+    manifests = render(*MATRIX["pods"])
+    roles = [
+        role for role in of_kind(manifests, "Role") if any("pods/exec" in rule["resources"] for rule in role["rules"])
+    ]
+    (binding,) = (m for m in of_kind(manifests, "RoleBinding") if m["roleRef"]["name"] == roles[0]["metadata"]["name"])
+    assert [role["metadata"]["namespace"] for role in roles] == [f"{RELEASE}-sandboxes"]
+    assert binding["metadata"]["namespace"] == f"{RELEASE}-sandboxes"
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": f"{RELEASE}-actor", "namespace": NAMESPACE}]
+
+
+def test_a_sandboxs_pod_fits_the_schemas_and_asks_for_no_privilege() -> None:
+    """What actors make, beside what the chart does."""
+    taint: dict[str, str | int] = {"key": "ergon.dev/sandboxes", "operator": "Exists", "effect": "NoSchedule"}
+    placed = {"node_selector": {"ergon.dev/pool": "sandboxes"}, "tolerations": (taint,), "pull_secrets": ("pull",)}
+    settings = PodSettings(runtime_class="gvisor", run="a run", owner=("actor-x", "0123"), **placed)
+    manifest = make_manifest(settings, Limits(), {"/opt/tool": b"x" * 300_000, "/tests/a": b""})
+    command = [TOOLS / "python", Path(__file__).parent / "check_manifests.py", "1.34", "1.35", "1.36", "1.37"]
+    done = subprocess.run(
+        command, input=json.dumps([manifest]), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+    assert manifest["spec"]["automountServiceAccountToken"] is False
+    assert violations(manifest) == []

@@ -62,8 +62,8 @@ capabilities: {drop: [ALL]}
 
 {{/* Of every pod: no token, no service links, where it may run. */}}
 {{- define "ergon.placement" -}}
-serviceAccountName: {{ .root.Release.Name }}
-automountServiceAccountToken: false
+serviceAccountName: {{ .account | default .root.Release.Name }}
+automountServiceAccountToken: {{ not (empty .account) }}
 enableServiceLinks: false
 {{- with .root.Values.images.pullSecrets }}
 imagePullSecrets: {{ toJson . }}

@@ -1,28 +1,34 @@
-"""The persistent shell, in a sandbox and, where the tests are its author, in the trusted backend."""
+"""The persistent shell, in a sandbox, in a pod and, where the tests are its author, in the trusted backend."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import pytest
 import pytest_asyncio
 
 from envs.interface import ErgonEnvError, SandboxError
 from envs.sandbox import AnySandbox, Limits, Sandbox, SandboxPool, create_sandbox
+from tests.integration.envs.fake_cluster import cluster_of_pods
 from tests.integration.envs.support import children, more_descriptors, open_descriptors, processes_with, unique_marker
 
 
-@pytest_asyncio.fixture(params=["bubblewrap", "trusted"])
+@pytest_asyncio.fixture(params=["bubblewrap", "trusted", "pod"])
 async def sandbox(request: pytest.FixtureRequest) -> AsyncIterator[AnySandbox]:
-    async with await create_sandbox(request.param, {"hello.txt": b"hello"}) as made:
-        yield made
+    async with AsyncExitStack() as stack:
+        if request.param == "pod":
+            await stack.enter_async_context(cluster_of_pods())
+        yield await stack.enter_async_context(await create_sandbox(request.param, {"hello.txt": b"hello"}))
 
 
-@pytest_asyncio.fixture
-async def walled() -> AsyncIterator[Sandbox]:
-    async with await Sandbox.create() as made:
-        yield made
+@pytest_asyncio.fixture(params=["bubblewrap", "pod"])
+async def walled(request: pytest.FixtureRequest) -> AsyncIterator[AnySandbox]:
+    async with AsyncExitStack() as stack:
+        if request.param == "pod":
+            await stack.enter_async_context(cluster_of_pods())
+        yield await stack.enter_async_context(await create_sandbox(request.param))
 
 
 async def test_folder_variables_functions_and_jobs_live_on(sandbox: AnySandbox) -> None:
@@ -102,13 +108,13 @@ async def test_long_output_is_cut(sandbox: AnySandbox) -> None:
     assert (len(result.output), result.truncated, result.exit_code) == (1000, True, 0)
 
 
-async def test_a_flood_is_interrupted(walled: Sandbox) -> None:
+async def test_a_flood_is_interrupted(walled: AnySandbox) -> None:
     result = await walled.shell("yes", timeout_s=60, output_bytes=10)
     assert (result.timed_out, result.truncated, result.restarted, len(result.output)) == (True, True, False, 10)
     assert (await walled.shell("echo fine")).output == b"fine\n"
 
 
-async def test_a_policy_that_kills_everything_gets_a_new_shell(walled: Sandbox) -> None:
+async def test_a_policy_that_kills_everything_gets_a_new_shell(walled: AnySandbox) -> None:
     marker = unique_marker()
     await walled.shell(f"sleep {marker} & :")
     await walled.shell("(kill -9 -1)")  # from a subshell, so that the shell dies too
@@ -116,7 +122,7 @@ async def test_a_policy_that_kills_everything_gets_a_new_shell(walled: Sandbox) 
     assert processes_with(marker) == []
 
 
-async def test_a_fork_bomb_in_the_shell_leaves_the_sandbox_usable(walled: Sandbox) -> None:
+async def test_a_fork_bomb_in_the_shell_leaves_the_sandbox_usable(walled: AnySandbox) -> None:
     await walled.shell("b() { b | b & }; b", timeout_s=1)
     await walled.kill_all()
     async with asyncio.timeout(30):
@@ -124,14 +130,14 @@ async def test_a_fork_bomb_in_the_shell_leaves_the_sandbox_usable(walled: Sandbo
             pass
 
 
-async def test_commands_apart_cannot_reach_the_shells_channels(walled: Sandbox) -> None:
+async def test_commands_apart_cannot_reach_the_shells_channels(walled: AnySandbox) -> None:
     await walled.shell("x=1")
     listed = await walled.exec("ls -l /proc/self/fd")
     assert b"socket" not in listed.stdout
     assert listed.stdout.count(b"pipe") == 2
 
 
-async def test_an_abandoned_command_ends_the_sandbox(walled: Sandbox) -> None:
+async def test_an_abandoned_command_ends_the_sandbox(walled: AnySandbox) -> None:
     marker = unique_marker()
     running = asyncio.create_task(walled.shell(f"sleep {marker}"))
     async with asyncio.timeout(10):
@@ -172,7 +178,7 @@ async def test_nothing_is_left_of_either_backend() -> None:
 async def test_the_trusted_backend_must_be_asked_for_by_name() -> None:
     with pytest.raises(ErgonEnvError, match=r"no sandbox backend 'trustd': did you mean 'trusted'\?"):
         await create_sandbox("trustd")
-    with pytest.raises(ErgonEnvError, match="choose bubblewrap or trusted"):
+    with pytest.raises(ErgonEnvError, match="choose bubblewrap or trusted or pod"):
         SandboxPool(1, backend="docker")
     async with await create_sandbox(limits=Limits(processes=4)) as made:
         assert isinstance(made, Sandbox)

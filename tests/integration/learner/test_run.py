@@ -24,6 +24,7 @@ from broker.process.thinking_settings import BudgetsSection
 from broker.protocol.trajectory import Mode, Outcome, Segment, Ticket, Trajectory, TrajectoryHead, VersionRun
 from learner.budgets import draw_budget
 from tests.integration.learner.samples import environment
+from tests.integration.learner.sink_files import kept_id, tensorboard_curves, tensorboard_text, wandb_runs
 from tests.ports import free_ports
 from tests.tiny_model import make_tiny_model
 
@@ -178,7 +179,8 @@ async def actor(values: dict[str, Any], model_path: Path, flat_every: int = 3) -
 async def test_killed_and_stopped_the_run_ends_with_every_trajectory_once(
     values: dict[str, Any], processes: Processes, model_path: Path, tmp_path: Path
 ) -> None:
-    """With thinking budgets, soft ones among them, which no episode overruns."""
+    """With thinking budgets, soft ones among them, which no episode overruns; and with both sinks."""
+    values["sinks"] = {"tensorboard": True, "wandb": "offline", "wandb_project": "of-the-tests"}
     budgets = {"zero": 0.3, "unlimited": 0.3, "choices": [[8, 1.0]]}
     values["thinking"] = {"budgets": budgets, "soft": {"overrun_rate": 0.1, "price": 0.5}}
     values["eval"]["budgets"] = [0, "unlimited"]
@@ -246,6 +248,36 @@ async def test_killed_and_stopped_the_run_ends_with_every_trajectory_once(
     assert summary["budgets"]["after"] == curves["after"]
     assert [(p["budget"], p["episodes"]) for p in curves["after"]["sampled"]] == [(0, 5), ("unlimited", 5)]
     assert (run_dir / "budgets.svg").read_text().startswith("<svg")
+    check_tensorboard(run_dir, lines(metrics))
+    check_wandb(run_dir, lines(metrics))
+
+
+def check_tensorboard(run_dir: Path, records: list[dict[str, Any]]) -> None:
+    """Every step once, with the value of its last history; evaluations; the settings."""
+    curves = tensorboard_curves(run_dir / "tensorboard")
+    survived = {line["step"]: line["reward_mean"] for line in records if line["event"] == "step"}
+    assert [step for step, _ in curves["train/reward_mean"]] == list(range(1, NUM_STEPS + 1))
+    assert dict(curves["train/reward_mean"]) == pytest.approx(survived)
+    for name in ("eval/before/greedy", "eval/after-warm-start/sampled", "eval/sampled_curve/unlimited/reward"):
+        assert curves[name], name
+    assert curves["eval/sampled"][-1][0] == NUM_STEPS
+    (after,) = (line for line in records if line["event"] == "evaluation" and line["evaluation"] == "after")
+    assert curves["eval/sampled"][-1][1] == pytest.approx(after["sampled"])
+    assert [step for step, _ in tensorboard_curves(run_dir / "tensorboard/warm_start")["warm_start/loss"]] == [1, 2]
+    assert f"num_steps = {NUM_STEPS}" in tensorboard_text(run_dir / "tensorboard")
+
+
+def check_wandb(run_dir: Path, records: list[dict[str, Any]]) -> None:
+    """One run, whichever learner wrote. The two that were killed lived for less than the library takes to begin."""
+    runs = wandb_runs(run_dir)
+    assert {run.run_id for run in runs if run.run_id} == {kept_id(run_dir)}
+    for run, lineage in zip(runs[-2:], (3, 4), strict=True):
+        assert run.config["learner"]["num_steps"] == NUM_STEPS
+        said = [line["step"] for line in records if line["lineage"] == lineage and line["event"] == "step"]
+        assert [line["step"] for line in run.history if "train/reward_mean" in line] == said
+    last = [line for line in records if line["lineage"] == 4]
+    (after,) = (line for line in last if line["event"] == "evaluation" and line["evaluation"] == "after")
+    assert runs[-1].history[-1]["eval/sampled"] == pytest.approx(after["sampled"])
 
 
 async def test_two_ranks_killed_together_end_with_every_trajectory_once(

@@ -18,7 +18,17 @@ def test_the_package_alone_imports_nothing_else() -> None:
     assert not modules_after("import envs, envs.interface, envs.registry") & (HEAVY | {"pydantic"})
 
 
-OPTIONAL = {"gymnasium", "mcp", "miniwob", "reasoning_gym", "openai", "aiohttp", "textarena", "verifiers", "openenv"}
+OPTIONAL = {
+    "gymnasium",
+    "mcp",
+    "miniwob",
+    "reasoning_gym",
+    "openai",
+    "aiohttp",
+    "textarena",
+    "verifiers",
+    "openenv",
+} | {"kubernetes"}
 
 
 def test_an_environment_pulls_in_nothing_heavy_nor_optional() -> None:
