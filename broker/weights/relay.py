@@ -80,7 +80,6 @@ class Relay:
         """Fit once it is connected upstream or holds a version, unless it cannot take new ones."""
         newest = self.newest
         connected = self._upstream.connected
-        metrics.relay_connected.set(connected)
         return Health(
             ok=(connected or newest is not None) and not self._problem,
             detail={
@@ -96,6 +95,7 @@ class Relay:
 
     def step(self, stop: threading.Event) -> None:
         """Wait a moment for a newer version; fetch and serve it. Raises ProtocolError where the upstream refuses us."""
+        metrics.relay_connected.set(self._upstream.connected)
         if self._server.failure is not None:
             raise self._server.failure
         version = self._upstream.wait_newer(self.newest, WAIT_S)

@@ -107,7 +107,10 @@ def test_two_subscribers_over_a_chain_of_relays(
     status, detail = far.health()
     assert (status, detail["newest"], detail["upstream_connected"]) == (200, [1, 1], True)
     assert "ergon_weights_newest_version 1.0" in far.metrics()
-    assert (far.end()[0], near.end()[0]) == (0, 0)
+    assert "ergon_relay_upstream_connected 1.0" in far.metrics()
+    assert near.end()[0] == 0
+    until(lambda: "ergon_relay_upstream_connected 0.0" in far.metrics())  # nobody asks for its health
+    assert far.end()[0] == 0
 
 
 def test_relay_killed_in_the_middle_of_a_fetch(
