@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from actors.actor import POLL_S, Actor
+from actors.channels import open_channels
 from actors.checkpoint import checkpoint_shapes
 from actors.engine import Engine
 from actors.gateway.server import Gateway
@@ -23,14 +24,11 @@ from actors.restarting import RestartingEngine
 from actors.vllm_engine import VllmEngine
 from actors.weights import WeightAdopter
 from broker.client import ActorClient
-from broker.process.keys import Identity
 from broker.process.lifecycle import ErgonError, install_stop
 from broker.process.metrics import Health, start_metrics
-from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.errors import ProtocolError
 from broker.protocol.trajectory import PolicyVersion
-from broker.weights.subscriber import WeightSubscriber
 from envs.interface import Environment, ErgonEnvError
 from envs.registry import create_environment
 from envs.sandbox import PodSettings, configure_pods
@@ -131,26 +129,7 @@ async def _serve(
     environments: Mapping[str, Environment],
 ) -> None:
     actor_id = f"{socket.gethostname()}-{index}"
-    run_id, links = settings.run.name, settings.weights
-    security = load_security(settings, Identity.ACTOR)
-    client = ActorClient(
-        f"tcp://{settings.broker.host}:{settings.broker.port}",
-        run_id,
-        actor_id,
-        heartbeat_s=settings.broker.heartbeat_s,
-        liveness=settings.broker.liveness,
-        security=security,
-    )
-    subscriber = WeightSubscriber(
-        f"tcp://{links.relay_host}:{links.relay_port}",
-        run_id,
-        actor_id,
-        credit=links.credit,
-        push_bytes=links.push_mb << 20,
-        heartbeat_s=links.heartbeat_s,
-        liveness=links.liveness,
-        security=security,
-    )
+    client, subscriber = open_channels(settings, actor_id)
     async with contextlib.AsyncExitStack() as stack:
         limits = settings.actor
         await stack.enter_async_context(
@@ -159,7 +138,7 @@ async def _serve(
         for environment in environments.values():
             stack.push_async_callback(_closed, environment)
         stack.push_async_callback(engine.close)
-        weights = WeightAdopter(engine, subscriber, settings.actor.staging / f"ergon-{run_id}-actor-{index}")
+        weights = WeightAdopter(engine, subscriber, settings.actor.staging / f"ergon-{settings.run.name}-actor-{index}")
         engine.on_death = weights.forget
         stack.push_async_callback(weights.close)
         stack.push_async_callback(client.close)

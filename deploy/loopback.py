@@ -7,6 +7,7 @@ a request whose Host is not a name of loopback is refused. The port in it may be
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,7 +41,7 @@ def plain(status: int, text: str) -> Reply:
     return Reply(status, "text/plain; charset=utf-8", f"{text}\n".encode())
 
 
-class LoopbackServer(ThreadingHTTPServer):
+class LoopbackServer(ThreadingHTTPServer, ABC):
     """Answers GET with `reply`. Raises ErgonError where its port is taken."""
 
     daemon_threads = True
@@ -51,9 +52,9 @@ class LoopbackServer(ThreadingHTTPServer):
         except OSError as error:
             raise ErgonError(f"{HOST}:{port} cannot be bound ({error.strerror}); choose another --port") from error
 
+    @abstractmethod
     def reply(self, path: str) -> Reply:
         """What is at this path, with its query. Called in a thread for each request."""
-        raise NotImplementedError
 
 
 class _Handler(BaseHTTPRequestHandler):

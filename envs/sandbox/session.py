@@ -23,7 +23,7 @@ from envs.sandbox import bubblewrap
 from envs.sandbox.files import FilesByCommand, succeeded
 from envs.sandbox.life import Life
 from envs.sandbox.limits import ExecResult, Limits
-from envs.sandbox.shell import Shell, ShellResult
+from envs.sandbox.shell import LazyShell, Shell, ShellResult
 from envs.sandbox.spawn import Spawned, spawn
 
 MAX_COMMAND_BYTES = 96 << 10  # the kernel takes 128 KiB in one argument
@@ -42,9 +42,8 @@ class Sandbox(FilesByCommand):
         self._hidden = hidden
         self._limits = limits
         self._lock = asyncio.Lock()
-        self._shell: Shell | None = None
+        self._shell = LazyShell(limits, self._make_shell, self._life.check, self._life.kill)
         self._shell_pid = 0
-        self._shell_lock = asyncio.Lock()
 
     @classmethod
     async def create(
@@ -150,24 +149,10 @@ class Sandbox(FilesByCommand):
         command is interrupted; the result says whether the shell had to be restarted. `on_output` gets the output as
         it comes. Raises ValueError for a command that is too long or holds a NUL, SandboxError for a dead sandbox.
         """
-        async with self._shell_lock:
-            self._life.check()
-            try:
-                if self._shell is None:
-                    control, output = self._life.spawned.shell_control, self._life.spawned.shell_output
-                    self._shell = Shell(self, control, output, bubblewrap.WORK_DIR)
-                    await self._shell.start()
-                return await self._shell.run(
-                    command,
-                    self._limits.timeout_s if timeout_s is None else timeout_s,
-                    self._limits.output_bytes if output_bytes is None else output_bytes,
-                    on_output,
-                )
-            except ValueError:
-                raise
-            except BaseException:
-                self._life.kill("a shell command was abandoned")
-                raise
+        return await self._shell.run(command, timeout_s, output_bytes, on_output)
+
+    def _make_shell(self) -> Shell:
+        return Shell(self, self._life.spawned.shell_control, self._life.spawned.shell_output, bubblewrap.WORK_DIR)
 
     async def start_shell(self) -> int:
         """For the shell: a pidfd of a new one. Raises SandboxError."""
@@ -241,8 +226,7 @@ class Sandbox(FilesByCommand):
         """Kill everything in the sandbox, wait until it is gone, release the descriptors. Idempotent."""
         self._life.kill("it was closed")
         await self._life.exited()
-        if self._shell is not None:
-            self._shell.release()
+        self._shell.release()
         self._life.release()
 
     async def __aenter__(self) -> Sandbox:

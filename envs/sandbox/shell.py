@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from envs.interface import SandboxError
+from envs.sandbox.limits import Limits
 from envs.sandbox.spawn import Output
 
 MAX_COMMAND_BYTES = 96 << 10
@@ -194,6 +195,51 @@ class Shell:
     def alive(self) -> bool:
         """Whether its process is there."""
         return self._pidfd >= 0 and not select.select([self._pidfd], [], [], 0)[0]
+
+
+class LazyShell:
+    """The one shell of a sandbox: the first command starts it, within the sandbox's limits. One command at a time.
+
+    make: it, not started yet. check: raises SandboxError where the sandbox is dead. kill: the sandbox, and why.
+    """
+
+    def __init__(
+        self, limits: Limits, make: Callable[[], Shell], check: Callable[[], None], kill: Callable[[str], None]
+    ) -> None:
+        self._limits, self._make, self._check, self._kill = limits, make, check, kill
+        self._shell: Shell | None = None
+        self._lock = asyncio.Lock()
+
+    async def run(
+        self,
+        command: str,
+        timeout_s: float | None = None,
+        output_bytes: int | None = None,
+        on_output: Callable[[bytes], None] | None = None,
+    ) -> ShellResult:
+        """As `Shell.run`, by the sandbox's limits where none are given. What is abandoned kills the sandbox."""
+        async with self._lock:
+            self._check()
+            try:
+                if self._shell is None:
+                    self._shell = self._make()
+                    await self._shell.start()
+                return await self._shell.run(
+                    command,
+                    self._limits.timeout_s if timeout_s is None else timeout_s,
+                    self._limits.output_bytes if output_bytes is None else output_bytes,
+                    on_output,
+                )
+            except ValueError:
+                raise
+            except BaseException:
+                self._kill("a shell command was abandoned")
+                raise
+
+    def release(self) -> None:
+        """Let go of the shell's process, if there is one."""
+        if self._shell is not None:
+            self._shell.release()
 
 
 class _EndedError(Exception):

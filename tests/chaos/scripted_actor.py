@@ -16,20 +16,18 @@ import threading
 from pathlib import Path
 
 from actors.actor import Actor
+from actors.channels import open_channels
 from actors.engine import AdoptionError, EngineLoad
 from actors.rollout import InfraFailureError
 from actors.weights import WeightAdopter
 from broker.client import ActorClient
 from broker.process.config import load_settings
-from broker.process.keys import Identity
 from broker.process.lifecycle import install_stop, run_main
-from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.partials import Partial
 from broker.protocol.trajectory import PolicyVersion, Ticket, Trajectory
 from broker.protocol.weights import Buffer
 from broker.weights.basefile import BaseFile
-from broker.weights.subscriber import WeightSubscriber
 from tests.chaos import script
 from tests.chaos.orders import reach
 from tests.digest import data_digest
@@ -155,25 +153,8 @@ async def _sleep_to_beat(seconds: float) -> None:
 
 async def serve(settings: Settings, index: int, stop: threading.Event) -> None:
     """Run the actor until `stop`."""
-    actor_id, run_id, links = f"actor-{index}", settings.run.name, settings.weights
-    security = load_security(settings, Identity.ACTOR)
-    client = ActorClient(
-        f"tcp://{settings.broker.host}:{settings.broker.port}",
-        run_id,
-        actor_id,
-        heartbeat_s=settings.broker.heartbeat_s,
-        liveness=settings.broker.liveness,
-        security=security,
-    )
-    subscriber = WeightSubscriber(
-        f"tcp://{links.relay_host}:{links.relay_port}",
-        run_id,
-        actor_id,
-        credit=links.credit,
-        heartbeat_s=links.heartbeat_s,
-        liveness=links.liveness,
-        security=security,
-    )
+    actor_id = f"actor-{index}"
+    client, subscriber = open_channels(settings, actor_id)
     async with contextlib.AsyncExitStack() as stack:
         engine, staging = ScriptedEngine(settings.run_dir, actor_id), settings.actor.staging / actor_id
         weights = WeightAdopter(engine, subscriber, staging)  # type: ignore[arg-type]

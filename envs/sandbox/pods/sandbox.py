@@ -23,7 +23,7 @@ from envs.sandbox.pods.agent import COMMAND, FLOODED, RESULT, TIMED_OUT, TRUNCAT
 from envs.sandbox.pods.life import PodLife
 from envs.sandbox.pods.manifest import PodSettings, divide, make_manifest
 from envs.sandbox.pods.session import LostError
-from envs.sandbox.shell import Shell, ShellResult
+from envs.sandbox.shell import LazyShell, Shell, ShellResult
 
 MAX_COMMAND_BYTES: Final = 96 << 10  # the kernel takes 128 KiB in one argument
 MAX_STDIN_BYTES: Final = 128 << 20
@@ -55,8 +55,7 @@ class PodSandbox(FilesByCommand):
         self._life = life
         self._limits = limits
         self._lock = asyncio.Lock()
-        self._shell: Shell | None = None
-        self._shell_lock = asyncio.Lock()
+        self._shell = LazyShell(limits, self._make_shell, life.check, life.kill)
 
     @classmethod
     async def create(cls, files: Mapping[str, bytes] | None = None, limits: Limits | None = None) -> PodSandbox:
@@ -161,23 +160,10 @@ class PodSandbox(FilesByCommand):
 
         Raises ValueError for a command that is too long or holds a NUL, SandboxError for a dead sandbox.
         """
-        async with self._shell_lock:
-            self._life.check()
-            try:
-                if self._shell is None:
-                    self._shell = Shell(self, self._life.ends.control, self._life.ends.output, WORK_DIR)
-                    await self._shell.start()
-                return await self._shell.run(
-                    command,
-                    self._limits.timeout_s if timeout_s is None else timeout_s,
-                    self._limits.output_bytes if output_bytes is None else output_bytes,
-                    on_output,
-                )
-            except ValueError:
-                raise
-            except BaseException:
-                self._life.kill("a shell command was abandoned")
-                raise
+        return await self._shell.run(command, timeout_s, output_bytes, on_output)
+
+    def _make_shell(self) -> Shell:
+        return Shell(self, self._life.ends.control, self._life.ends.output, WORK_DIR)
 
     async def start_shell(self) -> int:
         """For the shell: a descriptor that is readable once it has ended."""
@@ -250,8 +236,7 @@ class PodSandbox(FilesByCommand):
     async def close(self) -> None:
         """Delete the pod, and with it all that runs. Idempotent. Does not wait until the node has ended it."""
         await self._life.close()
-        if self._shell is not None:
-            self._shell.release()
+        self._shell.release()
 
     async def __aenter__(self) -> PodSandbox:
         return self

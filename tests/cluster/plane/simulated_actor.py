@@ -16,17 +16,14 @@ import threading
 from pathlib import Path
 
 from actors import metrics
+from actors.channels import open_channels
 from actors.weights import WeightAdopter
-from broker.client import ActorClient
 from broker.process.config import load_settings
-from broker.process.keys import Identity
 from broker.process.lifecycle import install_stop, run_main
 from broker.process.metrics import Health, start_metrics
-from broker.process.security import load_security
 from broker.process.settings import Settings
 from broker.protocol.partials import Partial
 from broker.protocol.trajectory import Ticket, Trajectory
-from broker.weights.subscriber import WeightSubscriber
 from tests.chaos.scripted_actor import ScriptedActor, ScriptedEngine
 
 
@@ -42,25 +39,8 @@ class SimulatedActor(ScriptedActor):
 
 async def serve(settings: Settings, adopters: list[WeightAdopter], stop: threading.Event) -> None:
     """Run the actor until `stop`."""
-    actor_id, run_id, links = socket.gethostname(), settings.run.name, settings.weights
-    security = load_security(settings, Identity.ACTOR)
-    client = ActorClient(
-        f"tcp://{settings.broker.host}:{settings.broker.port}",
-        run_id,
-        actor_id,
-        heartbeat_s=settings.broker.heartbeat_s,
-        liveness=settings.broker.liveness,
-        security=security,
-    )
-    subscriber = WeightSubscriber(
-        f"tcp://{links.relay_host}:{links.relay_port}",
-        run_id,
-        actor_id,
-        credit=links.credit,
-        heartbeat_s=links.heartbeat_s,
-        liveness=links.liveness,
-        security=security,
-    )
+    actor_id = socket.gethostname()
+    client, subscriber = open_channels(settings, actor_id)
     async with contextlib.AsyncExitStack() as stack:
         engine = ScriptedEngine(settings.run_dir, actor_id)
         weights = WeightAdopter(engine, subscriber, settings.actor.staging / actor_id)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from kubernetes import client, config, stream
 
+from envs.sandbox.bubblewrap import WORK_DIR
 from tests.cluster.plane.conftest import PROGRAMS_AT
 from tests.cluster.plane.control import ControlPlane
 from tests.cluster.plane.machine import Machine, UnavailableError
@@ -52,7 +53,7 @@ def box(plane: ControlPlane, machine: Machine) -> Iterator[tuple[Any, str]]:
         "command": ["sleep", "infinity"],
         "securityContext": security,
         "resources": {"limits": {"cpu": "1", "memory": "256Mi"}},
-        "volumeMounts": [{"name": "work", "mountPath": "/work"}],
+        "volumeMounts": [{"name": "work", "mountPath": WORK_DIR}],
     }
     user = {"runAsNonRoot": True, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532}
     spec = {
@@ -93,7 +94,7 @@ def told(box: tuple[Any, str], script: str) -> str:
 
 
 def test_it_does_what_it_is_told(box: tuple[Any, str]) -> None:
-    assert told(box, "echo $((6 * 7)) > /work/a && cat /work/a") == "42"
+    assert told(box, f"echo $((6 * 7)) > {WORK_DIR}/a && cat {WORK_DIR}/a") == "42"
     assert told(box, "python3 -c 'print(2 ** 70)'") == str(2**70)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from broker.weights import publisher
 from tests.integration.weights.ends import Actor, Learner, RelayProcess
 
 
@@ -41,3 +42,9 @@ def actor_at(tmp_path: Path) -> Iterator[Callable[..., Actor]]:
     yield actor
     for each in actors:
         each.subscriber.close()
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every record of a delta is sent as soon as it is made."""
+    monkeypatch.setattr(publisher, "PART_BYTES", 1)

@@ -215,6 +215,12 @@ class Actor:
         return manifest.parent
 
 
+def has_watched(learner: Learner, version: PolicyVersion) -> bool:
+    """Whether the publisher knows that its one peer holds this version, and may push to it."""
+    (peer,) = learner.publisher._server._peers._by_routing.values()
+    return peer.have == version and peer.push_bytes > 0
+
+
 StartRelay = Callable[..., RelayProcess]
 ActorAt = Callable[..., Actor]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from msgspec import msgpack
@@ -14,9 +13,7 @@ from broker.protocol import weight_messages as messages
 from broker.protocol.commands import ErrorBody, parse_body
 from broker.protocol.frames import Message
 from broker.protocol.trajectory import PolicyVersion
-from broker.weights import publisher
 from broker.weights.chain import Payload
-from broker.weights.fetch import WeightsSupersededError
 from broker.weights.relay import push_on
 from broker.weights.server import WeightServer
 from broker.weights.sinks import describe_as
@@ -28,8 +25,8 @@ from tests.integration.weights.ends import (
     ActorAt,
     Learner,
     StartRelay,
-    file_holds,
     free_port,
+    has_watched,
     total,
     until,
 )
@@ -92,12 +89,6 @@ def test_a_push_takes_the_place_of_the_announcement_once_for_each_watch(learner:
     assert following(raw) == {"ANNOUNCE"}
     assert watch(raw, third).command == "ANNOUNCE"
     assert news(raw, learner.publish()) == "PUSH"
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every record of a delta is sent as soon as it is made."""
-    monkeypatch.setattr(publisher, "PART_BYTES", 1)
 
 
 def arriving(raw: RawPeer) -> tuple[list[messages.Part], messages.Pushed]:
@@ -203,63 +194,6 @@ def test_a_receiver_and_those_behind_its_relay_take_what_came_in_parts(
         learner.publisher.close()
 
 
-@pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("ending", ["announced", "failed"])
-def test_a_receiver_applies_what_comes_ahead_and_takes_it_back_where_no_more_comes(
-    learner: Learner, actor_at: ActorAt, monkeypatch: pytest.MonkeyPatch, ending: str
-) -> None:
-    monkeypatch.setattr(deltas, "MAX_BEGUN", 1)  # so that nothing is read before what was read is compared
-    actor = actor_at(learner.publisher.endpoint)
-    monkeypatch.setattr(actor.subscriber, "_stall_s", 1.0)
-    for _ in range(2):
-        learner.publish()
-        actor.follow(learner)
-    have = learner.version
-    version = PolicyVersion(have.lineage, have.version + 1)
-    contents = [(*rest, data ^ 1) for *rest, data in learner.contents[have]]
-    of = {name: data for name, _, _, data in contents}
-    go = threading.Event()
-
-    def read(name: str) -> bytes:
-        if name == contents[0][0]:  # the second to be read
-            assert go.wait(30)
-            if ending == "failed":
-                raise MemoryError
-        return of[name].tobytes()
-
-    until_watched(learner, have)
-    with ThreadPoolExecutor(2) as threads:
-        layout = [(name, dtype, shape) for name, dtype, shape, _ in contents]
-        publishing = threads.submit(learner.publisher.publish_from, version, layout, read)
-        assert actor.subscriber.wait_coming(have, 20) == version
-        assert actor.subscriber.latest() == have
-        fetching = threads.submit(actor.subscriber.fetch_base, version, actor.base, 30)
-        until(lambda: actor.base.version is None)
-        assert actor.base.have == have
-        if ending == "announced":
-            go.set()
-            assert fetching.result(30).parent == have
-            assert publishing.result(30).payload_bytes
-            assert actor.base.version == version
-            assert file_holds(actor.base.path, contents)  # type: ignore[arg-type]
-            return
-        with pytest.raises(WeightsSupersededError):
-            fetching.result(30)
-        go.set()
-        with pytest.raises(MemoryError):
-            publishing.result(30)
-    assert actor.base.version == have
-    assert file_holds(actor.base.path, learner.contents[have])
-    assert actor.subscriber.wait_coming(have, 2 * HEARTBEAT_S) is None
-    learner.publish()
-    assert actor.follow(learner) is None  # an anchor: the memory of the former version is gone with the attempt
-
-
-def until_watched(learner: Learner, have: PolicyVersion) -> None:
-    """Wait until the server knows what its one actor has, and that pushes are wanted."""
-    until(lambda: any(p.have == have and p.push_bytes for _, p in learner.publisher._server._peers.watching()))
-
-
 def test_what_was_announced_is_not_pushed(learner: Learner, raw: RawPeer) -> None:
     first = learner.publish()
     watch(raw, first, push_bytes=0)
@@ -341,12 +275,6 @@ def test_a_push_is_fetched_without_a_word(learner: Learner, actor_at: ActorAt) -
         assert actor.follow(learner) == parent
         assert total("ergon_weights_served_chunks_total") == chunks
         assert total(RECEIVED, outcome="taken") == taken + 1
-
-
-def has_watched(learner: Learner, version: PolicyVersion) -> bool:
-    """Whether the publisher knows that its one peer holds this version, and may push to it."""
-    (peer,) = learner.publisher._server._peers._by_routing.values()
-    return peer.have == version and peer.push_bytes > 0
 
 
 def test_an_actor_that_is_busy_skips_what_was_pushed(learner: Learner, actor_at: ActorAt) -> None:
