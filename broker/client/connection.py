@@ -215,12 +215,19 @@ class Connection:
         try:
             self._security.protect_client(dealer, self._server)
             dealer.connect(self.endpoint)
-            dealer.send_multipart(encode(self._hello()))
+            self._say_hello(dealer, monitor)
             self._poll(dealer, monitor)
         finally:
             dealer.disable_monitor()
             monitor.close(linger=0)
             dealer.close()
+
+    def _say_hello(self, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+        try:
+            dealer.send_multipart(encode(self._hello()), zmq.NOBLOCK)
+        except zmq.Again:
+            # The handshake was refused already: ZeroMQ has given the connection up, and would wait here for ever.
+            raise _LostError(self._handshakes.read(monitor)) from None
 
     def _poll(self, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
         poller = zmq.Poller()

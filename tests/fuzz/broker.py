@@ -18,10 +18,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from broker.client import LearnerClient
 from broker.process.config import save_settings
+from broker.process.lifecycle import ErgonError
 from broker.process.settings import BrokerSection, MetricsSection, RunSection, Settings, WeightsSection
 from broker.protocol.commands import Role
 from broker.protocol.trajectory import PolicyVersion
@@ -68,6 +70,14 @@ class Target:
         """Where its clients connect."""
         return f"tcp://127.0.0.1:{self.port}"
 
+    def wait(self, connect: Callable[[float], object]) -> None:
+        """Call it with its patience in seconds. Raises AssertionError with the end of the log where nobody answers."""
+        try:
+            connect(60)
+        except ErgonError as error:
+            self.check()
+            raise AssertionError(f"{self.name} does not answer: {self._log.read_text()[-3000:]}") from error
+
     def check(self) -> None:
         """Raise AssertionError with the end of its log where it has died."""
         if self._process.poll() is not None:
@@ -99,7 +109,7 @@ class Target:
 def learner(target: Target) -> LearnerClient:
     """A connected learner."""
     client = LearnerClient(target.endpoint, RUN_ID, heartbeat_s=HEARTBEAT_S, liveness=LIVENESS)
-    client.connect(60)
+    target.wait(client.connect)
     return client
 
 
@@ -168,7 +178,7 @@ def fuzz(directory: Path, num_messages: int, seed: int) -> dict[str, object]:
         subscriber = WeightSubscriber(
             relay.endpoint, RUN_ID, "honest", role="actor", heartbeat_s=HEARTBEAT_S, liveness=LIVENESS
         )
-        subscriber.wait_connected(60)
+        relay.wait(subscriber.wait_connected)
         receiver = Receiver(subscriber, directory)
         for thread in (peer, actors, receiver):
             thread.start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -22,19 +21,12 @@ from broker.process.config import save_settings
 from broker.process.settings import Settings
 from broker.protocol.trajectory import Mode, Outcome, PolicyVersion, Sampling, TaskRef, Ticket, Trajectory
 from broker.weights.publisher import WeightPublisher
+from tests.ports import free_ports
 from tests.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = "tests.unit.actors.support:WordEnvironment"
 PROGRAM = "tests.integration.gateway.words:PlainProgram"
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:

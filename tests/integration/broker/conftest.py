@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -17,17 +16,11 @@ import pytest
 from broker.client import LearnerClient
 from broker.process.config import save_settings
 from broker.process.settings import BrokerSection, MetricsSection, RunSection, SecuritySection, Settings
+from tests.ports import free_port
 
 RUN_ID = "test-run"
 HEARTBEAT_S = 0.2
 LIVENESS = 10
-
-
-def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class BrokerProcess:

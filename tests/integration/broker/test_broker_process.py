@@ -24,7 +24,8 @@ from broker.process.settings import BrokerSection, RunSection, Settings
 from broker.protocol.commands import ErrorBody, Hello, Lease, Role, Status, TicketState, parse_body
 from broker.protocol.frames import Message, decode, encode
 from broker.protocol.trajectory import Mode, Ticket, Trajectory
-from tests.integration.broker.conftest import HEARTBEAT_S, LIVENESS, RUN_ID, BrokerProcess, free_port
+from tests.integration.broker.conftest import HEARTBEAT_S, LIVENESS, RUN_ID, BrokerProcess
+from tests.ports import free_port
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
 

@@ -20,8 +20,9 @@ from broker.process.security import load_security
 from broker.process.settings import SecuritySection
 from broker.protocol.commands import Role, TicketState
 from broker.protocol.trajectory import Trajectory
-from tests.integration.broker.conftest import HEARTBEAT_S, LIVENESS, RUN_ID, BrokerProcess, free_port
+from tests.integration.broker.conftest import HEARTBEAT_S, LIVENESS, RUN_ID, BrokerProcess
 from tests.integration.weights.ends import until
+from tests.ports import free_port
 from tests.unit.broker.samples import make_ticket, make_trajectory
 
 TICKETS = ("a1", "a2", "b1", "b2")

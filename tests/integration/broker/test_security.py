@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import re
 import select
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 import zmq
 
 from broker.client import ActorClient, LearnerClient
+from broker.client.connection import Connection
 from broker.process.config import save_settings
 from broker.process.keys import Identity, make_keys, read_pair
 from broker.process.lifecycle import ErgonError
@@ -48,7 +51,7 @@ from broker.protocol.commands import (
     parse_body,
 )
 from broker.protocol.errors import ErrorCode, ProtocolError
-from broker.protocol.frames import decode, encode
+from broker.protocol.frames import Message, decode, encode
 from broker.protocol.trajectory import PolicyVersion, Trajectory
 from broker.weights.basefile import BaseFile
 from broker.weights.publisher import WeightPublisher
@@ -386,6 +389,37 @@ def test_an_operators_key_takes_no_ticket_and_a_learners_key_pulls_no_weights(ru
             assert caught.value.code is ErrorCode.WRONG_ROLE
     finally:
         publisher.close()
+
+
+def test_who_is_refused_before_it_could_say_hello_is_told_so(run: Run) -> None:
+    """ZeroMQ takes a refused connection away; what is said then would wait for a connection for ever."""
+    dealers: list[zmq.Socket[bytes]] = []
+
+    class Watched(Security):
+        def protect_client(self, socket: zmq.Socket[bytes], server: Identity) -> None:
+            super().protect_client(socket, server)
+            dealers.append(socket)
+
+    def late_hello() -> Message:
+        while dealers[-1].poll(0, zmq.POLLOUT):  # until there is no connection left that would take it
+            time.sleep(0.001)
+        return hello(Role.LEARNER).pack()
+
+    known = run.security(Identity.RELAY)
+    failed: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+    connection = Connection(
+        run.endpoint,
+        hello=late_hello,
+        on_welcome=lambda _message, _first: None,
+        on_message=lambda _message: None,
+        on_failure=failed.put,
+        security=Watched(known.identity, known.pair, known.directory),
+        **TIMERS,
+    )
+    connection.start()
+    with pytest.raises(ErgonError, match="refuses the key of this relay"):
+        raise failed.get(timeout=60)
+    connection.close()
 
 
 def test_a_broker_on_an_open_address_without_keys_does_not_start(tmp_path: Path) -> None:

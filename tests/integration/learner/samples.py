@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,9 @@ import numpy as np
 
 from broker.process.settings import Settings
 from learner.engine import TrainSequence
+from tests.ports import free_port
 
 PROMPT = list(range(20, 32))
-
-
-def free_port() -> int:
-    """A port that nobody holds just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(**more: str) -> dict[str, str]:

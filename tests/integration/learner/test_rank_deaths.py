@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.learner.samples import environment, free_port
+from tests.integration.learner.samples import environment
+from tests.ports import free_port
 from tests.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[3]

@@ -16,7 +16,8 @@ import torch
 from learner.training.deepspeed_engine import DeepSpeedEngine
 from learner.training.shards import Shards
 from tests.integration.learner import ranks_job
-from tests.integration.learner.samples import engine_settings, environment, free_port, mixed_sequences, random_sequences
+from tests.integration.learner.samples import engine_settings, environment, mixed_sequences, random_sequences
+from tests.ports import free_port
 from tests.tiny_model import make_tiny_model
 
 STAGES = ranks_job.STAGES

@@ -14,7 +14,8 @@ from broker.process.lifecycle import ErgonError
 from learner.training.deepspeed_engine import DeepSpeedEngine
 from tests.integration.learner import reshape_job
 from tests.integration.learner.reshape_job import STAGES, begun, gone_on, saved_by_one, saved_by_two
-from tests.integration.learner.samples import engine_settings, environment, free_port
+from tests.integration.learner.samples import engine_settings, environment
+from tests.ports import free_port
 from tests.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[3]

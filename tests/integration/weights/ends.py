@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from broker.protocol.trajectory import PolicyVersion
 from broker.weights.basefile import BaseFile
 from broker.weights.publisher import WeightPublisher
 from broker.weights.subscriber import WeightSubscriber
+from tests.ports import free_port
 
 HEARTBEAT_S = 0.1
 LIVENESS = 10
@@ -31,12 +31,6 @@ RUN = "weights-test"
 ROOT = Path(__file__).parents[3]
 
 Tensors = list[tuple[str, str, tuple[int, ...], np.ndarray]]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:

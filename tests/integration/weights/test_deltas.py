@@ -25,11 +25,11 @@ from tests.integration.weights.ends import (
     Learner,
     StartRelay,
     file_holds,
-    free_port,
     total,
     until,
 )
 from tests.integration.weights.raw_peer import RawPeer
+from tests.ports import free_port
 
 
 def test_stats_say_what_was_published(learner: Learner) -> None:

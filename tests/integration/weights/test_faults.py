@@ -32,12 +32,12 @@ from tests.integration.weights.ends import (
     Learner,
     RelayProcess,
     file_holds,
-    free_port,
     total,
     until,
 )
 from tests.integration.weights.meddlers import Cut, Cutter, Meddler
 from tests.integration.weights.publisher_process import content
+from tests.ports import free_port
 
 NUM_CHANGES = 60_000  # bytes of a version that differ: a delta of three chunks, which pays
 MANIFEST, CHUNK, WATCH = (Cut(command, from_server=False) for command in (b"MANIFEST", b"CHUNK", b"WATCH"))

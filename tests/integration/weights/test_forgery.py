@@ -27,10 +27,10 @@ from tests.integration.weights.ends import (
     Learner,
     RelayProcess,
     file_holds,
-    free_port,
     total,
     until,
 )
+from tests.ports import free_port
 
 FETCH_S = 20
 

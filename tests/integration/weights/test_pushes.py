@@ -25,12 +25,12 @@ from tests.integration.weights.ends import (
     ActorAt,
     Learner,
     StartRelay,
-    free_port,
     has_watched,
     total,
     until,
 )
 from tests.integration.weights.raw_peer import RawPeer
+from tests.ports import free_port
 
 SENT = "ergon_weights_pushes_sent_total"
 RECEIVED = "ergon_weights_pushes_received_total"

@@ -21,10 +21,10 @@ from tests.integration.weights.ends import (
     RUN,
     RelayProcess,
     file_holds,
-    free_port,
     random_tensors,
     until,
 )
+from tests.ports import free_port
 
 V1, V2 = PolicyVersion(1, 0), PolicyVersion(1, 1)
 
