@@ -23,8 +23,10 @@ run: $(READY) ## the main job on this machine: RUN=file.toml ARGS="--set run.see
 monitor: $(READY) ## Prometheus for the run on this machine, and its dashboards as a page: RUN=runs/NAME/config.toml
 	@$(PYTHON) -m deploy monitor $(RUN) $(ARGS)
 
-test: $(READY) ## unit, contract and integration tests
-	@$(PYTHON) -m pytest $(ARGS)
+# Two at a time: most of a test is waiting. A module stays with one worker, for its engine; slow ones do not come last.
+WORKERS ?= 2
+test: $(READY) ## unit, contract and integration tests: ARGS="tests/unit/broker", WORKERS=1
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Agent frameworks and SDKs that are in no lock of ours, installed into CLIENTS, which the sandbox's user must be able to
 # enter.

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.environment import environment
+
 TARGETS = {
     "actor": ("actors",),
     "broker": ("broker", "serve"),
@@ -75,7 +77,7 @@ def run_with_kills(
     command = [sys.executable, "-m", "deploy", "run", str(run_file), "--plain", *sets]
     command += ["--set", f"run.directory={directory}"]
     deadline = time.monotonic() + timeout_s
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as supervisor:
         done = _carry_out(supervisor, list(kills), directory, deadline)
         output, _ = supervisor.communicate(timeout=max(1.0, deadline - time.monotonic()))
     if supervisor.returncode != 0:

@@ -10,7 +10,7 @@ import os
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-_LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+from tests.environment import LAUNCHER
 
 
 def live(config: str) -> None:
@@ -19,7 +19,7 @@ def live(config: str) -> None:
     from broker.process.lifecycle import run_main
     from learner.trainer import run_learner
 
-    for name in _LAUNCHER:  # of an engine in the process that the server comes from
+    for name in LAUNCHER:  # of an engine in the process that the server comes from
         os.environ.pop(name, None)
     run_main("learner", lambda: run_learner(load_settings(Path(config), environ={})))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,6 @@ from learner.engine import TrainSequence
 from tests.ports import free_port
 
 PROMPT = list(range(20, 32))
-
-
-def environment(**more: str) -> dict[str, str]:
-    """For a process that is no rank of this one's group: without what an engine made here leaves for other ranks."""
-    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {name: value for name, value in os.environ.items() if name not in launcher} | more
 
 
 MASTER_PORT = free_port()  # one process group for all tests of a process

@@ -28,7 +28,7 @@ from learner.quarantine import rebuilt
 from learner.recording import read_trajectories
 from learner.room import Room
 from learner.training.deepspeed_engine import DeepSpeedEngine
-from tests.integration.learner.samples import environment
+from tests.environment import environment
 from tests.ports import free_ports
 from tests.tiny_model import make_tiny_model
 from tests.unit.learner.make import make_segment, make_ticket, make_trajectory

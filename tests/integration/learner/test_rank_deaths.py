@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.learner.samples import environment
+from tests.environment import environment
 from tests.ports import free_port
 from tests.tiny_model import make_tiny_model
 

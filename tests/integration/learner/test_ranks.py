@@ -15,8 +15,9 @@ import torch
 
 from learner.training.deepspeed_engine import DeepSpeedEngine
 from learner.training.shards import Shards
+from tests.environment import environment
 from tests.integration.learner import ranks_job
-from tests.integration.learner.samples import engine_settings, environment, mixed_sequences, random_sequences
+from tests.integration.learner.samples import engine_settings, mixed_sequences, random_sequences
 from tests.ports import free_port
 from tests.tiny_model import make_tiny_model
 

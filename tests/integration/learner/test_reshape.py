@@ -12,9 +12,10 @@ import torch
 
 from broker.process.lifecycle import ErgonError
 from learner.training.deepspeed_engine import DeepSpeedEngine
+from tests.environment import environment
 from tests.integration.learner import reshape_job
 from tests.integration.learner.reshape_job import STAGES, begun, gone_on, saved_by_one, saved_by_two
-from tests.integration.learner.samples import engine_settings, environment
+from tests.integration.learner.samples import engine_settings
 from tests.ports import free_port
 from tests.tiny_model import make_tiny_model
 

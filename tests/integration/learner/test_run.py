@@ -23,7 +23,7 @@ from broker.client import ActorClient
 from broker.process.thinking_settings import BudgetsSection
 from broker.protocol.trajectory import Mode, Outcome, Segment, Ticket, Trajectory, TrajectoryHead, VersionRun
 from learner.budgets import draw_budget
-from tests.integration.learner.samples import environment
+from tests.environment import environment
 from tests.integration.learner.sink_files import kept_id, tensorboard_curves, tensorboard_text, wandb_runs
 from tests.ports import free_ports
 from tests.tiny_model import make_tiny_model
