@@ -40,7 +40,7 @@ test-gateway-clients: $(READY) ## agents of other people's SDKs against the gate
 FOREIGN ?= /var/tmp/ergon-foreign
 test-adapters: $(READY) ## environments of TextArena, OpenEnv and verifiers behind their adapters; installs them
 	@tests/integration/envs/adapters/install.sh $(PYTHON) $(FOREIGN)
-	@ERGON_FOREIGN=$(FOREIGN) $(PYTHON) -m pytest tests/integration/envs/adapters $(ARGS)
+	@ERGON_FOREIGN=$(FOREIGN) $(PYTHON) -m pytest tests/integration/envs/adapters tests/integration/envs/test_reasoning_gym.py $(ARGS)
 
 test-envs: $(READY) ## every built-in environment at length: 200 tasks, 1,000 resets, 64 at once
 	@ERGON_ENVS_FULL=1 $(PYTHON) -m pytest tests/integration/envs/test_builtin.py tests/integration/envs/test_miniwob.py --timeout 1200 $(ARGS)

@@ -44,9 +44,13 @@ async def within(act: Awaitable[T], limit_s: float | None) -> T:
     if limit_s is not None and limit_s <= 0:
         _close_unstarted(act)
         raise OutOfTimeError(limit_s)
-    task = asyncio.ensure_future(_contained(act))
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    task = loop.create_task(_contained(act, ended))
+    task.add_done_callback(lambda _: _tell(ended))
+    timer = loop.call_later(limit_s, _tell, ended) if limit_s is not None else None
     try:
-        await asyncio.wait({task}, timeout=limit_s)
+        await ended
         if not task.done():
             await _end(task)
             raise OutOfTimeError(limit_s or 0.0)
@@ -54,17 +58,26 @@ async def within(act: Awaitable[T], limit_s: float | None) -> T:
         await _end(task)
         raise
     finally:
+        if timer is not None:
+            timer.cancel()
         _close_unstarted(act)
     if task.cancelled():
         raise RuntimeError("it cancelled itself")
     return task.result()
 
 
-async def _contained(act: Awaitable[T]) -> T:
+async def _contained(act: Awaitable[T], ended: asyncio.Future[None]) -> T:
     try:
         return await act
     except SystemExit as error:
         raise RuntimeError(f"it called for the end of the process: {error!r}") from error
+    finally:
+        _tell(ended)  # nothing is awaited from here on: who waits is woken a round of the loop sooner than by the task
+
+
+def _tell(ended: asyncio.Future[None]) -> None:
+    if not ended.done():
+        ended.set_result(None)
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

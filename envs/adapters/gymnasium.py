@@ -6,13 +6,13 @@ Knows no particular environment. The package is the optional extra `gymnasium`.
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 from envs.adapters.seeds import seed_of
+from envs.adapters.thread import OwnThread
 from envs.interface import (
     Action,
     Environment,
@@ -74,6 +74,7 @@ class GymnasiumEpisode(ToolEpisode):
         self._actions = actions
         self._solved_at = solved_at
         self._env: Any = None
+        self._thread = OwnThread("gymnasium-episode")
         self._return = 0.0
         self._ended = False
         self._closed = False
@@ -82,7 +83,7 @@ class GymnasiumEpisode(ToolEpisode):
         """Reset the wrapped environment with the task's seed. Raises EnvironmentFailureError."""
         if self._closed:
             raise EnvironmentFailureError("the episode is closed")
-        shown = await asyncio.to_thread(self._reset)
+        shown = await self._thread.run(self._reset)
         first = self.task.prompt[0]
         return (Message(first.role, f"{first.content}\n\n{shown}"),)
 
@@ -108,7 +109,7 @@ class GymnasiumEpisode(ToolEpisode):
             number = int(name)
         else:
             raise ToolError(f"no action {action[:40]!r}; the actions are: {', '.join(self._actions)}")
-        return await asyncio.to_thread(self._step, number)
+        return await self._thread.run(self._step, number)
 
     def _step(self, number: int) -> str:
         observation, reward, terminated, truncated, _ = self._env.step(number + int(self._env.action_space.start))
@@ -133,8 +134,7 @@ class GymnasiumEpisode(ToolEpisode):
         """Close the wrapped environment; idempotent."""
         self._closed = True
         env, self._env = self._env, None
-        if env is not None:
-            await asyncio.to_thread(env.close)
+        await self._thread.close(env.close if env is not None else None)
 
 
 class Solver(ReferencePolicy):

@@ -69,13 +69,16 @@ class GymEpisode(ToolEpisode):
 class ReasoningGymEnvironment(Environment):
     """Entries of reasoning-gym's sound data sets, which take turns.
 
-    datasets: which of SOUND, all by default. timeout_s: seconds of one scoring. Raises ValueError.
+    datasets: which of SOUND, all by default. timeout_s: seconds of one scoring. python: the interpreter that has the
+    package, this one by default. Raises ValueError, and EnvironmentOptionsError for an interpreter that is none.
     """
 
     name = "reasoning-gym"
     max_turns = 2
 
-    def __init__(self, datasets: Sequence[str] | None = None, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, datasets: Sequence[str] | None = None, timeout_s: float = 10.0, python: str | None = None
+    ) -> None:
         wanted = SOUND if datasets is None else tuple(datasets)
         if not wanted or not set(wanted) <= set(SOUND):
             raise ValueError(
@@ -85,7 +88,7 @@ class ReasoningGymEnvironment(Environment):
         if timeout_s <= 0:
             raise ValueError(f"timeout_s is {timeout_s}; it must be greater than 0")
         self._datasets = wanted
-        self._worker = ScoringWorker(timeout_s)
+        self._worker = ScoringWorker(timeout_s, python)
 
     @property
     def tools(self) -> Sequence[Tool]:

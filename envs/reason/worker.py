@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,10 +28,17 @@ START_S = 60.0
 class ScoringWorker:
     """One process, one request at a time; may be asked from several threads.
 
-    timeout_s: seconds of one request. num_replaced: how many processes had to be replaced so far.
+    timeout_s: seconds of one request. python: the interpreter, this one by default. num_replaced: how many processes
+    had to be replaced so far. Raises EnvironmentOptionsError for an interpreter that is none.
     """
 
-    def __init__(self, timeout_s: float = 10.0) -> None:
+    def __init__(self, timeout_s: float = 10.0, python: str | None = None) -> None:
+        found = shutil.which(python or sys.executable)
+        if found is None:
+            raise EnvironmentOptionsError(
+                f"python is {python!r}, which is no program: give that of an environment with reasoning-gym in it"
+            )
+        self._python = found
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -98,7 +106,7 @@ class ScoringWorker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._process = process = subprocess.Popen(
-            [sys.executable, "-I", str(PROGRAM)],
+            [self._python, "-I", str(PROGRAM)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

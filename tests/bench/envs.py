@@ -3,7 +3,8 @@
 The sandbox: making one cold, taking one from a warm pool, a step of its persistent shell against a fresh `sh -c` in the
 same sandbox, and the steps of 64 shells at once. Each built-in environment: resets and reference steps at 1, 16 and 64
 at once, and the memory that one episode's processes add. MiniWoB++: a reset here, which is a fresh browser context with
-the page loaded, against one through Gymnasium, which is the same window again. The last line is one line of JSON.
+the page loaded, against one through Gymnasium, which is the same window again. The adapters: a step through them
+against the same step without (adapted.py). The last line is one line of JSON.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from envs.interface import Environment, Message
 from envs.registry import BUILT_IN, create_environment
 from envs.sandbox import Sandbox, SandboxPool
 from tests.bench import miniwob_gymnasium
+from tests.bench.adapted import adapters
 
 AT_ONCE = (1, 16, 64)
 MAX_TURNS = 60
-PARTS = ("sandbox", "miniwob")
+PARTS = ("sandbox", "miniwob", "adapters")
 MINIWOB_PAGE = "click-checkboxes"
 
 
@@ -186,6 +188,9 @@ async def measure(only: list[str], quick: bool) -> dict[str, Any]:
     if "miniwob" in only:
         found |= await miniwob(15 if quick else 100)
         print({key: value for key, value in found.items() if "miniwob" in key})
+    if "adapters" in only:
+        found |= (cost := await adapters(20 if quick else 200))
+        print(cost)
     found["environments"] = {}
     for name in (each for each in only if each not in PARTS):
         rows = {}

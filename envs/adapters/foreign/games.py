@@ -1,5 +1,6 @@
 """TextArena games, played in a process that has the package. See serve.py; knows nothing of rewards' use."""
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,11 @@ def load(options: "dict[str, Any]") -> "dict[str, Any]":
     textarena = importlib.import_module("textarena")
     game = textarena.make(options["id"] + "-raw", **options["options"])
     game.reset(num_players=options["num_players"], seed=0)
+    player, seen = game.get_observation()
+    written(seen, player)
+    # What a move loads or compiles once is loaded here, and not in the fork of every episode.
+    with contextlib.suppress(Exception):  # this one is no move
+        game.step(action="")
     return {"num_players": options["num_players"]}
 
 

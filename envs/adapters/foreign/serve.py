@@ -6,6 +6,7 @@ episode: `ask(answer)` sends an answer and returns the next request. Ends with i
 to its process ends with it.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -47,6 +48,8 @@ def main() -> None:
         about = module.load(options)
     except BaseException as error:  # noqa: BLE001  it is told to the parent
         about = {"failed": f"{type(error).__name__}: {error}"[:2000]}
+    gc.collect()
+    gc.freeze()  # a collection in a fork would write to, and so copy, every page of what was loaded
     told.write(json.dumps(about) + "\n")
     told.flush()
     if "failed" in about:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ from envs.reason.environment import Answering
 from envs.reason.gym import SOUND, ReasoningGymEnvironment
 from envs.reason.worker import ScoringWorker
 
+FOREIGN = os.environ.get("ERGON_FOREIGN", "")
+PYTHON = f"{FOREIGN}/bin/python" if FOREIGN else sys.executable
 needs_package = pytest.mark.skipif(
-    find_spec("reasoning_gym") is None, reason="reasoning-gym is optional: pip install ergon[reasoning-gym]"
+    not FOREIGN and find_spec("reasoning_gym") is None, reason="needs other people's environments: make test-adapters"
 )
 
 # What a policy might answer to a scorer that evaluates it: from then on every answer is right.
@@ -30,7 +33,7 @@ PAYLOAD = (
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[ScoringWorker]:
-    running = ScoringWorker(timeout_s=5)
+    running = ScoringWorker(timeout_s=5, python=PYTHON)
     yield running
     running.close()
 
@@ -44,7 +47,7 @@ from reasoning_gym.factory import create_dataset
 for answer in ({PAYLOAD!r}, "nonsense"):
     print(serve(dict(dataset="binary_matrix", seed=1, size=1, index=0, what="score", answer=answer), create_dataset))
 """
-    ran = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
+    ran = subprocess.run([PYTHON, "-I", "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "{'score': 1.0}", "the payload does its work where scorers share a process"
     worker.score("binary_matrix", 1, 0, PAYLOAD)
     assert worker.score("binary_matrix", 1, 0, "nonsense") < 1
@@ -61,7 +64,7 @@ def test_a_payload_that_ends_its_process_earns_nothing(worker: ScoringWorker, pa
 
 @needs_package
 def test_a_scorer_that_hangs_is_stopped_and_the_next_answer_is_scored() -> None:
-    impatient = ScoringWorker(timeout_s=0.3)
+    impatient = ScoringWorker(timeout_s=0.3, python=PYTHON)
     right = impatient.entry("binary_matrix", 1, 0)[1]
     with pytest.raises(EnvironmentFailureError, match="in time"):
         impatient.score("binary_matrix", 1, 0, "__import__('time').sleep(1000)")
@@ -72,7 +75,7 @@ def test_a_scorer_that_hangs_is_stopped_and_the_next_answer_is_scored() -> None:
 
 @needs_package
 async def test_sound_data_sets_are_solved_by_the_reference_and_by_no_constant() -> None:
-    environment = ReasoningGymEnvironment()
+    environment = ReasoningGymEnvironment(python=PYTHON)
     await environment.prepare()
     for index in range(len(SOUND)):
         task = environment.task("train" if index % 2 else "heldout", index)
@@ -142,3 +145,8 @@ def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(worker_module, "PROGRAM", program)
     with pytest.raises(EnvironmentOptionsError, match=r"pip install ergon\[reasoning-gym\]"):
         ScoringWorker().entry("any", 1, 0)
+
+
+def test_a_python_that_is_none_is_one_sentence() -> None:
+    with pytest.raises(EnvironmentOptionsError, match="python is '/no/such/python', which is no program"):
+        ReasoningGymEnvironment(python="/no/such/python")
