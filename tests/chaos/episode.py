@@ -184,7 +184,7 @@ def digest_of(segment: Segment, num_tokens: int) -> str:
     """What the first tokens of a segment are: ids, mask, log-probs and who sampled them."""
     digest = xxhash.xxh3_128()
     for array in (segment.token_ids_T, segment.loss_mask_T, segment.logprobs_T):
-        digest.update(np.ascontiguousarray(array[:num_tokens]).view(np.uint8))
+        digest.update(array[:num_tokens].tobytes())
     left = int(np.count_nonzero(segment.loss_mask_T[:num_tokens]))
     for run in segment.version_runs:
         if left > 0:
@@ -200,8 +200,8 @@ def logprobs(
     salts_T = np.zeros(ids_T.size, np.int64)
     for stint, (start, end) in zip(stints, pairwise([*(stint.start for stint in stints), ids_T.size]), strict=True):
         salts_T[start:end] = stint.salt
-    lengths = [run.num_tokens for run in runs]
-    versions_N = np.repeat([run.lineage * 1009 + run.version * 7 for run in runs], lengths) if runs else 0
+    numbers = np.array([run.lineage * 1009 + run.version * 7 for run in runs], np.int64)
+    versions_N = np.repeat(numbers, np.array([run.num_tokens for run in runs], np.int64))
     made_T = np.zeros(ids_T.size, np.float32)
     number_N = (ids_T[mask_T].astype(np.int64) * 31 + salts_T[mask_T] + versions_N) % NUM_LOGPROBS
     made_T[mask_T] = -1.0 - number_N / NUM_LOGPROBS

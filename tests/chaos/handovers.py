@@ -81,8 +81,8 @@ class WatchedTickets:
         await self._tickets.release(ticket_id, reason, error)
 
     def _write(self, event: str, ticket_id: str, partial: str | None, **more: str) -> None:
-        what = {"ticket_id": ticket_id, "attempt": self._attempts[ticket_id], "partial": partial}
-        append(self._run_dir / JOURNAL, {"event": event, "place": self._place} | what | more)
+        line = {"event": event, "place": self._place, "ticket_id": ticket_id, "attempt": self._attempts[ticket_id]}
+        append(self._run_dir / JOURNAL, {**line, "partial": partial, **more})
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ def judge_handovers(run_dir: Path, trained: Collection[str]) -> Handovers:
     found = Handovers()
     attempts: defaultdict[tuple[str, int], _Attempt] = defaultdict(_Attempt)
     wrong = list(_replay(_lines(run_dir / JOURNAL), attempts, found))
-    examined, unknown = set(), set()
+    examined, unknown = set[str](), set[str]()
     for line in _lines(run_dir / EPISODES):
         key = line["ticket_id"]
         examined.add(key)

@@ -52,7 +52,7 @@ MAX_DELAY_S = 1.5
 # How many batches are left, at least, when the last order to kill in an update is given. Four of twice the size may be
 # in flight already, and be trained on before any actor sees another version.
 UPDATES_LEFT = 12
-DRAINS_LEFT = 24  # likewise, when the last actor is told to drain: it must have episodes, perhaps more than once
+DRAINS_LEFT = 32  # likewise, when the last actor is told to drain: it must have episodes, perhaps more than once
 TICKETS_PER_BATCH = 16
 PAIR_GAP_S = 0.3
 PAIR_SHARE = 0.5

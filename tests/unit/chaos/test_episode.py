@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -47,8 +48,8 @@ def finished(ticket: Ticket, begun: Partial | None = None) -> Trajectory:
     return episode.trajectory("actor-1")
 
 
-def changed(trajectory: Trajectory, **arrays: object) -> Trajectory:
-    segment = dataclasses.replace(trajectory.segments[0], **arrays)  # type: ignore[arg-type]
+def changed(trajectory: Trajectory, **arrays: Any) -> Trajectory:
+    segment = dataclasses.replace(trajectory.segments[0], **arrays)
     return dataclasses.replace(trajectory, segments=(segment,))
 
 

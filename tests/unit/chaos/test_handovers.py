@@ -20,7 +20,7 @@ KEY = "r/train/0/0"
 
 
 def line(event: str, partial: str | None, *, attempt: int = 0, ticket_id: str = KEY, **more: str) -> dict[str, Any]:
-    return {"event": event, "place": "a", "ticket_id": ticket_id, "attempt": attempt, "partial": partial} | more
+    return {"event": event, "place": "a", "ticket_id": ticket_id, "attempt": attempt, "partial": partial, **more}
 
 
 def offered(partial: str, **more: Any) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Tickets:
 
     def __init__(self, ticket: Ticket, begun: Partial) -> None:
         self.ticket, self.begun = ticket, begun
-        self.answer = asyncio.get_running_loop().create_future()
+        self.answer: asyncio.Future[HandoverStatus] = asyncio.get_running_loop().create_future()
         self.ended: list[str] = []
 
     async def lease(self) -> Ticket:
@@ -105,8 +105,7 @@ class Tickets:
 
     async def hand_over(self, ticket_id: str, partial: Partial) -> HandoverStatus:
         try:
-            status: HandoverStatus = await self.answer
-            return status
+            return await self.answer
         finally:
             self.ended.append(ticket_id)
 
@@ -133,9 +132,9 @@ async def test_each_lease_and_handover_is_a_line(tmp_path: Path) -> None:
     prefix = digest_of(segment, segment.token_ids_T.size)
     common = {"place": "actor-1", "ticket_id": KEY, "attempt": 0, "partial": digest(partial)}
     assert lines == [
-        {"event": "leased"} | common,
-        {"event": "offered"} | common | {"prefix": prefix},
-        {"event": "answered"} | common | {"status": "kept"},
+        {"event": "leased", **common},
+        {"event": "offered", **common, "prefix": prefix},
+        {"event": "answered", **common, "status": "kept"},
     ]
 
 

@@ -74,6 +74,6 @@ def test_actors_are_told_to_end_alone_and_beside_every_other_fault() -> None:
 
 
 def test_after_an_actor_was_told_to_end_there_are_episodes() -> None:
-    for num_tickets, latest in ((288, 1), (NUM_TICKETS, NUM_TICKETS - 384)):
+    for num_tickets, latest in ((288, 1), (NUM_TICKETS, NUM_TICKETS - 512)):
         schedule = make_schedule(6, 100, num_tickets, 3, kinds=("drain", "kill_handover"))
         assert all(0 < fault.at_tickets <= latest for fault in schedule)
