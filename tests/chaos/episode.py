@@ -57,7 +57,7 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Episode:
     """One ticket's episode, from where it was `begun` or from its beginning. Raises WrongEpisodeError for a partial
-    that is not of this ticket and attempt, or not what it can have become.
+    that is of another ticket or of a later attempt, or not what it can have become.
 
     spent_s: seconds that it took so far, of all stints.
     """
@@ -147,8 +147,8 @@ class Episode:
             snapshot = msgspec.json.decode(begun.snapshot, type=Snapshot)
         except msgspec.MsgspecError as error:
             raise WrongEpisodeError(f"{ticket.ticket_id}: its snapshot cannot be read: {error}") from error
-        found, own = (snapshot.ticket_id, snapshot.attempt), (ticket.ticket_id, ticket.attempt)
-        if found != own:
+        if snapshot.ticket_id != ticket.ticket_id or snapshot.attempt > ticket.attempt:
+            found, own = (snapshot.ticket_id, snapshot.attempt), (ticket.ticket_id, ticket.attempt)
             raise WrongEpisodeError(f"{ticket.ticket_id}: the partial is of {found}, the ticket {own}")
         if len(begun.segments) != 1:
             raise WrongEpisodeError(f"{ticket.ticket_id}: a partial of {len(begun.segments)} segments; it has one")

@@ -105,8 +105,7 @@ def digest(partial: Partial) -> str:
 
 def episode_line(trajectory: Trajectory, prefixes: list[str]) -> dict[str, Any]:
     """The learner's line: which prefixes of the episode it says were handed over."""
-    ticket = trajectory.ticket
-    return {"ticket_id": ticket.ticket_id, "attempt": ticket.attempt, "prefixes": prefixes}
+    return {"ticket_id": trajectory.ticket.ticket_id, "prefixes": prefixes}
 
 
 @dataclass(slots=True)
@@ -119,57 +118,57 @@ class Handovers:
 
 
 @dataclass(slots=True)
-class _Attempt:
-    """What is known of the partials of one attempt of a ticket."""
+class _Known:
+    """What is known of the partials of one ticket. An actor whose lease has run out, and which takes it up again, hands
+    over under the attempt that it was told of, which may be an older one."""
 
     prefixes: set[str] = field(default_factory=set)  # all that were offered
     next_ones: list[str] = field(default_factory=list)  # partials, of which the next lease may bring one
-    is_kept: bool = False  # and must
+    kept_in: int | None = None  # the attempt whose next lease must
+    attempts: dict[str, int] = field(default_factory=dict)  # that went on with a partial
 
 
 def judge_handovers(run_dir: Path, trained: Collection[str]) -> Handovers:
-    """Whether every partial that came was one that was handed over of this ticket and attempt, whole; whether each that
-    was kept came with the next lease; and whether what is trained on went on from exactly what was handed over."""
+    """Whether every partial that came was one that was handed over of this ticket, whole, and for one attempt; whether
+    each that was kept came with the next lease of its attempt; and whether what is trained on went on from exactly what
+    was handed over."""
     found = Handovers()
-    attempts: defaultdict[tuple[str, int], _Attempt] = defaultdict(_Attempt)
-    wrong = list(_replay(_lines(run_dir / JOURNAL), attempts, found))
-    examined, unknown = set[str](), set[str]()
+    tickets: defaultdict[str, _Known] = defaultdict(_Known)
+    wrong = [problem for line in _lines(run_dir / JOURNAL) if (problem := _replay(line, tickets[line["ticket_id"]]))]
+    found.kept = sum(line.get("status") == "kept" for line in _lines(run_dir / JOURNAL))
+    prefixes: defaultdict[str, set[str]] = defaultdict(set)
     for line in _lines(run_dir / EPISODES):
-        key = line["ticket_id"]
-        examined.add(key)
-        if not set(line["prefixes"]) <= attempts[key, line["attempt"]].prefixes:
-            unknown.add(key)
-    continued = {line["ticket_id"] for line in _lines(run_dir / EPISODES) if line["prefixes"]}
-    found.continued = len(continued & set(trained))
+        prefixes[line["ticket_id"]] |= set(line["prefixes"])
+    found.continued = sum(bool(prefixes[key]) for key in trained if key in prefixes)
     if wrong:
         found.problems.append(f"handovers: {wrong[:MAX_PROBLEMS]}")
-    if unknown:
+    if unknown := [key for key, named in prefixes.items() if not named <= tickets[key].prefixes]:
         found.problems.append(f"went on from what nobody handed over: {sorted(unknown)[:MAX_PROBLEMS]}")
-    if unseen := set(trained) - examined:
+    if unseen := set(trained) - prefixes.keys():
         found.problems.append(f"trained on and never examined: {sorted(unseen)[:MAX_PROBLEMS]}")
     return found
 
 
-def _replay(
-    lines: Iterator[dict[str, Any]], attempts: defaultdict[tuple[str, int], _Attempt], found: Handovers
-) -> Iterator[str]:
-    """Go through the journal; what is wrong with it."""
-    for line in lines:
-        partial, where = line["partial"], f"{line['place']}, {line['ticket_id']} attempt {line['attempt']}"
-        attempt = attempts[line["ticket_id"], line["attempt"]]
-        if line["event"] == "offered":
-            attempt.prefixes.add(line["prefix"])
-            attempt.next_ones.append(partial)
-        elif line["event"] == "answered" and line["status"] == "kept":
-            found.kept += 1
-            attempt.is_kept = True
-            attempt.next_ones = attempt.next_ones[attempt.next_ones.index(partial) :]
-        elif line["event"] == "answered" and line["status"] == "refused":
-            attempt.is_kept = False  # the one before is dropped as well
-        elif line["event"] == "leased" and partial is None and attempt.is_kept:
-            yield f"{where}: leased without the partial that was kept"
-        elif line["event"] == "leased" and partial is not None and partial not in attempt.next_ones:
-            yield f"{where}: leased with a partial that was not handed over last"
+def _replay(line: dict[str, Any], known: _Known) -> str:
+    """Take note of a line of the journal; what is wrong with it."""
+    partial, attempt = line["partial"], line["attempt"]
+    problem = ""
+    match line["event"], line.get("status"):
+        case "offered", _:
+            known.prefixes.add(line["prefix"])
+            known.next_ones.append(partial)
+        case "answered", "kept":
+            known.kept_in = attempt
+            known.next_ones = known.next_ones[known.next_ones.index(partial) :]
+        case "answered", "refused":
+            known.kept_in = None  # the one before is dropped as well
+        case "leased", _ if partial is None:
+            problem = "leased without the partial that was kept" if known.kept_in == attempt else ""
+        case "leased", _ if partial not in known.next_ones:
+            problem = "leased with a partial that was not handed over last"
+        case "leased", _ if known.attempts.setdefault(partial, attempt) != attempt:
+            problem = "leased with a partial whose attempt had failed"
+    return problem and f"{line['place']}, {line['ticket_id']} attempt {attempt}: {problem}"
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -104,15 +104,17 @@ def test_two_stints_of_one_version_are_told_apart() -> None:
         examine(SEED, changed(trajectory, logprobs_T=mixed))
 
 
-def test_a_partial_of_another_ticket_or_attempt_is_found() -> None:
+def test_a_partial_of_another_ticket_or_a_later_attempt_is_found() -> None:
     ticket, other = ticket_of_turns(2), ticket_of_turns(2, nth=1)
-    partial = left_at(ticket, 0.5)
-    for stranger in (other, msgspec.structs.replace(ticket, attempt=1)):
+    again = msgspec.structs.replace(ticket, attempt=1)
+    partial = left_at(again, 0.5)
+    for stranger in (other, ticket):
         with pytest.raises(WrongEpisodeError, match="the partial is of"):
             Episode(SEED, stranger, partial)
+    Episode(SEED, again, partial)
     theirs = dataclasses.replace(left_at(other, 0.5), snapshot=partial.snapshot)
     with pytest.raises(WrongEpisodeError, match="tokens are not"):
-        Episode(SEED, ticket, theirs)
+        Episode(SEED, again, theirs)
 
 
 def test_a_partial_whose_counts_or_state_do_not_fit_its_tokens_is_found() -> None:

@@ -31,8 +31,8 @@ def kept(partial: str, **more: Any) -> list[dict[str, Any]]:
     return [offered(partial, **more), line("answered", partial, status="kept", **more)]
 
 
-def trained(*partials: str, attempt: int = 0) -> dict[str, Any]:
-    return {"ticket_id": KEY, "attempt": attempt, "prefixes": [f"prefix of {partial}" for partial in partials]}
+def trained(*partials: str) -> dict[str, Any]:
+    return {"ticket_id": KEY, "prefixes": [f"prefix of {partial}" for partial in partials]}
 
 
 def judge(run_dir: Path, lines: list[dict[str, Any]], episode: dict[str, Any] | None) -> tuple[int, int, list[str]]:
@@ -59,8 +59,10 @@ NEW = line("leased", None)
         ([NEW, offered("p"), line("leased", "p")], trained("p"), (0, 1)),
         ([NEW, offered("p"), NEW], trained(), (0, 0)),
         # Whoever went on with it was killed: the partial went with the attempt.
-        ([NEW, *kept("p"), line("leased", "p"), line("leased", None, attempt=1)], trained(attempt=1), (1, 0)),
+        ([NEW, *kept("p"), line("leased", "p"), line("leased", None, attempt=1)], trained(), (1, 0)),
         ([NEW, *kept("p"), line("answered", "p", status="refused"), NEW], trained(), (1, 0)),
+        # Its lease had run out, and was taken up again.
+        ([NEW, *kept("p"), line("leased", "p", attempt=1)], trained("p"), (1, 1)),
     ],
 )
 def test_what_may_be(
@@ -74,11 +76,11 @@ def test_what_may_be(
     [
         ([NEW, *kept("p"), NEW], trained(), "leased without the partial that was kept"),
         ([line("leased", "p")], trained(), "not handed over last"),
-        ([NEW, *kept("p", attempt=0), line("leased", "p", attempt=1)], trained(), "not handed over last"),
+        ([NEW, *kept("p"), line("leased", "p"), line("leased", "p", attempt=1)], trained(), "attempt had failed"),
         ([NEW, *kept("p", ticket_id="other"), line("leased", "p")], trained(), "not handed over last"),
         ([NEW, *kept("p"), line("leased", "p"), *kept("q"), line("leased", "p")], trained(), "not handed over last"),
         ([NEW, *kept("p"), line("leased", "p")], trained("q"), "went on from what nobody handed over"),
-        ([NEW, *kept("p"), line("leased", "p")], trained("p", attempt=1), "went on from what nobody handed over"),
+        ([NEW, *kept("p", ticket_id="other")], trained("p"), "went on from what nobody handed over"),
         ([NEW], None, "never examined"),
     ],
 )

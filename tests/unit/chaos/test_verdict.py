@@ -38,7 +38,7 @@ def write(
     (settings.run_dir / "broker").mkdir(parents=True)
     (settings.run_dir / AUDIT).write_text("".join(json.dumps(line) + "\n" for line in lines))
     for each in lines:
-        append(settings.run_dir / EPISODES, {"ticket_id": each["ticket_id"], "attempt": 0, "prefixes": []})
+        append(settings.run_dir / EPISODES, {"ticket_id": each["ticket_id"], "prefixes": []})
     chain = ""
     for batch in batches:
         chain = chained(chain, list(batch))
@@ -119,7 +119,7 @@ def test_a_violation_is_a_problem(settings: Settings) -> None:
 def test_an_episode_that_went_on_from_what_nobody_handed_over_is_a_problem(settings: Settings) -> None:
     ids = issued_ids(settings)
     write(settings, (ids[:4], ids[4:]), ids)
-    append(settings.run_dir / EPISODES, {"ticket_id": ids[0], "attempt": 0, "prefixes": ["a stranger's"]})
+    append(settings.run_dir / EPISODES, {"ticket_id": ids[0], "prefixes": ["a stranger's"]})
     verdict = judge(settings)
     assert (verdict.handed_over, verdict.continued, verdict.lost) == (0, 1, 0)
     assert "nobody handed over" in verdict.problems[0]
