@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from deploy.local import Child
+from tests.chaos.handovers import HANDOVER
 from tests.chaos.machine import Clocks, Disk
-from tests.chaos.orders import HOLD, ITSELF, Order
+from tests.chaos.orders import HOLD, ITSELF, Order, is_working
 from tests.chaos.proxy import Link
-from tests.chaos.schedule import Fault
+from tests.chaos.schedule import ORDERED, Fault
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +48,21 @@ class Injector(threading.Thread):
     ) -> None:
         super().__init__(name="injector", daemon=True)
         self.done: list[Fault] = []
+        self.drained: set[int] = set()  # pids of processes that were told to end
         self.error: BaseException | None = None
         self._schedule, self._num_tickets, self._num_trained = list(schedule), num_tickets, num_trained
         self._children, self._links, self._disk, self._clocks, self._log = children, links, disk, clocks, log
         self._run_dir = log.parent
         self._orders: dict[int, Order] = {}  # by the identity of the fault
-        # The work does not end before these are done; a kill in an update needs one that is yet to come.
-        self._num_held = sum(fault.kind != "kill_update" for fault in schedule)
+        self._ordered_at: set[str] = set()  # places that have one
+        # The work does not end before these are done; a kill in an update, or handover, needs one that is to come.
+        self._num_held = sum(fault.kind not in ORDERED for fault in schedule)
         self._hold = self._run_dir / HOLD
         if self._num_held:
             self._hold.touch()
         self._due: list[tuple[float, int, Callable[[], bool]]] = []
         self._numbers = itertools.count()
+        self._nearly_done = False
         self._ended = threading.Event()
         self._started_at = time.monotonic()
 
@@ -94,7 +98,7 @@ class Injector(threading.Thread):
     def _release(self) -> None:
         """Faults whose moment of the work has come get their delay; near the end all that are left."""
         num_trained = self._num_trained()
-        nearly_done = num_trained >= self._num_tickets - 32
+        self._nearly_done = nearly_done = num_trained >= self._num_tickets - 32
         while self._schedule and (nearly_done or self._schedule[0].at_tickets <= num_trained):
             fault = self._schedule.pop(0)
             delay_s = 0.0 if nearly_done else fault.delay_s
@@ -115,7 +119,7 @@ class Injector(threading.Thread):
         if not getattr(self, f"_do_{fault.kind}")(fault):
             return False
         self.done.append(fault)
-        self._num_held -= fault.kind != "kill_update"
+        self._num_held -= fault.kind not in ORDERED
         if not self._num_held:
             self._hold.unlink(missing_ok=True)
         with self._log.open("a") as file:
@@ -130,24 +134,53 @@ class Injector(threading.Thread):
     def _do_kill_update(self, fault: Fault) -> bool:
         """Give the order, and look whether it was carried out: by the victim itself, or for a relay, which runs no
         line of the tests, by whoever it is dealing with."""
-        place, phase, pid = fault.place, fault.variant, ITSELF
-        if fault.target == "relay":
-            place, phase = {"fetching": ("learner", "published"), "serving": ("actor-0", "fetching")}[phase]
-            relay = self._children["relay"].process
-            if relay is None or relay.poll() is not None:
-                return False
-            pid = relay.pid
+        if fault.target != "relay":
+            return self._ordered(fault, fault.place, fault.variant, ITSELF)
+        place, phase = {"fetching": ("learner", "published"), "serving": ("actor-0", "fetching")}[fault.variant]
+        pid = _pid(self._children["relay"])
+        return pid is not None and self._ordered(fault, place, phase, pid)
+
+    def _do_kill_handover(self, fault: Fault) -> bool:
+        """Give the order, and let an actor drain, again and again where it had nothing to hand over, until an actor
+        has carried it out: on itself, or on the broker, which runs no line of the tests."""
+        pid = ITSELF if fault.target == "actor" else _pid(self._children[fault.target])
+        if pid is None:
+            return False
+        if self._ordered(fault, HANDOVER, fault.variant, pid):
+            return True
+        if id(fault) in self._orders:
+            self._drain(f"actor-{fault.actor}")
+        return False
+
+    def _ordered(self, fault: Fault, place: str, phase: str, pid: int) -> bool:
+        """Whether the order to kill this process was carried out; it is given as soon as no other fault has one at this
+        place, and that was seen to be carried out."""
         order = self._orders.get(id(fault))
         if order is None:
-            order = Order(self._run_dir, place, phase)
-            if not order.outstanding:  # one at a time for each process
+            if place not in self._ordered_at:
+                self._ordered_at.add(place)
+                order = self._orders[id(fault)] = Order(self._run_dir, place, phase)
                 order.place(pid)
-                self._orders[id(fault)] = order
             return False
         named = order.pid()
         if named is not None and named != pid and order.withdraw():
             order.place(pid)  # the victim died of something else and has another pid now
-        return not order.outstanding
+        if order.outstanding:
+            return False
+        self._ordered_at.discard(place)
+        return True
+
+    def _do_drain(self, fault: Fault) -> bool:
+        return self._drain(fault.place, at_once=self._nearly_done)
+
+    def _drain(self, place: str, *, at_once: bool = False) -> bool:
+        """Tell an actor to end, as Kubernetes would; once, and when it has episodes under way, or `at_once`."""
+        child = self._children[place]
+        pid = _pid(child)
+        if pid is None or pid in self.drained or not (at_once or is_working(self._run_dir, place, pid)):
+            return False
+        self.drained.add(pid)
+        return _signal(child, signal.SIGTERM)
 
     def _do_stop(self, fault: Fault) -> bool:
         child = self._children[fault.place]
@@ -195,13 +228,19 @@ class Injector(threading.Thread):
         return True
 
 
+def _pid(child: Child) -> int | None:
+    """The pid of a child's process, where it has one at this moment."""
+    process = child.process
+    return None if process is None or process.poll() is not None else process.pid
+
+
 def _signal(child: Child, number: signal.Signals) -> bool:
     """Send a signal to a child's process; False where there is none at this moment."""
-    process = child.process
-    if process is None or process.poll() is not None:
+    pid = _pid(child)
+    if pid is None:
         return False
     try:
-        os.kill(process.pid, number)
+        os.kill(pid, number)
     except ProcessLookupError:
         return False
     return True

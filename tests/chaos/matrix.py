@@ -1,8 +1,9 @@
 """`python -m tests.chaos.matrix [--faults N] [--seed S]`: the kill matrix.
 
 Real processes (broker, relay, actors, learner) do a fixed amount of work while they are killed, stopped, cut off,
-denied their disk and given other clocks, at random instants, alone and in pairs; and learner, relay and actors are
-killed in each phase of an update of the weights. Afterwards the trained set must be the issued set, by the learner's
+denied their disk and given other clocks, at random instants, alone and in pairs; learner, relay and actors are killed
+in each phase of an update of the weights; and actors are told to end, so that others go on with their episodes, and
+broker and actors are killed in each phase of that. Afterwards the trained set must be the issued set, by the learner's
 audit, by its last checkpoint and by the broker's store. The last line is JSON. With `--curve` both channels are
 encrypted.
 
@@ -10,6 +11,8 @@ encrypted.
 of a shorter run without faults, made first on the same machine, and its steady rate for the rest of the work.
 `shared` says that the faults hit parcels of several trajectories: how many at least needed no message of their own.
 `fetched` says how versions of the weights came to the actors: so many as anchors, so many as deltas.
+`handed_over` counts the partials that the broker has answered for, `continued` the tickets trained on whose episode
+went on from one.
 """
 
 from __future__ import annotations
@@ -23,18 +26,19 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from broker.process.lifecycle import ErgonError, install_stop
 from broker.process.logs import configure_logging
-from tests.chaos.schedule import KINDS, Fault, make_schedule
+from tests.chaos.schedule import KINDS, ORDERED, Fault, make_schedule
 from tests.chaos.stage import NUM_ACTORS, TICKETS_PER_STEP, Stage, Timing, UnfinishedError
 from tests.chaos.verdict import Verdict, judge
 
 TICKETS_PER_FAULT = 32
+DRAINS = ("drain", "kill_handover")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +89,8 @@ def run_one(
         wall_s = time.monotonic() - started
         verdict = judge(stage.settings)
         problems += [*stage.crashes, *verdict.problems]
-        if timing and len(stage.injected) < num_faults:
-            problems.append(f"the work was done after {len(stage.injected)} of {num_faults} faults")
-        if timing and not stage.num_shared:
-            problems.append("every trajectory travelled alone: no parcel of several was under test")
-        if timing and not stage.fetched["delta"]:
-            problems.append("no version came to an actor as a delta")
+        if timing:
+            problems += unproven(stage.injected, num_faults, stage.num_shared, stage.fetched, verdict.continued)
         stage.disposable = not problems and not (plan.keep and num_faults)
         return Outcome(
             stage.num_tickets,
@@ -122,6 +122,22 @@ def run_matrix(plan: Plan, stop: threading.Event) -> dict[str, Any]:
     return report(outcome, baseline and without_faults_s(baseline, outcome.num_tickets))
 
 
+def unproven(
+    done: Sequence[Fault], num_faults: int, num_shared: int, fetched: Mapping[str, int], num_continued: int
+) -> list[str]:
+    """What a run that was finished has not put to the test, though it should have."""
+    problems = []
+    if len(done) < num_faults:
+        problems.append(f"the work was done after {len(done)} of {num_faults} faults")
+    if not num_shared:
+        problems.append("every trajectory travelled alone: no parcel of several was under test")
+    if not fetched.get("delta"):
+        problems.append("no version came to an actor as a delta")
+    if not num_continued and any(fault.kind in DRAINS for fault in done):
+        problems.append("actors were told to end, and none of their episodes was gone on with and trained on")
+    return problems
+
+
 def report(outcome: Outcome, expected_s: float | None) -> dict[str, Any]:
     """The verdict as the last line has it. `expected_s`: what the work takes without faults."""
     verdict = outcome.verdict
@@ -133,6 +149,8 @@ def report(outcome: Outcome, expected_s: float | None) -> dict[str, Any]:
         "duplicated": verdict.duplicated,
         "shared": outcome.num_shared,
         "fetched": outcome.fetched,
+        "handed_over": verdict.handed_over,
+        "continued": verdict.continued,
         "effective_fraction": round(expected_s / outcome.wall_s, 3) if expected_s and outcome.timing else None,
         "without_faults_s": round(expected_s, 1) if expected_s else None,
         "wall_s": round(outcome.wall_s, 1),
@@ -151,16 +169,15 @@ def without_faults_s(baseline: Outcome, num_tickets: int) -> float | None:
 
 
 def tally(faults: Sequence[Fault]) -> dict[str, Any]:
-    """Faults by kind and target; `paired`: those that came in pairs; `by_phase`: kills in the phases of an update."""
+    """Faults by kind and target; `paired`: those that came in pairs; `by_phase`: kills in the phases of an update
+    or handover."""
     return {
         "faults": len(faults),
         "by_kind": dict(sorted(Counter(fault.kind for fault in faults).items())),
         "by_target": dict(sorted(Counter(fault.target for fault in faults).items())),
         "paired": sum(fault.pair is not None for fault in faults),
         "by_phase": dict(
-            sorted(
-                Counter(f"{fault.target} {fault.variant}" for fault in faults if fault.kind == "kill_update").items()
-            )
+            sorted(Counter(f"{fault.target} {fault.variant}" for fault in faults if fault.kind in ORDERED).items())
         ),
     }
 

@@ -1,8 +1,10 @@
-"""Orders to kill a process in a phase of an update: placed by the injector, carried out by whoever reaches the phase.
-And the order to the learner to wait with its last batch, while `HOLD` is in the run's folder.
+"""Orders to kill a process in a phase of an update or of a handover: placed by the injector, carried out by whoever
+reaches the phase. And the order to the learner to wait with its last batch, while `HOLD` is in the run's folder, and
+what an actor says of itself: that it has episodes under way.
 
-One file for each process that can reach a phase. It is gone once it was carried out. A process that is ordered to kill
-itself dies by SIGKILL, at exactly that line of its work. Knows no fault and no schedule.
+One file for each process that can reach a phase, and one for all handovers. It is gone once it was carried out. A
+process that is ordered to kill itself dies by SIGKILL, at exactly that line of its work. Knows no fault and no
+schedule.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 
 DIRECTORY = "orders"
 HOLD = "hold"
+WORKING = "working"
 ITSELF = 0  # as a pid
 
 
@@ -68,3 +71,14 @@ def _read(path: Path) -> tuple[str, int] | None:
     except FileNotFoundError:
         return None
     return phase, int(pid)
+
+
+def say_working(run_dir: Path, place: str) -> None:
+    """Say that this process, named `place`, has episodes under way."""
+    (run_dir / f"{WORKING}-{place}").write_text(str(os.getpid()))
+
+
+def is_working(run_dir: Path, place: str, pid: int) -> bool:
+    """Whether the process with this pid, named `place`, has said so."""
+    path = run_dir / f"{WORKING}-{place}"
+    return path.exists() and path.read_text() == str(pid)

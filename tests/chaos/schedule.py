@@ -12,7 +12,20 @@ from dataclasses import dataclass, field, replace
 
 PROCESSES = ("broker", "relay", "learner", "actor")
 LINKS = ("actor-broker", "learner-broker", "relay-learner", "actor-relay")
-KINDS = ("kill", "kill_update", "stop", "stop_long", "reset", "stall", "black_hole", "disk_full", "disk_low", "clock")
+KINDS = (
+    "kill",
+    "kill_update",
+    "drain",
+    "kill_handover",
+    "stop",
+    "stop_long",
+    "reset",
+    "stall",
+    "black_hole",
+    "disk_full",
+    "disk_low",
+    "clock",
+)
 UPDATE_PHASES = (
     # of one update of the weights: who is killed, and when
     ("learner", "publishing"),
@@ -25,10 +38,21 @@ UPDATE_PHASES = (
     ("actor", "paused"),
     ("actor", "switched"),
 )
+HANDOVER_PHASES = (
+    # of one episode that an actor which drains hands over: who is killed, and when
+    ("actor", "handing_over"),
+    ("actor", "handed_over"),
+    ("actor", "continuing"),
+    ("broker", "handing_over"),
+    ("broker", "handed_over"),
+    ("broker", "continuing"),
+)
+ORDERED = ("kill_update", "kill_handover")  # kinds that the victim's own work brings about
 MAX_DELAY_S = 1.5
 # How many batches are left, at least, when the last order to kill in an update is given. Four of twice the size may be
 # in flight already, and be trained on before any actor sees another version.
 UPDATES_LEFT = 12
+DRAINS_LEFT = 32  # likewise, when the last actor is told to drain: it must have episodes, perhaps more than once
 TICKETS_PER_BATCH = 16
 PAIR_GAP_S = 0.3
 PAIR_SHARE = 0.5
@@ -41,7 +65,8 @@ class Fault:
 
     `seconds`: how long a stop, stall, hole or full disk lasts; for a clock, how far it jumps. `variant`: the direction
     of a stall; whether a full disk is filled `once`, or whatever becomes free is taken at once (`greedy`); in which
-    phase of the next update the target is killed.
+    phase of the next update, or handover, the target is killed. `actor`: which one is hit, or, for a kill in a
+    handover, drains.
     """
 
     kind: str
@@ -66,6 +91,8 @@ def combinations(unavailable: Sequence[str] = (), kinds: Sequence[str] = KINDS) 
     """One round: every kind on every target that it can hit; kills thrice, as they are what most often happens."""
     rows = [("kill", target, "") for target in PROCESSES] * 3
     rows += [("kill_update", target, phase) for target, phase in UPDATE_PHASES]
+    rows += [("drain", "actor", "")] * 3
+    rows += [("kill_handover", target, phase) for target, phase in HANDOVER_PHASES]
     rows += [(kind, target, "") for kind in ("stop", "stop_long", "clock") for target in PROCESSES]
     rows += [(kind, link, "") for kind in ("reset", "stall", "black_hole") for link in LINKS]
     rows += [("disk_full", "disk", ""), ("disk_full", "disk", ""), ("disk_low", "disk", "")]
@@ -100,12 +127,10 @@ def make_schedule(
         pair += 1
         for each, gap_s in ((row, 0.0), (rows.pop(partner), rng.uniform(0, PAIR_GAP_S))):
             faults.append(_draw(rng, each, at_tickets, delay_s + gap_s, num_actors, pair))
-    # An update must still come after the order to be killed in it.
-    latest = max(1, num_tickets - UPDATES_LEFT * TICKETS_PER_BATCH)
-    faults = [
-        replace(fault, at_tickets=min(fault.at_tickets, latest)) if fault.kind == "kill_update" else fault
-        for fault in faults
-    ]
+    # An update, or a handover, must still come after the order to be killed in it.
+    left = {"kill_update": UPDATES_LEFT, "kill_handover": DRAINS_LEFT, "drain": DRAINS_LEFT}
+    latest = {kind: max(1, num_tickets - num * TICKETS_PER_BATCH) for kind, num in left.items()}
+    faults = [replace(fault, at_tickets=min(fault.at_tickets, latest.get(fault.kind, last))) for fault in faults]
     return sorted(faults, key=lambda fault: (fault.at_tickets, fault.delay_s))
 
 

@@ -1,4 +1,4 @@
-"""What a scripted episode is: its duration, its failures, its tokens, its reward, and the weights of a version.
+"""What a scripted episode is: its duration, its failures, its turns, its tokens, its reward; and a version's weights.
 
 Everything is drawn from the run's seed and the ticket's id, so that any process can say what any other must hold. Pure;
 never sleeps, sends or writes.
@@ -7,21 +7,13 @@ never sleeps, sends or writes.
 from __future__ import annotations
 
 import random
-import time
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from broker.protocol.trajectory import (
-    Outcome,
-    PolicyVersion,
-    Segment,
-    Ticket,
-    Trajectory,
-    TrajectoryHead,
-    VersionRun,
-)
+from broker.protocol.trajectory import PolicyVersion, Ticket
 
 INFRA_FAILURES = 0.03  # share of attempts that give their ticket back
 FLAT_GROUPS = 0.1  # share of groups without variance, which fill no batch
@@ -29,6 +21,8 @@ BEAT_S = 0.2  # episodes end on the beat, so that several of an actor end togeth
 WEIGHT_BYTES = 256 << 10
 CHANGED_FRACTION = 0.01
 NUM_PROMPT = 8
+NUM_OBSERVED = 3  # tokens that answer a turn
+MAX_TURNS = 4
 
 
 def _draw(seed: int, *what: object) -> random.Random:
@@ -62,36 +56,23 @@ def num_tokens(seed: int, ticket_id: str) -> int:
     return rng.randint(low, high)
 
 
-def token_ids(seed: int, ticket_id: str) -> npt.NDArray[np.int32]:
-    """Prompt and sampled tokens of a ticket's episode, int32 [NUM_PROMPT + num_tokens]."""
-    generator = np.random.default_rng(xxhash.xxh3_64_intdigest(f"{seed}/{ticket_id}".encode()))
-    return generator.integers(0, 32_000, NUM_PROMPT + num_tokens(seed, ticket_id), dtype=np.int32)
+def turn_ends(seed: int, ticket_id: str) -> list[int]:
+    """Sampled tokens of a ticket's episode after each of its turns, one to MAX_TURNS; the last is `num_tokens`."""
+    total = num_tokens(seed, ticket_id)
+    num_turns = _draw(seed, ticket_id, "turns").randint(1, MAX_TURNS)
+    return [total * (turn + 1) // num_turns for turn in range(num_turns)]
 
 
-def make_trajectory(seed: int, ticket: Ticket, actor_id: str, version: PolicyVersion) -> Trajectory:
-    """The record of a scripted episode that `version` sampled."""
-    token_ids_T = token_ids(seed, ticket.ticket_id)
-    mask_T = np.arange(token_ids_T.size) >= NUM_PROMPT
-    logprobs_T = np.where(mask_T, -1.0 - (token_ids_T % 7), 0.0).astype(np.float32)
-    run = VersionRun(version.lineage, version.version, int(mask_T.sum()))
-    took_s = duration_s(seed, ticket)
-    head = TrajectoryHead(
-        ticket=ticket,
-        kind="scripted",
-        outcome=Outcome.COMPLETED,
-        reward=reward(seed, ticket),
-        num_turns=1,
-        timings_s={"total": took_s, "model": took_s, "tool": 0.0},
-        actor_id=actor_id,
-        finished_at=max(0.0, time.time()),
-    )
-    return Trajectory(head, (Segment(token_ids_T, mask_T, logprobs_T, (run,)),))
-
-
-def is_genuine(seed: int, trajectory: Trajectory) -> bool:
-    """Whether the tokens are those of this ticket, bit for bit."""
-    expected_T = token_ids(seed, trajectory.ticket.ticket_id)
-    return len(trajectory.segments) == 1 and np.array_equal(trajectory.segments[0].token_ids_T, expected_T)
+def trace(seed: int, ticket_id: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """The token ids (int32 [T]) and loss mask (bool [T]) of a ticket's whole episode: in each turn what was asked and
+    what was sampled, drawn from ticket and turn."""
+    ids, mask = list[npt.NDArray[np.int32]](), list[npt.NDArray[np.bool_]]()
+    for turn, (start, end) in enumerate(pairwise([0, *turn_ends(seed, ticket_id)])):
+        num_asked = NUM_OBSERVED if turn else NUM_PROMPT
+        generator = np.random.default_rng(xxhash.xxh3_64_intdigest(f"{seed}/{ticket_id}/{turn}".encode()))
+        ids.append(generator.integers(0, 32_000, num_asked + end - start, dtype=np.int32))
+        mask.append(np.arange(ids[-1].size) >= num_asked)
+    return np.concatenate(ids), np.concatenate(mask)
 
 
 def weights(version: PolicyVersion) -> npt.NDArray[np.uint8]:

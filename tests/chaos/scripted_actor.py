@@ -1,7 +1,8 @@
 """`python -m tests.chaos.scripted_actor --config FILE --index N`: a real actor whose engine is a script.
 
-The loop, the adoption of weights and both clients are the real ones; only what an episode does is scripted. Every
-adopted snapshot is compared with what its version must be; a wrong byte is a line in violations.jsonl.
+The loop, its drain, the adoption of weights and both clients are the real ones; only what an episode does is scripted.
+Every adopted snapshot is compared with what its version must be, and every partial with what its ticket's episode can
+have become; a wrong byte is a line in violations.jsonl.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from actors.actor import Actor
 from actors.channels import open_channels
 from actors.engine import AdoptionError, EngineLoad
+from actors.handover import EpisodeInterruptedError, HandoverError, is_stale
 from actors.rollout import InfraFailureError
 from actors.weights import WeightAdopter
 from broker.client import ActorClient
@@ -29,7 +31,9 @@ from broker.protocol.trajectory import PolicyVersion, Ticket, Trajectory
 from broker.protocol.weights import Buffer
 from broker.weights.basefile import BaseFile
 from tests.chaos import script
-from tests.chaos.orders import reach
+from tests.chaos.episode import Episode, WrongEpisodeError
+from tests.chaos.handovers import HANDOVER, WatchedTickets
+from tests.chaos.orders import reach, say_working
 from tests.digest import data_digest
 
 VIOLATIONS = "violations.jsonl"
@@ -102,7 +106,7 @@ class ScriptedEngine:
 
 
 class ScriptedActor(Actor):
-    """The real loop; an episode is a sleep and a trajectory drawn from the seed."""
+    """The real loop; an episode is a time that passes in turns, and a trajectory drawn from the seed."""
 
     def __init__(
         self,
@@ -114,41 +118,74 @@ class ScriptedActor(Actor):
     ) -> None:
         super().__init__(
             actor_id,
-            client.tickets,
+            WatchedTickets(client.tickets, settings.run_dir, actor_id),
             client.sender,
             engine,  # type: ignore[arg-type]  # it samples nothing
             weights,
             None,  # type: ignore[arg-type]  # nothing is rendered
             {},
             settings.actor,
+            max_staleness=settings.learner.max_staleness,
         )
         self._seed, self._id, self._adopter = settings.run.seed, actor_id, weights
+        self._run_dir, self._works = settings.run_dir, False
 
     async def _episode(self, ticket: Ticket, begun: Partial | None) -> Trajectory:
-        assert begun is None, "nobody here says what to go on from"
-        version = self._adopter.adopted
-        assert version is not None, "the loop waits for the ticket's min_version"
-        await _sleep_to_beat(script.duration_s(self._seed, ticket))
+        loop = asyncio.get_running_loop()
+        if begun is not None and is_stale(begun, self._engine.policy_version, self._max_staleness):
+            begun = None
+        episode, goes_on = self._open(ticket, begun), begun is not None
+        duration_s, started = script.duration_s(self._seed, ticket), loop.time() - episode.spent_s
+        while not episode.ended:
+            version = self._adopter.adopted
+            assert version is not None, "the loop waits for the ticket's min_version"
+            share = episode.next_end
+            due = started + share * duration_s
+            if share == 1.0:
+                due = math.ceil(due / script.BEAT_S) * script.BEAT_S
+            interrupted = await self._wait_until(due)
+            episode.spent_s = loop.time() - started
+            episode.sample(min(1.0, episode.spent_s / duration_s) if interrupted else share, version)
+            if interrupted and not episode.ended:
+                if not episode.num_sampled:
+                    raise HandoverError("nothing was sampled yet")
+                raise EpisodeInterruptedError(episode.partial())
+            self._say_working()
+            if goes_on:
+                reach(self._run_dir, HANDOVER, "continuing")
         if script.fails(self._seed, ticket):
             raise InfraFailureError("scripted")
-        return script.make_trajectory(self._seed, ticket, self._id, version)
+        return episode.trajectory(self._id)
 
+    def _open(self, ticket: Ticket, begun: Partial | None) -> Episode:
+        try:
+            return Episode(self._seed, ticket, begun)
+        except WrongEpisodeError as error:
+            report_violation(self._run_dir, f"{self._id} was to go on with what is not so: {error}")
+            raise
 
-async def _sleep_to_beat(seconds: float) -> None:
-    """Sleep so long, and on to the next beat: whoever sleeps to the same one wakes in the same turn of the loop."""
-    loop = asyncio.get_running_loop()
-    beat: asyncio.Future[None] = loop.create_future()
-    due = math.ceil((loop.time() + seconds) / script.BEAT_S) * script.BEAT_S
+    def _say_working(self) -> None:
+        if not self._works:
+            self._works = True
+            say_working(self._run_dir, self._id)
 
-    def wake() -> None:
-        if not beat.done():
-            beat.set_result(None)
+    async def _wait_until(self, due: float) -> bool:
+        """Wait for this moment of the loop's clock: whoever waits for the same one wakes in the same turn of the loop.
+        Whether the episode is to be left where it is."""
+        loop = asyncio.get_running_loop()
+        moment: asyncio.Future[None] = loop.create_future()
 
-    timer = loop.call_at(due, wake)
-    try:
-        await beat
-    finally:
-        timer.cancel()
+        def wake() -> None:
+            if not moment.done():
+                moment.set_result(None)
+
+        timer = loop.call_at(due, wake)
+        try:
+            await asyncio.wait({moment, self._interrupt}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            timer.cancel()
+            moment.cancel()
+        return self._interrupt.done()
 
 
 async def serve(settings: Settings, index: int, stop: threading.Event) -> None:

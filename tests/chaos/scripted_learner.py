@@ -24,7 +24,7 @@ from broker.process.keys import Identity
 from broker.process.lifecycle import install_stop, run_main
 from broker.process.security import load_security
 from broker.process.settings import Settings
-from broker.protocol.trajectory import PolicyVersion
+from broker.protocol.trajectory import PolicyVersion, Trajectory
 from broker.weights import publisher
 from broker.weights.publisher import WeightPublisher
 from learner.audit import LineFile, audit_lines
@@ -33,6 +33,8 @@ from learner.checkpoint import CheckpointStore
 from learner.curriculum import Curriculum, IssueLog
 from learner.state import TrainerState
 from tests.chaos import script
+from tests.chaos.episode import WrongEpisodeError, examine
+from tests.chaos.handovers import EPISODES, episode_line
 from tests.chaos.orders import HOLD, reach
 from tests.chaos.scripted_actor import report_violation
 
@@ -68,6 +70,7 @@ class ScriptedLearner:
             self._chain = json.loads((self._checkpoint.engine_directory / CHAIN).read_text())["chain"]
         self._audit = LineFile(settings.run_dir / AUDIT)
         self._audit.cut(self._state.audit_bytes)
+        self._episodes = LineFile(settings.run_dir / EPISODES)
         self._batcher = Batcher(
             groups_per_step=learner.groups_per_step,
             max_groups_per_step=learner.max_groups_per_step,
@@ -122,6 +125,7 @@ class ScriptedLearner:
         self._client.close()
         self._publisher.close()
         self._audit.close()
+        self._episodes.close()
         self._curriculum.close()
 
     def _publish(self) -> None:
@@ -156,10 +160,18 @@ class ScriptedLearner:
             return
         if isinstance(item, DeadLetter):
             self._batcher.add_dead(item)
-        elif not script.is_genuine(self._settings.run.seed, item):
-            report_violation(self._settings.run_dir, f"the tokens of {item.ticket.ticket_id} are not the episode's")
-        elif not self._batcher.add(item):
+        elif self._is_genuine(item) and not self._batcher.add(item):
             report_violation(self._settings.run_dir, f"{item.ticket.ticket_id} was delivered twice to one learner")
+
+    def _is_genuine(self, trajectory: Trajectory) -> bool:
+        """Whether it is its ticket's episode; which prefixes of it were handed over is written down."""
+        try:
+            prefixes = examine(self._settings.run.seed, trajectory)
+        except WrongEpisodeError as error:
+            report_violation(self._settings.run_dir, f"a trajectory is not its ticket's episode: {error}")
+            return False
+        self._episodes.append([episode_line(trajectory, prefixes)], durable=False)
+        return True
 
     def _may_train(self, batch: Batch) -> bool:
         """Wait with the last batch until the injector has had its faults; whether to go on."""

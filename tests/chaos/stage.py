@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
-import signal
 import socket
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +32,10 @@ from broker.process.settings import (
     SupervisorSection,
     WeightsSection,
 )
-from deploy.local import Child, Supervisor
+from deploy.local import Child
 from tests.chaos.injector import Injector
 from tests.chaos.machine import Clocks, Disk
+from tests.chaos.mender import Mender
 from tests.chaos.orders import DIRECTORY as ORDERS
 from tests.chaos.parcels import ParcelWatch
 from tests.chaos.proxy import Link, Network
@@ -48,6 +48,7 @@ LIVENESS = 8
 LEASE_S = 3.0
 NUM_ACTORS = 3
 CONCURRENCY = 10
+DRAIN_S = 1.0  # of which the last half is for handing over: most episodes end before it, one in four does not
 GROUP_SIZE = 4
 GROUPS_PER_STEP = 4
 TICKETS_PER_STEP = GROUPS_PER_STEP * GROUP_SIZE
@@ -116,7 +117,7 @@ class Stage:
                 max_num_seqs=CONCURRENCY,
                 max_episodes=CONCURRENCY,
                 staging=directory.resolve() / name / "staging",
-                drain_s=0.5,
+                drain_s=DRAIN_S,
             ),
             learner=LearnerSection(
                 num_steps=num_steps,
@@ -146,7 +147,7 @@ class Stage:
             metrics=MetricsSection(broker_port=ports[7], relay_port=ports[8]),
             security=SecuritySection(mode="curve" if curve else "none", keys=directory.resolve() / name / "keys"),
             supervisor=SupervisorSection(
-                restart_backoff_s=0.05, restart_max_backoff_s=0.1, restart_reset_s=0.001, grace_s=9
+                restart_backoff_s=0.05, restart_max_backoff_s=0.1, restart_reset_s=0.001, grace_s=DRAIN_S + 8.5
             ),
         )
         self.run_dir = self.settings.run_dir
@@ -209,7 +210,8 @@ class Stage:
             self.clocks,
             self.run_dir / "faults.jsonl",
         )
-        supervisor = _Mender(self.settings.supervisor, list(self.children.values()), injector.finish)
+        children = list(self.children.values())
+        supervisor = Mender(self.settings.supervisor, children, injector.finish, injector.drained)
         watch = ParcelWatch(self.settings.metrics.broker_port)
         started = time.monotonic()
 
@@ -259,28 +261,6 @@ class Stage:
         self.disk.unmount(keep=not self.disposable)
         if self.disposable:
             shutil.rmtree(self.run_dir)
-
-
-class _Mender(Supervisor):
-    """The supervisor; before it ends the processes, stopped ones go on again, so that they can end cleanly."""
-
-    def __init__(self, settings: SupervisorSection, children: list[Child], mend: Callable[[], None]) -> None:
-        super().__init__(settings, children)
-        self._mend = mend
-        self.crashes: list[str] = []  # deaths that no fault explains
-
-    def stop(self) -> None:
-        """End all children."""
-        try:
-            self._mend()
-        finally:
-            super().stop()
-
-    def _died(self, child: Child, now: float) -> None:
-        code = child.process.returncode if child.process else None
-        if code != -signal.SIGKILL:
-            self.crashes.append(f"{child.name} died by itself, exit code {code}; see {child.log}")
-        super()._died(child, now)
 
 
 def count_fetched(log: str) -> Counter[str]:

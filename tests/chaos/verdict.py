@@ -1,6 +1,8 @@
-"""What became of the work: the issued set against the learner's audit, its last checkpoint and the broker's store.
+"""What became of the work: the issued set against the learner's audit, its last checkpoint and the broker's store; and
+what was handed over against what was gone on with and trained on (`handovers.py`).
 
-Three witnesses that do not know of each other. Reads files after every process has ended; never speaks to one.
+Three witnesses that do not know of each other, and the actors' journal. Reads files after every process has ended;
+never speaks to one.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from broker.process.settings import Settings
 from broker.store.datafile import FILE_NAME, LIB_VERSION
 from broker.store.rows import STATES, decode_ticket
 from learner.checkpoint import CheckpointStore
+from tests.chaos.handovers import judge_handovers
 from tests.chaos.scripted_actor import VIOLATIONS
 from tests.chaos.scripted_learner import AUDIT, CHAIN, CHECKPOINTS, chained
 
@@ -25,12 +28,15 @@ LIVE = "live"  # of a ticket that has not ended
 
 @dataclass(slots=True)
 class Verdict:
-    """Counts of tickets, and every problem as a sentence."""
+    """Counts of tickets, and every problem as a sentence. `handed_over`: partials that the broker answered for;
+    `continued`: tickets trained on whose episode went on from one."""
 
     issued: int
     trained: int
     lost: int
     duplicated: int
+    handed_over: int = 0
+    continued: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -64,6 +70,9 @@ def judge(settings: Settings) -> Verdict:
     found = _newest_chain(run_dir)
     if chain != found:
         say(f"the last checkpoint's chain is {found}, the audit's {chain}")
+    handovers = judge_handovers(run_dir, ids)
+    verdict.handed_over, verdict.continued = handovers.kept, handovers.continued
+    verdict.problems += handovers.problems
     violations = run_dir / VIOLATIONS
     if violations.exists():
         say(f"violations: {violations.read_text().splitlines()[:3]}")

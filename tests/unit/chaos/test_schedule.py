@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tests.chaos.schedule import KINDS, LINKS, PROCESSES, UPDATE_PHASES, combinations, make_schedule
+from tests.chaos.schedule import HANDOVER_PHASES, KINDS, LINKS, PROCESSES, UPDATE_PHASES, combinations, make_schedule
 
 NUM_TICKETS = 6400
 
@@ -20,6 +20,8 @@ def test_two_hundred_faults_hit_everything_in_every_way() -> None:
     assert {(fault.kind, fault.target) for fault in schedule} == {row[:2] for row in combinations()}
     killed = {(fault.target, fault.variant) for fault in schedule if fault.kind == "kill_update"}
     assert killed == set(UPDATE_PHASES)
+    killed = {(fault.target, fault.variant) for fault in schedule if fault.kind == "kill_handover"}
+    assert killed == set(HANDOVER_PHASES)
     assert {fault.kind for fault in schedule} == set(KINDS)
     assert {fault.target for fault in schedule} == {*PROCESSES, *LINKS, "disk"}
     assert {fault.place for fault in schedule} >= {"actor-0", "actor-1", "actor-2"}
@@ -58,3 +60,20 @@ def test_after_an_order_to_kill_in_an_update_there_are_updates() -> None:
     for num_tickets in (288, NUM_TICKETS):
         schedule = make_schedule(6, 40, num_tickets, 3, kinds=("kill_update",))
         assert all(fault.at_tickets <= num_tickets - 96 for fault in schedule)
+
+
+def test_actors_are_told_to_end_alone_and_beside_every_other_fault() -> None:
+    partners: set[str] = set()
+    for seed in range(10):
+        schedule = make_schedule(seed, 200, NUM_TICKETS, 3)
+        pairs = [fault.pair for fault in schedule if fault.kind == "drain"]
+        partners |= {fault.target for fault in schedule if fault.pair in set(pairs) - {None} and fault.kind != "drain"}
+        assert None in pairs
+        assert len({fault.place for fault in schedule if fault.kind == "drain"}) == 3
+    assert partners == {*PROCESSES, *LINKS, "disk"} - {"actor"}
+
+
+def test_after_an_actor_was_told_to_end_there_are_episodes() -> None:
+    for num_tickets, latest in ((288, 1), (NUM_TICKETS, NUM_TICKETS - 512)):
+        schedule = make_schedule(6, 100, num_tickets, 3, kinds=("drain", "kill_handover"))
+        assert all(0 < fault.at_tickets <= latest for fault in schedule)

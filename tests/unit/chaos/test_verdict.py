@@ -14,6 +14,7 @@ from broker.process.settings import RunSection, Settings
 from broker.protocol.commands import TicketState
 from broker.store.journal import Journal
 from learner.checkpoint import CheckpointStore
+from tests.chaos.handovers import EPISODES, append
 from tests.chaos.scripted_actor import report_violation
 from tests.chaos.scripted_learner import AUDIT, CHAIN, CHECKPOINTS, chained
 from tests.chaos.verdict import issued_ids, judge
@@ -36,6 +37,8 @@ def write(
     lines = [{"ticket_id": key, "step": n} for n, batch in enumerate(batches, 1) for key in batch]
     (settings.run_dir / "broker").mkdir(parents=True)
     (settings.run_dir / AUDIT).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for each in lines:
+        append(settings.run_dir / EPISODES, {"ticket_id": each["ticket_id"], "prefixes": []})
     chain = ""
     for batch in batches:
         chain = chained(chain, list(batch))
@@ -111,3 +114,12 @@ def test_a_violation_is_a_problem(settings: Settings) -> None:
     write(settings, (ids[:4], ids[4:]), ids)
     report_violation(settings.run_dir, "wrong bytes")
     assert "wrong bytes" in judge(settings).problems[0]
+
+
+def test_an_episode_that_went_on_from_what_nobody_handed_over_is_a_problem(settings: Settings) -> None:
+    ids = issued_ids(settings)
+    write(settings, (ids[:4], ids[4:]), ids)
+    append(settings.run_dir / EPISODES, {"ticket_id": ids[0], "prefixes": ["a stranger's"]})
+    verdict = judge(settings)
+    assert (verdict.handed_over, verdict.continued, verdict.lost) == (0, 1, 0)
+    assert "nobody handed over" in verdict.problems[0]
