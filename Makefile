@@ -35,10 +35,10 @@ test-gateway-clients: $(READY) ## agents of other people's SDKs against the gate
 	@tests/integration/gateway/clients/install.sh $(PYTHON) $(CLIENTS)
 	@ERGON_GATEWAY_CLIENTS=$(CLIENTS) $(PYTHON) -m pytest tests/integration/gateway/test_clients.py $(ARGS)
 
-# Environments of TextArena, OpenEnv and verifiers behind their adapters, of packages that are in no lock of ours, installed
-# into FOREIGN.
+# Environments of TextArena, OpenEnv, verifiers and reasoning-gym behind their adapters, of packages that are in no lock of
+# ours, installed into FOREIGN.
 FOREIGN ?= /var/tmp/ergon-foreign
-test-adapters: $(READY) ## environments of TextArena, OpenEnv and verifiers behind their adapters; installs them
+test-adapters: $(READY) ## environments of TextArena, OpenEnv, verifiers and reasoning-gym behind their adapters; installs them
 	@tests/integration/envs/adapters/install.sh $(PYTHON) $(FOREIGN)
 	@ERGON_FOREIGN=$(FOREIGN) $(PYTHON) -m pytest tests/integration/envs/adapters tests/integration/envs/test_reasoning_gym.py $(ARGS)
 
