@@ -82,7 +82,7 @@ async def test_a_pod_that_no_node_takes_says_so_and_is_removed(server: Any) -> N
     ],
 )
 def test_the_chart_s_namespace_takes_no_pod_with_a_privilege(server: Any, place: str, value: Any, phrase: str) -> None:
-    """By the label that the chart gives it; the others here are taken as they are, so this is what was changed."""
+    """By the label that the chart gives it. A pod as actors make it is taken; with one thing changed it is not."""
     core, manifest = client.CoreV1Api(server.api()), make_manifest(SETTINGS, Limits(), {})
     core.create_namespaced_pod(NAMESPACE, manifest, dry_run="All")
     manifest["spec"]["containers"][0]["volumeMounts"] = []
