@@ -83,6 +83,8 @@ def test_a_manifest_that_is_wrong_is_found() -> None:
             ["actors.scaling.mode=keda", "actors.scaling.min=9"],
             "actors.scaling.min = 9 is more than actors.scaling.max",
         ),
+        (["actors.scaling.mode=hpa", "monitoring.interval=11s"], "too few samples, since they look back for 30 s"),
+        (["actors.scaling.mode=keda", "monitoring.interval=1m"], "it must be 10s or less, or the mode fixed"),
         (["model.path=x"], "model.existingClaim names none"),
         (["actors.seccompProfile.type=Localhost"], "name the profile's file on the nodes"),
         (["sandboxes.runtimeClass.name=gvisor"], "has no handler"),
@@ -159,9 +161,8 @@ def test_actors_are_scaled_by_one_thing_alone() -> None:
 def test_the_query_of_the_scaler_is_a_recording_rule() -> None:
     (scaler,) = of_kind(render(*MATRIX["many-nodes"]), "ScaledObject")
     query = scaler["spec"]["triggers"][0]["metadata"]["query"]
-    recorded = {
-        rule["record"] for rule in yaml.safe_load((HERE / "rules" / "recording.yml").read_text())["groups"][0]["rules"]
-    }
+    groups = yaml.safe_load((HERE / "rules" / "recording.yml").read_text())["groups"]
+    recorded = {rule["record"] for group in groups for rule in group["rules"]}
     assert query.removeprefix("max(").partition("{")[0] in recorded
     assert f'namespace="{NAMESPACE}",run="{RELEASE}"' in query
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from envs.sandbox import Limits, PodSettings
 from envs.sandbox.pods.manifest import make_manifest
 from tests.cluster.rendering import MATRIX, NAMESPACE, RELEASE, TOOLS, Manifest, of_kind, pods, render
-from tests.integration.envs.fake_cluster import violations
+from tests.pod_security import violations
 
 WITH_TOKEN = {"keys", "costs"}  # the two that speak to the API server; actors do where they make sandboxes
 
@@ -46,6 +47,26 @@ def test_no_pod_has_a_privilege(name: str) -> None:
             assert {"cpu", "memory"} <= container["resources"]["requests"].keys(), pod
             assert not any("hostPort" in port for port in container.get("ports", [])), pod
             assert container["image"].rpartition(":")[2] not in ("", "latest"), pod
+
+
+@all_profiles
+def test_every_pod_keeps_to_restricted(name: str) -> None:
+    """The whole standard, also for whoever gives the run's own namespace that label. And none was overlooked: there are
+    as many pods as there are lists of containers anywhere in what is rendered."""
+    manifests = render(*MATRIX[name])
+    judged = [
+        (pod, violations({"metadata": {"labels": labels}, "spec": spec})) for pod, labels, spec in pods(manifests)
+    ]
+    assert [(pod, found) for pod, found in judged if found] == []
+    assert len(judged) == sum(lists_of_containers(manifest) for manifest in manifests)
+
+
+def lists_of_containers(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(map(lists_of_containers, value))
+    if isinstance(value, dict):
+        return ("containers" in value) + sum(map(lists_of_containers, value.values()))
+    return 0
 
 
 @all_profiles
@@ -198,3 +219,24 @@ def test_a_sandboxs_pod_fits_the_schemas_and_asks_for_no_privilege() -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
     assert manifest["spec"]["automountServiceAccountToken"] is False
     assert violations(manifest) == []
+
+
+def test_every_pod_that_actors_make_keeps_to_restricted() -> None:
+    """With and without each thing that a run, a chart or an environment can ask for."""
+    taint: dict[str, str | int] = {"key": "ergon.dev/sandboxes", "operator": "Exists", "effect": "NoSchedule"}
+    asked: dict[str, tuple[Any, Any]] = {
+        "runtime_class": ("", "gvisor"),
+        "node_selector": ({}, {"ergon.dev/pool": "sandboxes"}),
+        "tolerations": ((), (taint,)),
+        "pull_secrets": ((), ("pull",)),
+        "owner": (None, ("actor-x", "0123")),
+        "cpu": (0.05, 4.0),
+    }
+    files: tuple[dict[str, bytes], ...] = ({}, {"/opt/tool": b"x"}, {"/opt/tool": b"x" * 300_000, "/tests/a": b""})
+    limits = (Limits(), Limits(processes=1, memory_bytes=1 << 20, work_bytes=4096, tmp_bytes=4096))
+    made = [
+        make_manifest(PodSettings(**dict(zip(asked, values, strict=True))), each, given)
+        for values, given, each in itertools.product(itertools.product(*asked.values()), files, limits)
+    ]
+    assert len(made) == 2**6 * 3 * 2
+    assert [found for manifest in made if (found := violations(manifest))] == []

@@ -210,11 +210,12 @@ livenessProbe:
   ports: [{port: metrics, protocol: TCP}]
 {{- end }}
 
-{{/* More at once, because the rule looks back for a minute itself; after that, actors are given time to start. */}}
+{{/* More at once, because the rule looks back itself and counts nobody who has just come; twice as many a minute at most. A
+minute and no longer: the step from one replica to the least number, with which a run begins, counts as an increase, too. */}}
 {{- define "ergon.scalingBehaviour" -}}
 scaleUp:
   stabilizationWindowSeconds: 0
-  policies: [{type: Percent, value: 100, periodSeconds: 120}]
+  policies: [{type: Percent, value: 100, periodSeconds: 60}]
 scaleDown:
   stabilizationWindowSeconds: {{ .scaling.cooldownSeconds }}
   policies: [{type: Percent, value: 25, periodSeconds: 120}]

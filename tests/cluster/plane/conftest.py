@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cluster.plane.admission import PodSecurity
 from tests.cluster.plane.control import PROGRAMS, ControlPlane
 from tests.cluster.plane.front import Front
 from tests.cluster.plane.nodes import Nodes
@@ -32,7 +33,7 @@ def programs() -> Path:
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """The control plane alone, without a node."""
     directory = programs()
-    with ControlPlane(tmp_path_factory.mktemp("plane"), directory) as plane:
+    with ControlPlane(tmp_path_factory.mktemp("plane"), directory) as plane, PodSecurity(plane):
         yield plane
     left = psutil.Process().children(recursive=True)
     assert not left, f"processes are left: {left}"

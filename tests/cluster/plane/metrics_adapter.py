@@ -30,8 +30,9 @@ GROUP: Final = "external.metrics.k8s.io"
 RULES: Final = Path(__file__).parents[3] / "deploy" / "monitoring" / "rules" / "recording.yml"
 
 
-def prometheus_config(monitor: Mapping[str, Any], targets: Path, interval_s: int) -> dict[str, Any]:
-    """Prometheus' configuration for a PodMonitor, with the pods that `Discovery` writes to `targets`."""
+def prometheus_config(monitor: Mapping[str, Any], targets: Path) -> dict[str, Any]:
+    """Prometheus' configuration for a PodMonitor, with the pods that `Discovery` writes to `targets`. What the monitor
+    and the rules leave open is as the operator of Prometheus has it."""
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     keep = [
         {"source_labels": ["__meta_kubernetes_pod_phase"], "regex": "Running", "action": "keep"},
@@ -46,14 +47,18 @@ def prometheus_config(monitor: Mapping[str, Any], targets: Path, interval_s: int
         keep.append({"source_labels": [_label(name)], "regex": value, "action": "keep"})
     words = {"sourceLabels": "source_labels", "targetLabel": "target_label"}
     relabelings = [{words.get(key, key): value for key, value in each.items()} for each in endpoint["relabelings"]]
-    interval = f"{interval_s}s"
-    discovery = {"files": [str(targets)]}
+    interval = endpoint["interval"]
+    job = {
+        "job_name": "pods",
+        "scrape_interval": interval,
+        "scrape_timeout": interval,
+        "file_sd_configs": [{"files": [str(targets)]}],
+        "relabel_configs": [*keep, *relabelings],
+    }
     return {
-        "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval},
+        "global": {"scrape_interval": "30s", "evaluation_interval": "30s"},
         "rule_files": [str(RULES)],
-        "scrape_configs": [
-            {"job_name": "pods", "file_sd_configs": [discovery], "relabel_configs": [*keep, *relabelings]}
-        ],
+        "scrape_configs": [job],
     }
 
 

@@ -16,6 +16,7 @@ from kubernetes.client.rest import ApiException
 
 from broker.process.config import load_settings
 from tests.chaos.verdict import Verdict, judge
+from tests.cluster.plane.admission import LABEL
 from tests.cluster.plane.control import ControlPlane
 from tests.cluster.plane.front import Front
 from tests.cluster.plane.network import Object, is_ready
@@ -66,14 +67,14 @@ class Cluster:
 
 
 class Release:
-    """The run `demo` in a namespace of its own."""
+    """The run `demo` in a namespace of its own, which takes no pod that breaks PodSecurity `restricted`."""
 
     name = "demo"
 
     def __init__(self, cluster: Cluster, namespace: str) -> None:
         self.cluster, self.namespace = cluster, namespace
         try:
-            cluster.core.create_namespace({"metadata": {"name": namespace}})
+            cluster.core.create_namespace({"metadata": {"name": namespace, "labels": LABEL}})
         except ApiException as error:
             if error.status != CONFLICT:
                 raise

@@ -15,6 +15,7 @@ import pytest
 from kubernetes import client, config, stream
 
 from envs.sandbox.bubblewrap import WORK_DIR
+from tests.cluster.plane.admission import LABEL
 from tests.cluster.plane.conftest import PROGRAMS_AT
 from tests.cluster.plane.control import ControlPlane
 from tests.cluster.plane.machine import Machine, UnavailableError
@@ -44,7 +45,7 @@ def machine(plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> It
 def box(plane: ControlPlane, machine: Machine) -> Iterator[tuple[Any, str]]:
     """A running pod of the sandbox's image: (client, name)."""
     core = client.CoreV1Api(config.new_client_from_config(str(plane.kubeconfig)))
-    core.create_namespace({"metadata": {"name": NAMESPACE}})
+    core.create_namespace({"metadata": {"name": NAMESPACE, "labels": LABEL}})
     security = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
     container = {
         "name": "box",

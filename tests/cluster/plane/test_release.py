@@ -24,6 +24,7 @@ from broker.protocol.errors import ErrorCode, ProtocolError
 from tests.cluster.plane.network import service_address
 from tests.cluster.plane.release import RUN, Cluster, Release
 from tests.integration.broker.test_security import hello, raw_peer
+from tests.pod_security import violations
 
 ALL = 7  # broker, relay, learner, four actors
 IDENTITIES = ("broker", "relay", "learner", "actor", "operator")
@@ -86,6 +87,8 @@ def test_what_the_api_made_of_the_pods_has_no_token_no_privilege_and_no_path_of_
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
             assert not container["securityContext"].get("privileged", False)
             assert not any(port.get("hostPort") for port in container.get("ports", []))
+        # The API server has asked about each of them before it took it (`admission.py`), as it is stored.
+        assert violations(pod) == []
 
 
 def test_the_account_of_the_pods_may_do_nothing(release: Release) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from kubernetes import client
+from kubernetes.client.rest import ApiException
 
 from envs.interface import SandboxError
 from envs.sandbox import Limits, PodSandbox, PodSettings, configure_pods
@@ -23,6 +24,7 @@ from envs.sandbox.pods.manifest import make_manifest
 from tests.cluster.rendering import MATRIX, RELEASE, render
 
 control = pytest.importorskip("tests.cluster.plane.control", reason="the control plane of the tests is not here")
+admission = pytest.importorskip("tests.cluster.plane.admission", reason="the control plane of the tests is not here")
 
 NAMESPACE = f"{RELEASE}-sandboxes"
 SETTINGS = PodSettings(namespace=NAMESPACE, run="demo", actor="actor-0", start_timeout_s=6)
@@ -34,9 +36,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A control plane with the chart's namespace for sandboxes, and a user with the role of its actors."""
     if not (PROGRAMS / "kube-apiserver").exists():
         pytest.skip("no kube-apiserver in $ERGON_KUBERNETES")
-    with control.ControlPlane(tmp_path_factory.mktemp("plane"), PROGRAMS) as plane:
+    directory = tmp_path_factory.mktemp("plane")
+    with control.ControlPlane(directory, PROGRAMS) as plane, admission.PodSecurity(plane):
         core, rbac = client.CoreV1Api(plane.api()), client.RbacAuthorizationV1Api(plane.api())
-        core.create_namespace({"metadata": {"name": NAMESPACE}})
+        (namespace,) = (each for each in render(*MATRIX["pods"]) if each["kind"] == "Namespace")
+        core.create_namespace(namespace)
         for manifest in render(*MATRIX["pods"]):
             if manifest["metadata"].get("namespace") != NAMESPACE:
                 continue
@@ -67,6 +71,25 @@ async def test_a_pod_that_no_node_takes_says_so_and_is_removed(server: Any) -> N
     with pytest.raises(SandboxError, match=r"not ready within 6 s: no node can take it \(Unschedulable: no nodes"):
         await PodSandbox.create({"/opt/tool": b"x", "a": b"1"})
     assert pods(server) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "phrase"),
+    [
+        ("hostNetwork", True, "hostNetwork"),
+        ("volumes", [{"name": "v", "hostPath": {"path": "/"}}], "volume v of a restricted type"),
+        ("securityContext", {"runAsNonRoot": True, "runAsUser": 7}, "sandbox: seccompProfile not set"),
+    ],
+)
+def test_the_chart_s_namespace_takes_no_pod_with_a_privilege(server: Any, place: str, value: Any, phrase: str) -> None:
+    """By the label that the chart gives it. A pod as actors make it is taken; with one thing changed it is not."""
+    core, manifest = client.CoreV1Api(server.api()), make_manifest(SETTINGS, Limits(), {})
+    core.create_namespaced_pod(NAMESPACE, manifest, dry_run="All")
+    manifest["spec"]["containers"][0]["volumeMounts"] = []
+    manifest["spec"][place] = value
+    with pytest.raises(ApiException, match=rf'violates PodSecurity \\"restricted:latest\\": {phrase}') as caught:
+        core.create_namespaced_pod(NAMESPACE, manifest, dry_run="All")
+    assert caught.value.status == 403
 
 
 async def test_without_the_role_it_is_refused_with_the_chart_s_value(

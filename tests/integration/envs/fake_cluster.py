@@ -26,6 +26,7 @@ from aiohttp import WSMsgType, web
 from envs.sandbox import bubblewrap
 from envs.sandbox.pods import PodSettings, configure_pods, pod_settings
 from envs.sandbox.pods.manifest import PYTHON
+from tests.pod_security import violations
 
 TOKEN = "of-the-tests"
 SYSTEM_PYTHON = Path("/usr/bin/python3").resolve()
@@ -380,30 +381,6 @@ def said(status: int, message: str) -> web.Response:
     """A Status object as an answer."""
     body = {"kind": "Status", "status": "Failure", "message": message, "code": status}
     return web.json_response(body, status=status)
-
-
-def violations(pod: Mapping[str, Any]) -> list[str]:
-    """What PodSecurity `restricted` objects to (kubernetes.io/docs/concepts/security/pod-security-standards)."""
-    spec, found = pod["spec"], []
-    for key in ("hostNetwork", "hostPID", "hostIPC"):
-        if spec.get(key):
-            found.append(key)
-    if any(set(volume) - {"name"} - {"emptyDir", "configMap", "secret"} for volume in spec["volumes"]):
-        found.append("volume types")
-    of_pod = spec.get("securityContext", {})
-    for container in [*spec["initContainers"], *spec["containers"]]:
-        security = {**of_pod, **container.get("securityContext", {})}
-        if security.get("allowPrivilegeEscalation") is not False:
-            found.append("allowPrivilegeEscalation != false")
-        if security.get("capabilities", {}).get("drop") != ["ALL"] or security["capabilities"].get("add"):
-            found.append("unrestricted capabilities")
-        if security.get("runAsNonRoot") is not True or security.get("runAsUser") == 0:
-            found.append("runAsNonRoot != true")
-        if security.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
-            found.append("seccompProfile")
-        if security.get("privileged") or any("hostPort" in port for port in container.get("ports", ())):
-            found.append("privileged or hostPort")
-    return found
 
 
 @contextlib.asynccontextmanager

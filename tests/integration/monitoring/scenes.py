@@ -1,6 +1,7 @@
 """For every alert a run in which it fires and one in which it does not, as promtool's input series.
 
-A value is promtool's notation: `0+30x60` grows by 30 a minute. Times are minutes, as is the interval between samples.
+A value is promtool's notation: `0+30x60` grows by 30 a minute. Times are minutes, as is the interval between samples;
+only fleets, for the number of actors, are scraped as often as the chart says.
 """
 
 from __future__ import annotations
@@ -157,30 +158,58 @@ SCENES: Final[dict[str, Scene]] = {
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A fleet's state, and how many actors it should have."""
+    """A fleet's state, and how many actors it should have. busy, waiting: shares of the time."""
 
     actors: int
     busy: float
-    waiting_s: int
+    waiting: float
     staleness: int
     wanted: float | None
 
 
 SCALING: Final = (
-    Wanted(actors=4, busy=1.0, waiting_s=45, staleness=1, wanted=8),  # starving: twice as many at most
-    Wanted(actors=4, busy=1.0, waiting_s=15, staleness=1, wanted=4 / 0.75),
-    Wanted(actors=4, busy=0.5, waiting_s=0, staleness=1, wanted=2),
-    Wanted(actors=4, busy=0.1, waiting_s=0, staleness=1, wanted=2),  # half as many at most
-    Wanted(actors=4, busy=1.0, waiting_s=45, staleness=8, wanted=4),  # what more of them sampled would be too old
-    Wanted(actors=0, busy=1.0, waiting_s=45, staleness=1, wanted=None),  # nothing known: nothing wanted
+    Wanted(actors=4, busy=1.0, waiting=0.75, staleness=1, wanted=8),  # starving: twice as many at most
+    Wanted(actors=4, busy=1.0, waiting=0.25, staleness=1, wanted=4 / 0.75),
+    Wanted(actors=4, busy=0.5, waiting=0.0, staleness=1, wanted=2),
+    Wanted(actors=4, busy=0.1, waiting=0.0, staleness=1, wanted=2),  # half as many at most
+    Wanted(actors=4, busy=1.0, waiting=0.75, staleness=8, wanted=4),  # what more of them sampled would be too old
+    Wanted(actors=0, busy=1.0, waiting=0.75, staleness=1, wanted=None),  # nothing known: nothing wanted
 )
 
 
-def fleet(state: Wanted) -> Series:
-    """The series of such a fleet."""
-    series = {_WAITING: f"0+{state.waiting_s}x60"} | _staleness(state.staleness)
+def fleet(state: Wanted, interval_s: int) -> Series:
+    """The series of such a fleet over five minutes."""
+    return _fleet(state, f"0+{state.waiting * interval_s:g}x{300 // interval_s}", f"{state.busy * 40:g}x60")
+
+
+def starved(actors: int, busy: float, interval_s: int, missed: int | None = None) -> Series:
+    """A fleet that was busy for this share until, after four minutes, the learner wanted more than it could have: from
+    then on it waits, and they are busy. missed: the scrape of the learner after that which failed."""
+    before, after = 240 // interval_s, 120 // interval_s
+    waited = [str(interval_s * (number + 1)) for number in range(after)]
+    if missed is not None:
+        waited[missed] = "_"
+    state = Wanted(actors, busy, waiting=0.0, staleness=1, wanted=None)
+    return _fleet(state, f"0x{before} {' '.join(waited)}", f"{busy * 40:g}x{before} 40x{after}")
+
+
+def joined(actors: int, interval_s: int) -> Series:
+    """A fleet that was too small until, after four minutes, as many again came and were enough."""
+    before, after = 240 // interval_s, 120 // interval_s
+    state = Wanted(actors, busy=1.0, waiting=0.9, staleness=1, wanted=None)
+    waited = 0.9 * interval_s
+    series = _fleet(state, f"0+{waited:g}x{before} {waited * before:g}x{after}", f"40x{before} 36x{after}")
+    for index in range(actors):
+        name = f"newcomer-{index}"
+        series[actor("ergon_actor_running_episodes", instance=name)] = f"0x{before} 36x{after}"
+        series[actor("ergon_actor_admitted_episodes", instance=name)] = f"0x{before} 40x{after}"
+    return series
+
+
+def _fleet(state: Wanted, waiting: str, running: str) -> Series:
+    series = {_WAITING: waiting} | _staleness(state.staleness)
     for index in range(state.actors):
         name = f"actor-{index}"
-        series[actor("ergon_actor_running_episodes", instance=name)] = f"{state.busy * 40:g}x60"
-        series[actor("ergon_actor_admitted_episodes", instance=name)] = "40x60"
+        series[actor("ergon_actor_running_episodes", instance=name)] = running
+        series[actor("ergon_actor_admitted_episodes", instance=name)] = "40x120"
     return series
