@@ -48,11 +48,27 @@ _SELECT = """function(wanted) {
   this.dispatchEvent(new Event('change', {bubbles: true}));
   return 'selected';
 }"""
+# Where an element is not covered by another: the number of its rectangle, and the shares of its width and height. The
+# middle, else the nearest to it; null where there is no such place, as with a field that hides beneath its label.
+_UNCOVERED = """function() {
+  const root = this.getRootNode(), shares = [0.5, 0.3, 0.7, 0.1, 0.9, 0.02, 0.98];
+  if (!this.getClientRects || !root.elementFromPoint) return null;
+  const far = place => Math.hypot(place[0] - 0.5, place[1] - 0.5);
+  const places = shares.flatMap(x => shares.map(y => [x, y])).sort((one, other) => far(one) - far(other));
+  for (const [number, rect] of [...this.getClientRects()].entries()) {
+    if (rect.width < 1 || rect.height < 1) continue;
+    for (const [x, y] of places) {
+      const hit = root.elementFromPoint(rect.left + x * rect.width, rect.top + y * rect.height);
+      if (hit && this.contains(hit)) return [number, x, y];
+    }
+  }
+  return null;
+}"""
 
 
 async def click(page: Page, element: Element) -> None:
-    """A click with the left button on the middle of what can be seen of an element."""
-    x, y = await _middle(page, element)
+    """A click with the left button on the middle of an element, or where it is not covered by another one."""
+    x, y = await _place(page, element)
     await _mouse(page, x, y)
 
 
@@ -74,17 +90,30 @@ async def _in_order(page: Page, *commands: tuple[str, dict[str, Any]]) -> None:
     await asyncio.gather(*answers)
 
 
-async def _middle(page: Page, element: Element) -> tuple[float, float]:
+async def _place(page: Page, element: Element) -> tuple[float, float]:
     try:
         await page.send("DOM.scrollIntoViewIfNeeded", backendNodeId=element.node)
+        uncovered = await page.call(element.node, _UNCOVERED)
         found = await page.send("DOM.getContentQuads", backendNodeId=element.node)
     except CdpError:
         raise ToolError(f"the {_named(element)} is not there any more, or cannot be seen") from None
-    for quad in found["quads"]:
+    quads = found["quads"]
+    if uncovered is not None and uncovered[0] < len(quads):
+        return _inside(quads[uncovered[0]], uncovered[1], uncovered[2])
+    for quad in quads:
         xs, ys = quad[0::2], quad[1::2]
         if max(xs) - min(xs) >= 1 and max(ys) - min(ys) >= 1:
-            return sum(xs) / 4, sum(ys) / 4
+            return _inside(quad, 0.5, 0.5)
     raise ToolError(f"the {_named(element)} cannot be seen")
+
+
+def _inside(quad: list[float], across: float, down: float) -> tuple[float, float]:
+    """The point at these shares of a parallelogram, which is given clockwise from its upper left corner."""
+    (left, top), (right, right_top), _, (low_left, low) = zip(quad[0::2], quad[1::2], strict=True)
+    return (
+        left + across * (right - left) + down * (low_left - left),
+        top + across * (right_top - top) + down * (low - top),
+    )
 
 
 def _named(element: Element) -> str:
@@ -136,6 +165,6 @@ async def press(page: Page, key: str) -> None:
 
 async def scroll(page: Page, direction: Literal["up", "down"], element: Element | None) -> None:
     """Turn the wheel over an element, or over the middle of the page."""
-    x, y = await _middle(page, element) if element else (WIDTH / 2, HEIGHT / 2)
+    x, y = await _place(page, element) if element else (WIDTH / 2, HEIGHT / 2)
     delta = WHEEL if direction == "down" else -WHEEL
     await page.send("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=delta)

@@ -100,6 +100,21 @@ async def test_what_cannot_be_done_is_said(pool: BrowserPool) -> None:
         assert (await episode.do("press", key="F12")).startswith("error: press: key")
 
 
+async def test_a_click_meets_its_element_where_others_cover_it(pool: BrowserPool) -> None:
+    """Two buttons, one over the middle of the other; one that is turned; a field beneath its label."""
+    page = b"""<style>button { position: absolute; width: 80px; height: 60px }</style>
+      <button style="left:10px; top:10px" onclick="said.textContent += ' lower'">lower</button>
+      <button style="left:30px; top:20px" onclick="said.textContent += ' upper'">upper</button>
+      <button style="left:300px; top:99px; rotate: 30deg" onclick="said.textContent += ' turned'">turned</button>
+      <label style="position:absolute; left:200px; top:300px; width:90px; height:30px; z-index:1" for=box></label>
+      <input id=box type=checkbox aria-label=Box style="position:absolute; left:220px; top:305px"
+        onclick="said.textContent += ' box'"><p id=said>said:</p>"""
+    async with written(pool, index=page) as episode:
+        for name in ("lower", "upper", "turned", "Box"):
+            shown = await episode.do("click", ref=episode.ref(name))
+        assert "said: lower upper turned box" in shown
+
+
 async def test_scripts_and_requests_of_a_page_are_waited_for(pool: BrowserPool) -> None:
     page = b"""<button onclick="fetch('/one').then(r => r.text()).then(t => fetch('/two' + t)).then(r => r.text())
       .then(t => document.body.append(t))">go</button>"""
