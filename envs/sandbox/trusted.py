@@ -174,7 +174,11 @@ class TrustedSandbox:
         control, output = self._shell_end.fileno(), self._shell_output
         move = f"exec bash --noprofile --norc -i <&{control} 4>&{output} {control}<&- {output}>&- >/dev/null 2>&1"
         self._shell_process = subprocess.Popen(  # noqa: ASYNC220  asyncio's has no way to hand over descriptors
-            [*self._bounded(), find_program("bash"), "--noprofile", "--norc", "-c", move],
+            # Where this process ignores SIGINT, as one that a script has put in the background, commands would, too.
+            [
+                *(find_program("env"), "--default-signal=INT", *self._bounded()),
+                *(find_program("bash"), "--noprofile", "--norc", "-c", move),
+            ],
             pass_fds=(control, output),
             cwd=self._folder,
             env=self._environment(),

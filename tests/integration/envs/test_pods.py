@@ -125,7 +125,7 @@ async def test_an_abandoned_command_deletes_the_pod(cluster: FakeCluster, sandbo
     with pytest.raises(asyncio.CancelledError):
         await running
     await eventually(lambda: cluster.pods == {})
-    assert processes_with(marker) == []
+    await eventually(lambda: processes_with(marker) == [])
 
 
 async def test_limits_of_processes_memory_and_files_hold(cluster: FakeCluster) -> None:
@@ -171,7 +171,7 @@ async def test_a_session_that_was_stopped_is_replaced(sandbox: PodSandbox, monke
     await asyncio.sleep(0.4)  # what is stopped says nothing, so there is nothing to wait for
     monkeypatch.setattr("envs.sandbox.pods.sandbox.KILL_S", 0.3)
     await sandbox.kill_all()
-    assert processes_with(marker) == []
+    await eventually(lambda: processes_with(marker) == [])
     assert (await sandbox.exec("echo fine")).stdout == b"fine\n"
     monkeypatch.setattr("envs.sandbox.pods.sandbox.PATIENCE_S", 0.3)
     result = await sandbox.exec(f"kill -STOP $({AGENT}); sleep 9", timeout_s=0.3)

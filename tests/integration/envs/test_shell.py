@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
@@ -70,6 +71,18 @@ async def test_a_command_past_its_time_is_interrupted_and_the_shell_goes_on(
     assert result.output.startswith(b"kept\n")
     assert b"Running" in result.output
     assert processes_with(f"{marker}1") == []
+
+
+async def test_commands_are_interrupted_though_this_process_ignores_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that a script has put in the background; what it starts would ignore it, too."""
+    monkeypatch.setattr(shell, "GRACE_S", 60.0)
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        async with await create_sandbox("trusted") as sandbox:
+            result = await sandbox.shell(f"sleep {unique_marker()}", timeout_s=1.0)
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert (result.timed_out, result.restarted, result.exit_code) == (True, False, 130)
 
 
 async def test_a_command_that_ignores_the_interrupt_costs_the_shell_not_the_sandbox(sandbox: AnySandbox) -> None:
