@@ -25,7 +25,7 @@ from types import TracebackType
 from envs.interface import SandboxError
 from envs.sandbox.bubblewrap import SEARCH_PATH, find_program
 from envs.sandbox.limits import ExecResult, Limits
-from envs.sandbox.shell import Shell, ShellResult
+from envs.sandbox.shell import LazyShell, Shell, ShellResult
 from envs.sandbox.spawn import Output
 
 MARK = "ERGON_TRUSTED_SANDBOX"
@@ -40,7 +40,7 @@ class TrustedSandbox:
         self._mark = secrets.token_hex(16)
         self._lock = asyncio.Lock()
         self._dead_because: str | None = None
-        self._shell: Shell | None = None
+        self._shell = LazyShell(limits, self._make_shell, self._check, self._die)
         self._shell_process: subprocess.Popen[bytes] | None = None
         self._control, self._shell_end = socket.socketpair()
         self._control.setblocking(False)
@@ -157,15 +157,17 @@ class TrustedSandbox:
         """Run a command line in the persistent shell. Raises ValueError, SandboxError."""
         async with self._lock:
             self._check()
-            if self._shell is None:
-                self._shell = Shell(self, self._control, self._output, str(self._folder))
-                await self._shell.start()
-            return await self._shell.run(
-                command,
-                self._limits.timeout_s if timeout_s is None else timeout_s,
-                self._limits.output_bytes if output_bytes is None else output_bytes,
-                on_output,
-            )
+            try:
+                return await self._shell.run(command, timeout_s, output_bytes, on_output)
+            finally:
+                if not self.alive:
+                    await self.kill_all()
+
+    def _make_shell(self) -> Shell:
+        return Shell(self, self._control, self._output, str(self._folder))
+
+    def _die(self, reason: str) -> None:
+        self._dead_because = reason
 
     async def start_shell(self) -> int:
         """For the shell: a pidfd of a new one."""
@@ -257,8 +259,7 @@ class TrustedSandbox:
         await self.kill_all()
         if self._shell_process is not None:
             self._shell_process.wait()
-        if self._shell is not None:
-            self._shell.release()
+        self._shell.release()
         self._control.close()
         self._shell_end.close()
         os.close(self._output.fd)

@@ -153,9 +153,9 @@ async def test_commands_apart_cannot_reach_the_shells_channels(walled: AnySandbo
     assert listed.stdout.count(b"pipe") == 2
 
 
-async def test_an_abandoned_command_ends_the_sandbox(walled: AnySandbox) -> None:
+async def test_an_abandoned_command_ends_the_sandbox(sandbox: AnySandbox) -> None:
     marker = unique_marker()
-    running = asyncio.create_task(walled.shell(f"sleep {marker}"))
+    running = asyncio.create_task(sandbox.shell(f"sleep {marker}"))
     async with asyncio.timeout(10):
         while not processes_with(marker):
             await asyncio.sleep(0.01)
@@ -163,7 +163,7 @@ async def test_an_abandoned_command_ends_the_sandbox(walled: AnySandbox) -> None
     with pytest.raises(asyncio.CancelledError):
         await running
     with pytest.raises(SandboxError, match="abandoned"):
-        await walled.shell("true")
+        await sandbox.shell("true")
 
 
 async def test_a_fork_has_the_files_and_no_processes(sandbox: AnySandbox) -> None:

@@ -112,7 +112,7 @@ class Tickets:
             self.ended.append(ticket_id)
 
     async def withdrawn(self, ticket_id: str) -> None:
-        raise NotImplementedError
+        self.ended.append(f"{ticket_id} withdrawn")
 
     async def release(self, ticket_id: str, reason: ReleaseReason, error: str = "") -> None:
         self.ended.append(f"{ticket_id} {reason}")
